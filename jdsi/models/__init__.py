@@ -1,0 +1,6 @@
+"""Models as data: specs, the one Transformer that runs them, and the families."""
+
+from .spec import TransformerSpec
+from .transformer import Transformer, abstract_parameters, parameters
+
+__all__ = ["Transformer", "TransformerSpec", "abstract_parameters", "parameters"]

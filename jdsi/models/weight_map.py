@@ -155,7 +155,9 @@ def linear(ours: str, theirs: str, *, bias: bool, op: Op = Identity(), bias_op: 
     return entries
 
 
-def fused_linear(ours: str, theirs: Iterable[str], rows: Iterable[int], *, bias: bool, op: Op = Identity()) -> list[Entry]:  # noqa: B008, E501
+def fused_linear(
+    ours: str, theirs: Iterable[str], rows: Iterable[int], *, bias: bool, op: Op = Identity()
+) -> list[Entry]:  # noqa: B008, E501
     """Several linear layers with the same input, held as one with their rows stacked."""
     names, rows = list(theirs), list(rows)
     entries = [fused(f"{ours}.weight", [f"{n}.weight" for n in names], rows, op)]

@@ -1,0 +1,35 @@
+"""The attention context: what ties packed tokens to sequences."""
+
+from typing import Protocol, Self
+
+from jaxtyping import Array, Float, Int
+
+from jdsi.pallas_kernels import AttentionForm
+
+
+class AttentionContext(Protocol):
+    """Knows the position of every packed token and owns the KV memory; a pytree.
+
+    The Transformer is written once against this protocol. Everything that differs between a dense batch, a packed one,
+    a paged or a compressed cache lives in implementations of it.
+    """
+
+    @property
+    def positions(self) -> Int[Array, " T"]:
+        """Position of each packed token within its sequence."""
+        ...
+
+    def attend(
+        self,
+        layer: int,
+        q: Float[Array, "T H D"],
+        k: Float[Array, "T K D"],
+        v: Float[Array, "T K Dv"],
+        form: AttentionForm,
+    ) -> tuple[Float[Array, "T H Dv"], Self]:
+        """Attention of the packed tokens in layer `layer`, and the context with their keys and values remembered.
+
+        q and k come unrotated: the context applies `form.rotary`, for a policy may place keys elsewhere than they were
+        read. The layers of one forward call `attend` in order, each with the context the one before returned.
+        """
+        ...

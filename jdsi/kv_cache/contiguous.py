@@ -1,0 +1,116 @@
+"""Contiguous KV memory for dense batches: one row of fixed capacity per sequence."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jdsi.pallas_kernels import AttentionForm, apply_rotary, attention
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ContiguousContext:
+    """Keys and values of `B` sequences, slot = position.
+
+    A call brings the same number S of new tokens for every row, flattened `[B * S]`. Rows with fewer are right-padded:
+    padding lands in slots past the row's length, which no real query can see before a later token overwrites them.
+
+    Attributes:
+        keys, values: per layer `[B, L, K, D]`.
+        starts: position of each row's first new token.
+        lengths: real tokens of each row once this call's are in.
+        new_tokens: S, static.
+    """
+
+    keys: tuple[Float[Array, "B L K D"], ...]
+    values: tuple[Float[Array, "B L K Dv"], ...]
+    starts: Int[Array, " B"]
+    lengths: Int[Array, " B"]
+    new_tokens: int = dataclasses.field(default=1, metadata={"static": True})
+
+    @classmethod
+    def create(
+        cls, heads: Sequence[tuple[int, int, int]], batch: int, capacity: int, dtype: jnp.dtype = jnp.float32
+    ) -> Self:
+        """Empty memory.
+
+        Args:
+            heads: per layer `(num_kv_heads, key dim, value dim)`.
+            batch: rows.
+            capacity: slots per row; the largest position that can be written is `capacity - 1`.
+            dtype: of keys and values.
+        """
+        keys = tuple(jnp.zeros((batch, capacity, kv_heads, dim), dtype) for kv_heads, dim, _ in heads)
+        values = tuple(jnp.zeros((batch, capacity, kv_heads, dim), dtype) for kv_heads, _, dim in heads)
+        zeros = jnp.zeros(batch, jnp.int32)
+        return cls(keys, values, zeros, zeros)
+
+    @property
+    def batch(self) -> int:
+        """Rows."""
+        return self.starts.shape[0]
+
+    @property
+    def capacity(self) -> int:
+        """Slots per row."""
+        return self.keys[0].shape[1]
+
+    def extend(self, new_lengths: Int[Array, " B"], new_tokens: int) -> Self:
+        """The context for a call with `new_tokens` tokens per row, of which `new_lengths` are real."""
+        return dataclasses.replace(self, starts=self.lengths, lengths=self.lengths + new_lengths, new_tokens=new_tokens)
+
+    def select(self, rows: Int[Array, " N"]) -> Self:
+        """A context whose row i is a copy of row `rows[i]` (beam search)."""
+        return jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis=0), self)
+
+    @property
+    def _positions(self) -> Int[Array, "B S"]:
+        return self.starts[:, None] + jnp.arange(self.new_tokens, dtype=jnp.int32)
+
+    @property
+    def positions(self) -> Int[Array, " T"]:
+        """Position of each packed token within its sequence."""
+        return self._positions.reshape(-1)
+
+    def attend(
+        self,
+        layer: int,
+        q: Float[Array, "T H D"],
+        k: Float[Array, "T K D"],
+        v: Float[Array, "T K Dv"],
+        form: AttentionForm,
+    ) -> tuple[Float[Array, "T H Dv"], Self]:
+        """See `AttentionContext.attend`; writes the new keys and values, then attends to all so far."""
+        if not form.causal:
+            raise ValueError("a KV cache needs causal attention; encoders use PackedContext")
+        if form.rotary is not None:
+            lengths = jnp.repeat(self.lengths, self.new_tokens)
+            q = apply_rotary(q, self.positions, lengths, form.rotary)
+            k = apply_rotary(k, self.positions, lengths, form.rotary)
+        keys = self._write(self.keys[layer], k)
+        values = self._write(self.values[layer], v)
+        slots = jnp.broadcast_to(jnp.arange(self.capacity, dtype=jnp.int32), (self.batch, self.capacity))
+        out = attention(
+            q.reshape(self.batch, self.new_tokens, *q.shape[1:]),
+            keys,
+            values,
+            form,
+            q_positions=self._positions,
+            k_positions=slots,
+        )
+        context = dataclasses.replace(
+            self,
+            keys=(*self.keys[:layer], keys, *self.keys[layer + 1 :]),
+            values=(*self.values[:layer], values, *self.values[layer + 1 :]),
+        )
+        return out.reshape(q.shape[0], *out.shape[2:]), context
+
+    def _write(self, memory: Float[Array, "B L K D"], new: Float[Array, "T K D"]) -> Float[Array, "B L K D"]:
+        rows = new.reshape(self.batch, self.new_tokens, *new.shape[1:]).astype(memory.dtype)
+        index = jnp.arange(self.batch)[:, None]
+        # Padding may point past the capacity; it is dropped, never wrapped onto a real key.
+        return memory.at[index, self._positions].set(rows, mode="drop", unique_indices=True)

@@ -1,0 +1,106 @@
+"""Attention without a cache over packed sequences: encoders, training, scoring."""
+
+import dataclasses
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jdsi.pallas_kernels import AttentionForm, apply_rotary, attention, attention_weights
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PackedContext:
+    """Tokens of several sequences on one axis; each attends within its own sequence.
+
+    Attributes:
+        positions: position of each token in its sequence.
+        segments: which sequence a token belongs to; negative marks padding, which nothing attends to.
+        lengths: length of the sequence each token belongs to.
+        rows: the packed axis consists of `rows` equal parts that no sequence crosses, so attention costs
+            `rows * (T / rows)^2` instead of `T^2`.
+    """
+
+    positions: Int[Array, " T"]
+    segments: Int[Array, " T"]
+    lengths: Int[Array, " T"]
+    rows: int = dataclasses.field(default=1, metadata={"static": True})
+
+    @classmethod
+    def from_lengths(cls, lengths: Int[Array, " B"], total: int) -> Self:
+        """Sequences of the given lengths laid end to end on an axis of `total` tokens; the rest is padding."""
+        stops = jnp.cumsum(jnp.asarray(lengths, jnp.int32))
+        index = jnp.arange(total, dtype=jnp.int32)
+        segments = jnp.searchsorted(stops, index, side="right").astype(jnp.int32)
+        inside = segments < stops.shape[0]
+        owner = jnp.where(inside, segments, 0)
+        starts = stops - jnp.asarray(lengths, jnp.int32)
+        return cls(
+            positions=jnp.where(inside, index - starts[owner], 0),
+            segments=jnp.where(inside, segments, -1),
+            lengths=jnp.where(inside, jnp.asarray(lengths, jnp.int32)[owner], 1),
+        )
+
+    @classmethod
+    def from_dense(cls, batch: int, length: int, lengths: Int[Array, " B"] | None = None) -> Self:
+        """A dense batch `[B, S]`, right-padded where `lengths` is given, flattened row by row."""
+        positions = jnp.tile(jnp.arange(length, dtype=jnp.int32), batch)
+        owner = jnp.repeat(jnp.arange(batch, dtype=jnp.int32), length)
+        per_row = jnp.full(batch, length, jnp.int32) if lengths is None else jnp.asarray(lengths, jnp.int32)
+        per_token = per_row[owner]
+        return cls(positions, jnp.where(positions < per_token, owner, -1), per_token, rows=batch)
+
+    def _in_rows(self, x: Array) -> Array:
+        return x.reshape(self.rows, -1, *x.shape[1:])
+
+    def _scores_arguments(self, q: Array, k: Array, form: AttentionForm) -> tuple[Array, Array, dict[str, Array]]:
+        if form.rotary is not None:
+            q = apply_rotary(q, self.positions, self.lengths, form.rotary)
+            k = apply_rotary(k, self.positions, self.lengths, form.rotary)
+        segments, positions = self._in_rows(self.segments), self._in_rows(self.positions)
+        visible = (segments[:, :, None] == segments[:, None, :]) & (segments[:, None, :] >= 0)
+        masks = {"q_positions": positions, "k_positions": positions, "visible": visible}
+        return self._in_rows(q), self._in_rows(k), masks
+
+    def attend(
+        self,
+        layer: int,
+        q: Float[Array, "T H D"],
+        k: Float[Array, "T K D"],
+        v: Float[Array, "T K Dv"],
+        form: AttentionForm,
+    ) -> tuple[Float[Array, "T H Dv"], Self]:
+        """See `AttentionContext.attend`; remembers nothing."""
+        rows_q, rows_k, masks = self._scores_arguments(q, k, form)
+        out = attention(rows_q, rows_k, self._in_rows(v), form, **masks)
+        return out.reshape(q.shape[0], *out.shape[2:]), self
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RecordingContext(PackedContext):
+    """A packed context that also keeps every layer's attention weights, for looking inside a model.
+
+    Attributes:
+        weights: per layer seen so far, `[rows, H, S, S]` float32.
+    """
+
+    weights: tuple[Float[Array, "rows H S S"], ...] = ()
+
+    def attend(
+        self,
+        layer: int,
+        q: Float[Array, "T H D"],
+        k: Float[Array, "T K D"],
+        v: Float[Array, "T K Dv"],
+        form: AttentionForm,
+    ) -> tuple[Float[Array, "T H Dv"], Self]:
+        """See `AttentionContext.attend`; remembers the attention weights."""
+        rows_q, rows_k, masks = self._scores_arguments(q, k, form)
+        weights = attention_weights(rows_q, rows_k, form, **masks)
+        rows, kv_heads, group, queries, keys = weights.shape
+        flat = weights.reshape(rows, kv_heads * group, queries, keys)
+        out, _ = super().attend(layer, q, k, v, form)
+        return out, dataclasses.replace(self, weights=(*self.weights, flat))

@@ -1,0 +1,157 @@
+"""One layer: attention, feed-forward, and the four ways families wire them to the residual stream."""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from jdsi.kv_cache import AttentionContext
+from jdsi.layers import ACTIVATIONS, LayerNorm, Linear, RMSNorm
+from jdsi.pallas_kernels import AttentionForm
+
+from .spec import (
+    AttentionSpec,
+    LayerSpec,
+    MlpSpec,
+    NormSpec,
+    ParallelResidual,
+    PostNorm,
+    PreNorm,
+    RmsNormSpec,
+    SandwichNorm,
+)
+
+Hidden = Float[Array, "T E"]
+
+
+def make_norm(spec: NormSpec, width: int, dtype: jnp.dtype) -> RMSNorm | LayerNorm:
+    """The norm layer that `spec` describes."""
+    if isinstance(spec, RmsNormSpec):
+        return RMSNorm(width, eps=spec.eps, weight_offset=spec.weight_offset, dtype=dtype)
+    return LayerNorm(width, eps=spec.eps, bias=spec.bias, dtype=dtype)
+
+
+class Attention(nnx.Module):
+    """Fused q/k/v projection, attention through the context, output projection."""
+
+    def __init__(self, spec: AttentionSpec, width: int, layer: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+        self.spec, self.layer = spec, layer
+        self.qkv = Linear(width, sum(spec.qkv_rows), bias=spec.qkv_bias, dtype=dtype, rngs=rngs)
+        self.out = Linear(spec.qkv_rows[0], width, bias=spec.out_bias, dtype=dtype, rngs=rngs)
+        self.q_norm = make_norm(spec.qk_norm, spec.head_dim, dtype) if spec.qk_norm else None
+        self.k_norm = make_norm(spec.qk_norm, spec.head_dim, dtype) if spec.qk_norm else None
+        self.form = AttentionForm(
+            scale=spec.scale,
+            causal=spec.causal,
+            window=spec.window,
+            softcap=spec.softcap,
+            alibi_slopes=spec.alibi_slopes,
+            rotary=spec.rotary,
+        )
+
+    def __call__(self, x: Hidden, context: AttentionContext) -> tuple[Hidden, AttentionContext]:
+        tokens, dim = x.shape[0], self.spec.head_dim
+        q_rows, k_rows, _ = self.spec.qkv_rows
+        q, k, v = jnp.split(self.qkv(x), (q_rows, q_rows + k_rows), axis=-1)
+        q, k, v = (part.reshape(tokens, -1, dim) for part in (q, k, v))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        out, context = context.attend(self.layer, q, k, v, self.form)
+        return self.out(out.reshape(tokens, -1)), context
+
+
+class Mlp(nnx.Module):
+    """The feed-forward network of `MlpSpec`."""
+
+    def __init__(self, spec: MlpSpec, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+        self.spec = spec
+        self.up = Linear(width, spec.width * (2 if spec.gated else 1), bias=spec.bias, dtype=dtype, rngs=rngs)
+        self.down = Linear(spec.width, width, bias=spec.bias, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Hidden) -> Hidden:
+        activation = ACTIVATIONS[self.spec.activation]
+        h = self.up(x)
+        if self.spec.gated:
+            gate, up = jnp.split(h, 2, axis=-1)
+            return self.down(activation(gate) * up)
+        return self.down(activation(h))
+
+
+class _Block(nnx.Module):
+    def __init__(self, spec: LayerSpec, width: int, layer: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+        self.residual = spec.residual
+        self.attention = Attention(spec.attention, width, layer, dtype=dtype, rngs=rngs)
+        self.feed_forward = Mlp(spec.feed_forward, width, dtype=dtype, rngs=rngs)
+        self.attention_norm = make_norm(spec.residual.norm, width, dtype)
+
+
+class PreNormBlock(_Block):
+    """See `PreNorm`."""
+
+    def __init__(self, spec: LayerSpec, width: int, layer: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+        super().__init__(spec, width, layer, dtype=dtype, rngs=rngs)
+        self.feed_forward_norm = make_norm(spec.residual.norm, width, dtype)
+
+    def __call__(self, x: Hidden, context: AttentionContext) -> tuple[Hidden, AttentionContext]:
+        from_norm = self.residual.from_norm
+        h = self.attention_norm(x)
+        out, context = self.attention(h, context)
+        x = (h if from_norm else x) + out
+        h = self.feed_forward_norm(x)
+        return (h if from_norm else x) + self.feed_forward(h), context
+
+
+class PostNormBlock(_Block):
+    """See `PostNorm`."""
+
+    def __init__(self, spec: LayerSpec, width: int, layer: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+        super().__init__(spec, width, layer, dtype=dtype, rngs=rngs)
+        self.feed_forward_norm = make_norm(spec.residual.norm, width, dtype)
+
+    def __call__(self, x: Hidden, context: AttentionContext) -> tuple[Hidden, AttentionContext]:
+        out, context = self.attention(x, context)
+        x = self.attention_norm(x + out)
+        return self.feed_forward_norm(x + self.feed_forward(x)), context
+
+
+class SandwichNormBlock(_Block):
+    """See `SandwichNorm`."""
+
+    def __init__(self, spec: LayerSpec, width: int, layer: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+        super().__init__(spec, width, layer, dtype=dtype, rngs=rngs)
+        self.attention_out_norm = make_norm(spec.residual.norm, width, dtype)
+        self.feed_forward_norm = make_norm(spec.residual.norm, width, dtype)
+        self.feed_forward_out_norm = make_norm(spec.residual.norm, width, dtype)
+
+    def __call__(self, x: Hidden, context: AttentionContext) -> tuple[Hidden, AttentionContext]:
+        out, context = self.attention(self.attention_norm(x), context)
+        x = x + self.attention_out_norm(out)
+        return x + self.feed_forward_out_norm(self.feed_forward(self.feed_forward_norm(x))), context
+
+
+class ParallelResidualBlock(_Block):
+    """See `ParallelResidual`."""
+
+    def __init__(self, spec: LayerSpec, width: int, layer: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+        super().__init__(spec, width, layer, dtype=dtype, rngs=rngs)
+        shared = isinstance(spec.residual, ParallelResidual) and spec.residual.shared_norm
+        self.feed_forward_norm = None if shared else make_norm(spec.residual.norm, width, dtype)
+
+    def __call__(self, x: Hidden, context: AttentionContext) -> tuple[Hidden, AttentionContext]:
+        h = self.attention_norm(x)
+        out, context = self.attention(h, context)
+        if self.feed_forward_norm is not None:
+            h = self.feed_forward_norm(x)
+        return x + out + self.feed_forward(h), context
+
+
+BLOCKS: Mapping[type, Callable[..., _Block]] = MappingProxyType(
+    {
+        PreNorm: PreNormBlock,
+        PostNorm: PostNormBlock,
+        SandwichNorm: SandwichNormBlock,
+        ParallelResidual: ParallelResidualBlock,
+    }
+)

@@ -1,0 +1,195 @@
+"""What a model is, as data: one frozen description per layer, so that heterogeneous stacks need no flags."""
+
+import dataclasses
+
+from jdsi.pallas_kernels import Rotary
+
+
+@dataclasses.dataclass(frozen=True)
+class RmsNormSpec:
+    """RMSNorm; the effective weight is `weight + weight_offset`."""
+
+    eps: float
+    weight_offset: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerNormSpec:
+    """LayerNorm with or without bias."""
+
+    eps: float
+    bias: bool = True
+
+
+NormSpec = RmsNormSpec | LayerNormSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionSpec:
+    """Multi-head attention with grouped key/value heads.
+
+    Attributes:
+        num_heads, num_kv_heads, head_dim: H, K, D.
+        scale: multiplies the scores, usually `head_dim ** -0.5`.
+        causal, window, softcap, alibi_slopes, rotary: see `jdsi.pallas_kernels.AttentionForm`.
+        qkv_bias, out_bias: whether the projections have a bias.
+        qk_norm: norm of every query and key head (over D) before the rotary embedding.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    causal: bool = True
+    window: int | None = None
+    softcap: float | None = None
+    alibi_slopes: tuple[float, ...] | None = None
+    rotary: Rotary | None = None
+    qkv_bias: bool = False
+    out_bias: bool = False
+    qk_norm: RmsNormSpec | None = None
+
+    @property
+    def qkv_rows(self) -> tuple[int, int, int]:
+        """Rows of q, k and v inside the fused projection."""
+        kv = self.num_kv_heads * self.head_dim
+        return self.num_heads * self.head_dim, kv, kv
+
+
+@dataclasses.dataclass(frozen=True)
+class MlpSpec:
+    """Feed-forward network: `down(act(up(x)))`, or `down(act(gate(x)) * up(x))` when gated.
+
+    When gated, our `up` weight holds the rows of gate, then those of up.
+    """
+
+    width: int
+    activation: str
+    gated: bool = False
+    bias: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class PreNorm:
+    """`x += attention(norm(x)); x += feed_forward(norm(x))`; with `from_norm`, the norm's output is the residual."""
+
+    norm: NormSpec
+    from_norm: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class PostNorm:
+    """`x = norm(x + attention(x)); x = norm(x + feed_forward(x))`."""
+
+    norm: NormSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class SandwichNorm:
+    """`x += norm(attention(norm(x))); x += norm(feed_forward(norm(x)))`."""
+
+    norm: NormSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class ParallelResidual:
+    """`x += attention(norm(x)) + feed_forward(norm'(x))`; with `shared_norm`, both read the same norm."""
+
+    norm: NormSpec
+    shared_norm: bool = False
+
+
+ResidualSpec = PreNorm | PostNorm | SandwichNorm | ParallelResidual
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerSpec:
+    """One layer of the stack."""
+
+    attention: AttentionSpec
+    feed_forward: MlpSpec
+    residual: ResidualSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class LearnedPositions:
+    """A learned table with `entries` rows; position p reads row `p + offset`."""
+
+    entries: int
+    offset: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbeddingSpec:
+    """Token embedding and what is added to it.
+
+    Attributes:
+        positions: learned absolute positions.
+        token_types: entries of the segment table (BERT); 0 for none.
+        scale: multiplies the token embedding.
+        norm: applied to the sum.
+        width: of the tables, if it differs from the model's; the sum is then projected to the model's width.
+    """
+
+    positions: LearnedPositions | None = None
+    token_types: int = 0
+    scale: float = 1.0
+    norm: NormSpec | None = None
+    width: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadTransform:
+    """`norm(act(linear(hidden)))` before the vocabulary projection (BERT)."""
+
+    activation: str
+    norm: NormSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadSpec:
+    """Language-model head.
+
+    Attributes:
+        tied: the projection is the token embedding table.
+        bias: the projection has a bias.
+        softcap: logits become `softcap * tanh(logits / softcap)`.
+        transform: a dense layer in front.
+    """
+
+    tied: bool
+    bias: bool = False
+    softcap: float | None = None
+    transform: HeadTransform | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerSpec:
+    """A whole model.
+
+    Attributes:
+        family: name of the family that made the spec (`config.json`'s `model_type`).
+        vocab_size: V.
+        width: E.
+        max_positions: longest sequence the model takes.
+        embedding, layers, norm, head: the parts in order; no `norm` or no `head` leaves that part out.
+    """
+
+    family: str
+    vocab_size: int
+    width: int
+    max_positions: int
+    embedding: EmbeddingSpec
+    layers: tuple[LayerSpec, ...]
+    norm: NormSpec | None
+    head: HeadSpec | None
+
+    @property
+    def causal(self) -> bool:
+        """Whether the model can generate: every layer looks only backwards."""
+        return all(layer.attention.causal for layer in self.layers)
+
+    @property
+    def kv_heads(self) -> list[tuple[int, int, int]]:
+        """Per layer `(num_kv_heads, key dim, value dim)`, what a KV cache is made from."""
+        return [(a.num_kv_heads, a.head_dim, a.head_dim) for a in (layer.attention for layer in self.layers)]

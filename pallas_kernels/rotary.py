@@ -1,0 +1,82 @@
+"""Rotary position embedding (Su et al. 2021), reference form."""
+
+import dataclasses
+from typing import Protocol
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+
+class RotaryScaling(Protocol):
+    """How a family stretches the rotary frequencies past the length it was trained on. Hashable."""
+
+    @property
+    def attention_factor(self) -> float:
+        """Multiplies the rotated vectors (YaRN's temperature); 1 for most."""
+        ...
+
+    def frequencies(
+        self, dim: int, theta: float, lengths: Int[Array, " T"]
+    ) -> np.ndarray | Float[Array, "dim/2"] | Float[Array, "T dim/2"]:
+        """Radians per position; per token where the scaling depends on the sequence's length."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Rotary:
+    """Which of a head's dimensions rotate, and how fast.
+
+    Attributes:
+        dim: rotated dimensions, the first `dim` of the head; even.
+        theta: base of the geometric sequence of frequencies.
+        interleaved: pairs are (0, 1), (2, 3), ... (GPT-J) instead of (0, dim/2), (1, dim/2 + 1), ... (Llama).
+        scaling: changes the frequencies for long contexts.
+    """
+
+    dim: int
+    theta: float = 10000.0
+    interleaved: bool = False
+    scaling: RotaryScaling | None = None
+
+
+def base_frequencies(dim: int, theta: float) -> np.ndarray:
+    """`theta ** (-2 i / dim)` for i in [0, dim/2), float32."""
+    return (1.0 / theta ** (np.arange(0, dim, 2, dtype=np.float64) / dim)).astype(np.float32)
+
+
+def apply_rotary(
+    x: Float[Array, "T H D"], positions: Int[Array, " T"], lengths: Int[Array, " T"], rotary: Rotary
+) -> Float[Array, "T H D"]:
+    """Rotates the first `rotary.dim` dimensions of every head by the token's position.
+
+    Args:
+        x: queries or keys, any float dtype.
+        positions: position of each token in its sequence.
+        lengths: length, so far, of the sequence each token belongs to; only length-dependent scalings read it.
+        rotary: the embedding's parameters.
+
+    Returns:
+        The rotated array in the dtype of `x`; the phase is computed in float32.
+    """
+    if rotary.scaling is None:
+        frequencies, factor = base_frequencies(rotary.dim, rotary.theta), 1.0
+    else:
+        frequencies = rotary.scaling.frequencies(rotary.dim, rotary.theta, lengths)
+        factor = rotary.scaling.attention_factor
+    phase = positions.astype(jnp.float32)[:, None] * frequencies
+    cos, sin = (jnp.cos(phase) * factor)[:, None, :], (jnp.sin(phase) * factor)[:, None, :]
+    rotated = x[..., : rotary.dim].astype(jnp.float32)
+    if rotary.interleaved:
+        first, second = rotated[..., 0::2], rotated[..., 1::2]
+    else:
+        first, second = jnp.split(rotated, 2, axis=-1)
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    if rotary.interleaved:
+        out = jnp.stack(turned, axis=-1).reshape(rotated.shape)
+    else:
+        out = jnp.concatenate(turned, axis=-1)
+    out = out.astype(x.dtype)
+    if rotary.dim == x.shape[-1]:
+        return out
+    return jnp.concatenate([out, x[..., rotary.dim :]], axis=-1)

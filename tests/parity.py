@@ -1,0 +1,103 @@
+"""Comparison of a random-weight transformers model with ours, shared by the family tests."""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+import transformers
+
+from jdsi.kv_cache import ContiguousContext
+from jdsi.models import Transformer, abstract_parameters
+from jdsi.models.families import family_for
+from jdsi.models.weight_map import WeightMap
+
+RTOL, ATOL = 5e-4, 5e-5
+
+
+def random_torch_model(config: transformers.PretrainedConfig, auto_class: type, seed: int = 0) -> torch.nn.Module:
+    """A model with every parameter random, biases and norms included, so that a forgotten one shows."""
+    torch.manual_seed(seed)
+    model = auto_class.from_config(config, attn_implementation="eager").eval().float()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn_like(parameter)
+            parameter.copy_(parameter + 0.1 * noise if parameter.ndim == 1 else 0.15 * noise)
+    return model
+
+
+def import_weights(state: dict[str, np.ndarray], table: WeightMap) -> dict[str, jax.Array]:
+    """Runs the table forwards in memory."""
+    return {
+        e.ours: jnp.asarray(np.concatenate([s.op.forward(state[s.name]) for s in e.sources])) for e in table.entries
+    }
+
+
+def ours(model: torch.nn.Module) -> Transformer:
+    """Our model with the weights of a transformers one; checks that the table is complete and invertible."""
+    family = family_for(model.config.model_type)
+    spec = family.spec(model.config)
+    table = family.weight_map(spec)
+    state = {name: value.numpy() for name, value in model.state_dict().items()}
+    parameters = import_weights(state, table)
+    shapes = {name: struct.shape for name, struct in abstract_parameters(spec).items()}
+    assert shapes.keys() == parameters.keys()
+    for entry in table.entries:
+        for source, (start, stop), shape in zip(
+            entry.sources, entry.row_ranges(shapes[entry.ours]), entry.source_shapes(shapes[entry.ours]), strict=True
+        ):
+            back = source.op.inverse(np.asarray(parameters[entry.ours])[start:stop])
+            assert back.shape == shape
+            np.testing.assert_array_equal(back, state[source.name])
+    return Transformer.from_parameters(spec, parameters)
+
+
+def greedy(model: Transformer, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
+    """Greedy continuation of right-padded prompts through the contiguous KV cache, without an engine."""
+    batch, length = len(prompts), max(map(len, prompts))
+    tokens = np.zeros((batch, length), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = prompt
+    lengths = jnp.asarray([len(p) for p in prompts], jnp.int32)
+    context = ContiguousContext.create(model.spec.kv_heads, batch, length + new_tokens)
+
+    @jax.jit  # the weights become constants, fine at this size
+    def step(tokens: jax.Array, lengths: jax.Array, context: ContiguousContext) -> tuple[jax.Array, ContiguousContext]:
+        width = tokens.shape[0] // batch
+        hidden, context = model.forward(tokens, context.extend(lengths, width))
+        last = hidden.reshape(batch, width, -1)[jnp.arange(batch), lengths - 1]
+        return jnp.argmax(model.logits(last), axis=-1).astype(jnp.int32), context
+
+    token, context = step(jnp.asarray(tokens).reshape(-1), lengths, context)
+    out = [token]
+    for _ in range(new_tokens - 1):
+        token, context = step(token, jnp.ones(batch, jnp.int32), context)
+        out.append(token)
+    return np.stack(out, axis=1).tolist()
+
+
+def check_causal(
+    config: transformers.PretrainedConfig, *, lengths: tuple[int, ...] = (3, 13, 8), seed: int = 0
+) -> None:
+    """Logits and greedy tokens of a batch of unequal lengths agree with transformers run one row at a time."""
+    torch_model = random_torch_model(config, transformers.AutoModelForCausalLM, seed)
+    model = ours(torch_model)
+    rng = np.random.default_rng(seed)
+    prompts = [rng.integers(3, config.vocab_size, n).tolist() for n in lengths]
+    tokens = np.zeros((len(prompts), max(lengths)), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = prompt
+    logits = jax.jit(lambda t, n: model(t, n))(jnp.asarray(tokens), jnp.asarray(lengths))
+    new_tokens = 6
+    generated = greedy(model, prompts, new_tokens)
+    for row, prompt in enumerate(prompts):
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            expected = torch_model(torch.tensor([prompt])).logits[0].numpy()
+            tail = torch_model.generate(
+                torch.tensor([prompt]), max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False,
+                eos_token_id=None, pad_token_id=0,
+            )[0, len(prompt) :].tolist()  # fmt: skip
+        np.testing.assert_allclose(logits[row, : len(prompt)], expected, rtol=RTOL, atol=ATOL)
+        assert generated[row] == tail
