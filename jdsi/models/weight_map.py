@@ -1,7 +1,7 @@
 """Tables that map a checkpoint's tensors to ours, as data that runs in both directions.
 
-One of our parameters is the concatenation, along axis 0, of one or more checkpoint tensors, each first passed through an
-invertible `Op`. Import runs the table forwards, export runs the same table backwards, so a round trip holds by
+One of our parameters is the concatenation, along axis 0, of one or more checkpoint tensors, each first passed through
+an invertible `Op`. Import runs the table forwards, export runs the same table backwards, so a round trip holds by
 construction.
 """
 
@@ -137,17 +137,17 @@ class WeightMap:
     ignored: tuple[str, ...] = ()
 
 
-def tensor(ours: str, theirs: str, op: Op = Identity()) -> Entry:  # noqa: B008 - a frozen value
+def tensor(ours: str, theirs: str, op: Op = Identity()) -> Entry:
     """One tensor of ours from one of theirs."""
     return Entry(ours, (Source(theirs, op),))
 
 
-def fused(ours: str, theirs: Iterable[str], rows: Iterable[int], op: Op = Identity()) -> Entry:  # noqa: B008
+def fused(ours: str, theirs: Iterable[str], rows: Iterable[int], op: Op = Identity()) -> Entry:
     """One tensor of ours from several of theirs, stacked along axis 0 with `rows` rows each."""
     return Entry(ours, tuple(Source(name, op, n) for name, n in zip(theirs, rows, strict=True)))
 
 
-def linear(ours: str, theirs: str, *, bias: bool, op: Op = Identity(), bias_op: Op = Identity()) -> list[Entry]:  # noqa: B008
+def linear(ours: str, theirs: str, *, bias: bool, op: Op = Identity(), bias_op: Op = Identity()) -> list[Entry]:
     """`weight` and, if there is one, `bias` of a linear layer or a norm."""
     entries = [tensor(f"{ours}.weight", f"{theirs}.weight", op)]
     if bias:
@@ -157,7 +157,7 @@ def linear(ours: str, theirs: str, *, bias: bool, op: Op = Identity(), bias_op: 
 
 def fused_linear(
     ours: str, theirs: Iterable[str], rows: Iterable[int], *, bias: bool, op: Op = Identity()
-) -> list[Entry]:  # noqa: B008, E501
+) -> list[Entry]:
     """Several linear layers with the same input, held as one with their rows stacked."""
     names, rows = list(theirs), list(rows)
     entries = [fused(f"{ours}.weight", [f"{n}.weight" for n in names], rows, op)]

@@ -1,0 +1,37 @@
+"""Settings every test runs under."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ON_GPU = os.environ.get("JDSI_TEST_GPU") == "1"
+
+# Before the first import of jax, and in the environment so that the processes which tests start inherit it.
+if not ON_GPU:
+    # The CUDA libraries that PyTorch brings must not make JAX look for a GPU.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Most of the time goes into compiling the same small programs; a second run reads them back. The size limit also turns
+# on the file lock that keeps parallel workers from reading half-written entries.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
+os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**30))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skips, with the way to run them, the tests this run leaves out; `-m` naming a marker is a request to run them."""
+    asked = config.getoption("markexpr")
+    left_out = {}
+    if not config.getoption("slow") and "slow" not in asked:
+        left_out["slow"] = "slow: run with `make test-all`"
+    if not ON_GPU:
+        left_out["gpu"] = "needs a GPU: run with `make test-gpu`"
+    for item in items:
+        for marker, reason in left_out.items():
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
