@@ -33,3 +33,7 @@ class AttentionContext(Protocol):
         read. The layers of one forward call `attend` in order, each with the context the one before returned.
         """
         ...
+
+    def commit(self) -> Self:
+        """The context after the last layer of a call: the call's tokens are now part of their sequences."""
+        ...

@@ -21,15 +21,15 @@ class ContiguousContext:
 
     Attributes:
         keys, values: per layer `[B, L, K, D]`.
-        starts: position of each row's first new token.
-        lengths: real tokens of each row once this call's are in.
+        lengths: tokens each row held before this call.
+        new_lengths: real tokens among each row's S new ones.
         new_tokens: S, static.
     """
 
     keys: tuple[Float[Array, "B L K D"], ...]
     values: tuple[Float[Array, "B L K Dv"], ...]
-    starts: Int[Array, " B"]
     lengths: Int[Array, " B"]
+    new_lengths: Int[Array, " B"]
     new_tokens: int = dataclasses.field(default=1, metadata={"static": True})
 
     @classmethod
@@ -46,13 +46,12 @@ class ContiguousContext:
         """
         keys = tuple(jnp.zeros((batch, capacity, kv_heads, dim), dtype) for kv_heads, dim, _ in heads)
         values = tuple(jnp.zeros((batch, capacity, kv_heads, dim), dtype) for kv_heads, _, dim in heads)
-        zeros = jnp.zeros(batch, jnp.int32)
-        return cls(keys, values, zeros, zeros)
+        return cls(keys, values, jnp.zeros(batch, jnp.int32), jnp.zeros(batch, jnp.int32))
 
     @property
     def batch(self) -> int:
         """Rows."""
-        return self.starts.shape[0]
+        return self.lengths.shape[0]
 
     @property
     def capacity(self) -> int:
@@ -61,7 +60,11 @@ class ContiguousContext:
 
     def extend(self, new_lengths: Int[Array, " B"], new_tokens: int) -> Self:
         """The context for a call with `new_tokens` tokens per row, of which `new_lengths` are real."""
-        return dataclasses.replace(self, starts=self.lengths, lengths=self.lengths + new_lengths, new_tokens=new_tokens)
+        return dataclasses.replace(self, new_lengths=new_lengths, new_tokens=new_tokens)
+
+    def commit(self) -> Self:
+        """See `AttentionContext.commit`; the next call continues behind this call's real tokens."""
+        return dataclasses.replace(self, lengths=self.lengths + self.new_lengths)
 
     def select(self, rows: Int[Array, " N"]) -> Self:
         """A context whose row i is a copy of row `rows[i]` (beam search)."""
@@ -69,7 +72,7 @@ class ContiguousContext:
 
     @property
     def _positions(self) -> Int[Array, "B S"]:
-        return self.starts[:, None] + jnp.arange(self.new_tokens, dtype=jnp.int32)
+        return self.lengths[:, None] + jnp.arange(self.new_tokens, dtype=jnp.int32)
 
     @property
     def positions(self) -> Int[Array, " T"]:
@@ -88,7 +91,7 @@ class ContiguousContext:
         if not form.causal:
             raise ValueError("a KV cache needs causal attention; encoders use PackedContext")
         if form.rotary is not None:
-            lengths = jnp.repeat(self.lengths, self.new_tokens)
+            lengths = jnp.repeat(self.lengths + self.new_lengths, self.new_tokens)
             q = apply_rotary(q, self.positions, lengths, form.rotary)
             k = apply_rotary(k, self.positions, lengths, form.rotary)
         keys = self._write(self.keys[layer], k)

@@ -77,6 +77,10 @@ class PackedContext:
         out = attention(rows_q, rows_k, self._in_rows(v), form, **masks)
         return out.reshape(q.shape[0], *out.shape[2:]), self
 
+    def commit(self) -> Self:
+        """See `AttentionContext.commit`; there is nothing to remember."""
+        return self
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)

@@ -129,7 +129,7 @@ class Transformer(nnx.Module):
         hidden = self.embedding(tokens, context.positions, token_types)
         for layer in self.layers:
             hidden, context = layer(hidden, context)
-        return (hidden if self.norm is None else self.norm(hidden)), context
+        return (hidden if self.norm is None else self.norm(hidden)), context.commit()
 
     def logits(self, hidden: Float[Array, "T E"]) -> Float[Array, "T V"]:
         """Vocabulary logits, float32, of hidden states returned by `forward`."""

@@ -1,0 +1,17 @@
+"""Executors: where weights live and how steps run."""
+
+from .compilation_cache import compilation_counts, enable_compilation_cache
+from .executor import Epilogue, Executor
+from .resident import ResidentExecutor
+from .shapes import batch_bucket, capacity_bucket, token_bucket
+
+__all__ = [
+    "Epilogue",
+    "Executor",
+    "ResidentExecutor",
+    "batch_bucket",
+    "capacity_bucket",
+    "compilation_counts",
+    "enable_compilation_cache",
+    "token_bucket",
+]

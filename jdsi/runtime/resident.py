@@ -1,0 +1,75 @@
+"""The executor for models that fit: all layers in one compiled step."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jdsi.kv_cache import AttentionContext
+from jdsi.models import Transformer, TransformerSpec
+
+from .executor import Epilogue
+
+
+class ResidentExecutor:
+    """See `Executor`. The module is taken apart once; steps are jitted over its flat leaves, not over the module."""
+
+    def __init__(self, model: Transformer) -> None:
+        self._spec = model.spec
+        graph, state = nnx.split(model)
+        self._leaves, structure = jax.tree.flatten(state)
+
+        def rebuild(leaves: list[Array]) -> Transformer:
+            return nnx.merge(graph, jax.tree.unflatten(structure, leaves))
+
+        @partial(jax.jit, static_argnames=("epilogue",), donate_argnames=("context", "carry"))
+        def step(
+            leaves: list[Array],
+            tokens: Array,
+            context: AttentionContext,
+            last: Array | None,
+            epilogue: Epilogue,
+            carry: Any,
+        ) -> tuple[Any, AttentionContext, Any]:
+            model = rebuild(leaves)
+            hidden, context = model.forward(tokens, context)
+            if last is not None:
+                hidden = hidden[last]
+            result, carry = epilogue(model.logits(hidden), carry)
+            return result, context, carry
+
+        @jax.jit
+        def logits(leaves: list[Array], tokens: Array, lengths: Array, token_types: Array | None) -> Array:
+            return rebuild(leaves)(tokens, lengths, token_types)
+
+        self._step, self._logits = step, logits
+
+    @property
+    def spec(self) -> TransformerSpec:
+        """The model's."""
+        return self._spec
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Dtype of weights and activations."""
+        return self._leaves[0].dtype
+
+    def step(
+        self,
+        tokens: Int[Array, " T"],
+        context: AttentionContext,
+        last: Int[Array, " B"] | None,
+        epilogue: Epilogue,
+        carry: Any,
+    ) -> tuple[Any, AttentionContext, Any]:
+        """See `Executor.step`."""
+        return self._step(self._leaves, tokens, context, last, epilogue, carry)
+
+    def logits(
+        self, tokens: Int[Array, "B S"], lengths: Int[Array, " B"], token_types: Int[Array, "B S"] | None = None
+    ) -> Float[Array, "B S V"]:
+        """See `Executor.logits`."""
+        return self._logits(self._leaves, tokens, lengths, token_types)
