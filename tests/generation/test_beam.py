@@ -1,0 +1,154 @@
+"""Beam search against transformers' on the same torch model."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from jdsi.errors import ConfigError, JdsiError
+from jdsi.generation import SamplingParams, beam
+
+VOCAB = 23
+EOS = 5
+
+
+@functools.cache
+def model(family: str, seed: int) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    if family == "gpt2":
+        config = GPT2Config(
+            vocab_size=VOCAB, n_positions=64, n_embd=16, n_layer=1, n_head=2, bos_token_id=None, eos_token_id=EOS
+        )
+        made = GPT2LMHeadModel(config)
+    else:
+        config = LlamaConfig(
+            vocab_size=VOCAB,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=64,
+            bos_token_id=None,
+            eos_token_id=EOS,
+        )
+        made = LlamaForCausalLM(config)
+    head = torch.nn.Linear(16, VOCAB)
+    with torch.no_grad():
+        head.weight.normal_(0, 0.8)
+        head.bias.zero_()
+        head.bias[EOS] = 0.8
+    made.lm_head = head
+    return made.eval()
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def jitted_step(logits, state, features):
+    return beam.step(logits, state, features)
+
+
+def search(net: torch.nn.Module, prompts: list[list[int]], params: list[SamplingParams]) -> list[list[beam.Hypothesis]]:
+    """Recomputes every sequence from its tokens; `parents` reorder the outputs as they would a KV cache."""
+    beams = params[0].num_beams
+    features = beam.BeamFeatures.of(params)
+    state = beam.init(params, prompts, eos_token_ids=[EOS])
+    rows = [list(p) for p in prompts for _ in range(beams)]
+    while not state.done.all():
+        logits = []
+        for row in rows:
+            with torch.no_grad():
+                logits.append(net(torch.tensor([row])).logits[0, -1].numpy())
+        tokens, parents, state = jitted_step(jnp.asarray(np.stack(logits)), state, features)
+        rows = [[*rows[p], t] for p, t in zip(parents.tolist(), tokens.tolist(), strict=True)]
+    return beam.finish(state)
+
+
+def reference(
+    net: torch.nn.Module, prompt: list[list[int]], params: SamplingParams
+) -> tuple[list[list[int]], list[float]]:
+    out = net.generate(
+        torch.tensor(prompt),
+        attention_mask=torch.ones(len(prompt), len(prompt[0]), dtype=torch.long),
+        do_sample=False,
+        num_beams=params.num_beams,
+        num_return_sequences=params.num_beams,
+        max_new_tokens=params.max_new_tokens,
+        min_new_tokens=params.min_new_tokens or None,
+        length_penalty=params.length_penalty,
+        early_stopping=params.early_stopping,
+        no_repeat_ngram_size=params.no_repeat_ngram,
+        repetition_penalty=params.repetition_penalty,
+        eos_token_id=EOS,
+        pad_token_id=0,
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
+    rows = []
+    for row in out.sequences[:, len(prompt[0]) :].tolist():
+        rows.append(row[: row.index(EOS) + 1] if EOS in row else row)
+    return rows, out.sequences_scores.tolist()
+
+
+def assert_equal(found: list[list[beam.Hypothesis]], net, prompts, params: SamplingParams) -> None:
+    tokens, scores = reference(net, prompts, params)
+    flat = [h for row in found for h in row]
+    assert [h.token_ids for h in flat] == tokens
+    np.testing.assert_allclose([h.score for h in flat], scores, rtol=2e-5, atol=1e-5)
+    assert all(h.finish_reason == ("stop" if h.token_ids[-1] == EOS else "length") for h in flat)
+
+
+PROMPTS = [[1, 2, 3, 4], [9, 8, 2, 11]]
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("early_stopping", [True, False, "never"])
+@pytest.mark.parametrize("length_penalty", [1.0, 0.0, 2.0, -0.5])
+@pytest.mark.parametrize(("family", "seed", "beams"), [("gpt2", 0, 3), ("gpt2", 1, 2), ("llama", 2, 4)])
+def test_equals_transformers(family, seed, beams, length_penalty, early_stopping):
+    params = SamplingParams(
+        max_new_tokens=9, num_beams=beams, length_penalty=length_penalty, early_stopping=early_stopping
+    )
+    net = model(family, seed)
+    assert_equal(search(net, PROMPTS, [params] * 2), net, PROMPTS, params)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(
+    "options", [{"no_repeat_ngram": 2}, {"repetition_penalty": 1.4}, {"min_new_tokens": 5}], ids=lambda o: next(iter(o))
+)
+def test_processors_equal_transformers(options):
+    params = SamplingParams(max_new_tokens=10, num_beams=3, **options)
+    net = model("gpt2", 3)
+    assert_equal(search(net, PROMPTS, [params] * 2), net, PROMPTS, params)
+
+
+def test_a_search_does_not_depend_on_its_neighbours():
+    net = model("llama", 5)
+    prompts = [[1, 2, 3, 4], [9, 8], [3, 3, 3, 1, 7, 2]]
+    params = [
+        SamplingParams(max_new_tokens=4, num_beams=3),
+        SamplingParams(max_new_tokens=12, num_beams=3, length_penalty=0.5, early_stopping=True, no_repeat_ngram=3),
+        SamplingParams(max_new_tokens=8, num_beams=3, early_stopping="never", stop_token_ids=(7, 2), ignore_eos=True),
+    ]
+    together = search(net, prompts, params)
+    for row, (prompt, p) in enumerate(zip(prompts, params, strict=True)):
+        alone = search(net, [prompt], [p])[0]
+        assert [h.token_ids for h in alone] == [h.token_ids for h in together[row]]
+        np.testing.assert_allclose([h.score for h in alone], [h.score for h in together[row]], rtol=1e-5)
+
+
+def test_unfinished_broken_and_mixed_searches_are_errors():
+    params = SamplingParams(max_new_tokens=2, num_beams=2)
+    state = beam.init([params], [[1]], eos_token_ids=[EOS])
+    with pytest.raises(JdsiError, match="not done"):
+        beam.finish(state)
+    for _ in range(2):
+        _, _, state = beam.step(jnp.full((2, VOCAB), jnp.nan), state, beam.BeamFeatures())
+    with pytest.raises(JdsiError, match="NaN"):
+        beam.finish(dataclasses.replace(state, done=jnp.ones_like(state.done)))
+    with pytest.raises(ConfigError, match="num_beams"):
+        beam.init([params, dataclasses.replace(params, num_beams=3)], [[1], [1]])
