@@ -1,0 +1,81 @@
+"""Host buffers: aligned allocation, the casting rule, and a cheap look for NaN and infinity."""
+
+import math
+from collections.abc import Callable
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from jdsi.errors import CheckpointError
+
+ALIGNMENT = 64
+"""Bytes; JAX takes a host array aligned like this without copying it on the CPU."""
+
+BLOCK_BYTES = 16 << 20
+"""Bytes read, cast or written at a time."""
+
+OnBlock = Callable[[np.ndarray], None]
+"""Called with every flat block of a destination once it is filled; must not keep it."""
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """A C-contiguous uninitialised array of `shape` and `dtype` that starts at a multiple of `ALIGNMENT`."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    raw = np.empty(nbytes + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + nbytes].view(dtype).reshape(shape)
+
+
+def is_float(dtype: np.dtype) -> bool:
+    """Whether `dtype` is a floating-point type, narrow ones (bfloat16, fp8) included."""
+    return bool(jnp.issubdtype(dtype, jnp.floating))
+
+
+def check_cast(stored: np.dtype, wanted: np.dtype, where: str) -> None:
+    """The casting rule: any float becomes any float, rounding to nearest; everything else keeps its type.
+
+    Args:
+        where: names the tensor and its file in the message.
+
+    Raises:
+        CheckpointError: the cast is refused. Integer weights are codes of a quantisation, not values.
+    """
+    if stored == wanted or (is_float(stored) and is_float(wanted)):
+        return
+    raise CheckpointError(
+        f"{where} is stored as {stored} and cannot be read as {wanted}: only floating-point weights are cast, "
+        "and only to floating-point types"
+    )
+
+
+def cast(out: np.ndarray, values: np.ndarray) -> None:
+    """`out[...] = values` with the cast the two types need; overflow becomes infinity without a warning."""
+    if values.dtype == ml_dtypes.bfloat16 and out.dtype == np.float32:
+        # The upper half of a float32 is a bfloat16; NumPy vectorises this and not the library's own cast.
+        np.left_shift(values.view(np.uint16), np.uint32(16), out=out.view(np.uint32), dtype=np.uint32, casting="unsafe")
+        return
+    with np.errstate(over="ignore", invalid="ignore"):
+        np.copyto(out, values, casting="unsafe")
+
+
+# Type name: unsigned type of the same width, the bits without the sign, the smallest of those that is not finite.
+_NOT_FINITE: dict[str, tuple[type, int, int]] = {
+    "float64": (np.uint64, 0x7FFF_FFFF_FFFF_FFFF, 0x7FF0_0000_0000_0000),
+    "float32": (np.uint32, 0x7FFF_FFFF, 0x7F80_0000),
+    "float16": (np.uint16, 0x7FFF, 0x7C00),
+    "bfloat16": (np.uint16, 0x7FFF, 0x7F80),
+    "float8_e4m3fn": (np.uint8, 0x7F, 0x7F),
+    "float8_e5m2": (np.uint8, 0x7F, 0x7C),
+}
+_LOOK = 1 << 18
+
+
+def all_finite(block: np.ndarray) -> bool:
+    """Whether a C-contiguous array holds neither NaN nor infinity; True for types that have neither."""
+    if block.dtype.name not in _NOT_FINITE:
+        return True
+    unsigned, mask, limit = _NOT_FINITE[block.dtype.name]
+    bits = block.reshape(-1).view(unsigned)
+    # Pieces that stay in the cache, and a maximum over integers, keep this at memory speed.
+    return all(int((bits[i : i + _LOOK] & unsigned(mask)).max()) < limit for i in range(0, bits.size, _LOOK))

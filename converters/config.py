@@ -1,0 +1,125 @@
+"""`config.json`, and the files beside the weights that travel with a checkpoint unchanged."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jdsi.errors import CheckpointError, ConfigError, nearest
+from jdsi.models import TransformerSpec
+from jdsi.models.families import Family, family_for
+
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""Tokenizer and generation files; conversions copy those that exist."""
+
+_DTYPES = {
+    "float32": jnp.float32,
+    "fp32": jnp.float32,
+    "float16": jnp.float16,
+    "fp16": jnp.float16,
+    "half": jnp.float16,
+    "bfloat16": jnp.bfloat16,
+    "bf16": jnp.bfloat16,
+}
+
+
+def parse_dtype(dtype: Any) -> np.dtype:
+    """A weight type from its name (`"float32"`, `"bfloat16"`, `"float16"`, short forms too) or a JAX or NumPy type.
+
+    Raises:
+        ConfigError: weights are not kept in that type.
+    """
+    name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
+    if name not in _DTYPES:
+        raise ConfigError(f"dtype {name!r}{nearest(name, _DTYPES)}; known: float32, bfloat16, float16")
+    return jnp.dtype(_DTYPES[name])
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        CheckpointError: the file is unreadable, not JSON, or not an object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: holds a JSON {type(value).__name__}, not an object")
+    return value
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`config.json` of a checkpoint folder, as stored.
+
+    Raises:
+        CheckpointError: it is absent or damaged, names no `model_type`, or describes quantised weights.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{folder}: no config.json, so the model's architecture is unknown")
+    config = read_json(path)
+    if not isinstance(config.get("model_type"), str):
+        raise CheckpointError(f"{path}: no 'model_type', so the family is unknown")
+    if quantization := config.get("quantization_config"):
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise CheckpointError(f"{path}: weights quantised with {method!r} cannot be read; use the unquantised model")
+    return config
+
+
+def load_config(folder: Path) -> Any:
+    """The `transformers` config object of a checkpoint folder, with every default that `config.json` omits.
+
+    Raises:
+        ConfigError: the `model_type` is not one of our families; lists them.
+        CheckpointError: `config.json` is absent, damaged, or not accepted by transformers.
+    """
+    model_type = read_config(folder)["model_type"]
+    _family(folder, model_type)
+    from transformers import AutoConfig  # slow to import
+
+    try:
+        return AutoConfig.from_pretrained(str(folder))
+    except Exception as error:  # transformers validates with many types of its own
+        raise CheckpointError(f"{folder / 'config.json'}: transformers refuses this {model_type}: {error}") from error
+
+
+def load_family(folder: Path) -> tuple[Family, TransformerSpec]:
+    """The family and the spec that a checkpoint folder's `config.json` describes; errors as `load_config`."""
+    config = load_config(folder)
+    family = _family(folder, config.model_type)
+    return family, family.spec(config)
+
+
+def _family(folder: Path, model_type: str) -> Family:
+    try:
+        return family_for(model_type)
+    except ConfigError as error:
+        raise ConfigError(f"{folder / 'config.json'}: {error}") from error
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy the tokenizer and generation files that `source` has."""
+    for name in COMPANIONS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)

@@ -1,0 +1,195 @@
+"""Our own checkpoint folder, stored with Orbax.
+
+    DST/jdsi.json           manifest: format and version, and type and shape of every parameter, by group; written
+                            last, so a folder without it is not a checkpoint
+    DST/config.json         the Hugging Face config, as it was
+    DST/tokenizer.json ...  tokenizer and generation files, as they were
+    DST/orbax/GROUP/        one plain Orbax checkpoint per group: embedding, layers.0, layers.1, ..., norm, head
+
+One Orbax save would need the whole model in memory; one per group needs the largest group. Each group restores with
+plain Orbax, `orbax.checkpoint.experimental.v1.load("DST/orbax/layers.0")`, to a dict from our full parameter names to
+arrays; give it a dict of `jax.ShapeDtypeStruct`s with shardings to place them. Chunks are uncompressed (weights do not
+compress) and of at most 64 MiB, so that a sharded restore reads little more than its shards.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jdsi.errors import CheckpointError
+from jdsi.models.weight_map import Shape
+
+from .buffers import check_cast
+from .config import read_config, read_json
+from .progress import Progress
+from .sources import ParameterSource, Watch, recast
+from .watch import Watcher
+
+MANIFEST = "jdsi.json"
+FORMAT = "jdsi-orbax"
+VERSION = 1
+
+_CHUNK = 64 << 20
+_CONCURRENT = 256 << 20
+
+
+def group_of(name: str) -> str:
+    """The group that a parameter is stored in: its layer, or else the first part of its path."""
+    layer = re.match(r"layers\.\d+", name)
+    return layer[0] if layer else name.split(".", 1)[0]
+
+
+def groups(names: Iterable[str]) -> dict[str, list[str]]:
+    """Names by group, in order of first appearance."""
+    table: dict[str, list[str]] = {}
+    for name in names:
+        table.setdefault(group_of(name), []).append(name)
+    return table
+
+
+def _context() -> Any:
+    import orbax.checkpoint.experimental.v1 as ocp  # slow to import
+
+    context = ocp.Context()
+    context.array.saving.use_compression = False
+    context.array.saving.storage_options.chunk_byte_size = _CHUNK
+    context.memory.write_concurrent_bytes = _CONCURRENT
+    context.memory.read_concurrent_bytes = _CONCURRENT
+    # Nothing writes to the arrays while they are being saved, so the copy that guards against it is not needed.
+    context.memory.deepcopy_host_arrays = False
+    return context
+
+
+def write_orbax(source: ParameterSource, folder: Path, *, dtype: np.dtype | None, watch: Watch) -> None:
+    """Write every parameter below an existing `folder`, then the manifest. Memory: the largest group.
+
+    Args:
+        dtype: cast every parameter; `None` keeps each as stored.
+        watch: sees every block read.
+    """
+    import orbax.checkpoint.experimental.v1 as ocp
+
+    table: dict[str, dict[str, Any]] = {}
+    for group, names in groups(source.shapes).items():
+        arrays = {name: source.read(name, dtype or source.dtypes[name], watch) for name in names}
+        table[group] = {name: {"dtype": a.dtype.name, "shape": list(a.shape)} for name, a in arrays.items()}
+        with _context():
+            ocp.save((folder / "orbax" / group).absolute(), arrays)
+        del arrays
+    manifest = {"format": FORMAT, "version": VERSION, "groups": table, "complete": True}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+class OrbaxCheckpoint:
+    """A folder that `write_orbax` made.
+
+    Attributes:
+        path: the folder.
+        shapes, dtypes: of every parameter, by dotted path.
+
+    Raises:
+        CheckpointError: the manifest is absent, damaged, unfinished or of another version.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.label = str(path)
+        self.shapes: dict[str, Shape] = {}
+        self.dtypes: dict[str, np.dtype] = {}
+        self._cached: tuple[str, dict[str, np.ndarray]] = ("", {})
+        file = path / MANIFEST
+        manifest = read_json(file)
+        if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
+            raise CheckpointError(
+                f"{file}: format {manifest.get('format')!r} version {manifest.get('version')!r}; readable is "
+                f"{FORMAT!r} version {VERSION}"
+            )
+        if manifest.get("complete") is not True:
+            raise CheckpointError(f"{file}: the conversion that wrote it did not finish")
+        try:
+            for parameters in manifest["groups"].values():
+                for name, entry in parameters.items():
+                    self.shapes[name] = tuple(int(n) for n in entry["shape"])
+                    self.dtypes[name] = jnp.dtype(entry["dtype"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"{file}: damaged: {error!r}") from error
+        read_config(path)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parameters."""
+        return sum(math.prod(shape) * self.dtypes[name].itemsize for name, shape in self.shapes.items())
+
+    def check(self, shapes: Mapping[str, Shape]) -> None:
+        """Raise `CheckpointError` unless the parameters have exactly the names and shapes given."""
+        lines = [f"missing: {name}" for name in shapes if name not in self.shapes]
+        lines += [f"not in the model: {name}" for name in self.shapes if name not in shapes]
+        lines += [
+            f"of another shape: {name}: {self.shapes[name]}, wanted {tuple(shape)}"
+            for name, shape in shapes.items()
+            if name in self.shapes and self.shapes[name] != tuple(shape)
+        ]
+        if lines:
+            more = f"\n  ... and {len(lines) - 20} more" if len(lines) > 20 else ""
+            raise CheckpointError(
+                f"{self.path} does not fit the model its config.json describes:\n  " + "\n  ".join(lines[:20]) + more
+            )
+
+    def read(self, name: str, dtype: np.dtype, watch: Watch) -> np.ndarray:
+        """A parameter on the host. The group last used stays in memory: read in the order of `shapes`."""
+        group = group_of(name)
+        if self._cached[0] != group:
+            self._cached = ("", {})
+            names = [n for n in self.shapes if group_of(n) == group]
+            restored = self._restore(group, {n: np.empty((), self.dtypes[n]) for n in names}, on_host=True)
+            self._cached = (group, restored)
+        array = recast(self._cached[1][name], dtype, f"{self.path}: parameter {name!r}")
+        watch(name, array)
+        return array
+
+    def restore(self, abstract: Mapping[str, jax.ShapeDtypeStruct], *, progress: Progress) -> dict[str, jax.Array]:
+        """All parameters with the types and shardings of `abstract`, group by group.
+
+        Leaves of `abstract` without a sharding go to the default device.
+        """
+        self.check({name: tuple(leaf.shape) for name, leaf in abstract.items()})
+        default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        watcher = Watcher(progress)
+        parameters: dict[str, jax.Array] = {}
+        for group, names in groups(abstract).items():
+            leaves = {}
+            for name in names:
+                leaf = abstract[name]
+                check_cast(self.dtypes[name], np.dtype(leaf.dtype), f"{self.path}: parameter {name!r}")
+                leaves[name] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or default)
+            parameters |= self._restore(group, leaves)
+            for name in names:
+                for shard in parameters[name].addressable_shards if _on_cpu(parameters[name]) else ():
+                    watcher(name, np.asarray(shard.data))
+        watcher.warn(str(self.path))
+        return parameters
+
+    def _restore(self, group: str, leaves: dict[str, Any], *, on_host: bool = False) -> dict[str, Any]:
+        import orbax.checkpoint.experimental.v1 as ocp
+
+        folder = (self.path / "orbax" / group).absolute()
+        try:
+            with _context():
+                restored = ocp.load(folder, leaves)
+        except Exception as error:  # Orbax and tensorstore raise many types for a damaged folder
+            raise CheckpointError(f"{folder}: cannot be restored: {error}") from error
+        for name, array in restored.items():
+            if on_host and (array.shape, array.dtype) != (self.shapes[name], self.dtypes[name]):
+                raise CheckpointError(f"{folder}: {name} is {array.dtype}{array.shape}, the manifest says otherwise")
+        return restored
+
+
+def _on_cpu(array: jax.Array) -> bool:
+    return all(device.platform == "cpu" for device in array.sharding.device_set)

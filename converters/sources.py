@@ -1,0 +1,129 @@
+"""Where parameters come from: a checkpoint read through a family's table, or arrays in memory."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jdsi.models.weight_map import Identity, Op, Rows, Shape, WeightMap
+
+from .buffers import OnBlock, aligned_empty, cast, check_cast
+from .matching import match
+from .safetensors_file import TensorInfo
+
+Watch = Callable[[str, np.ndarray], None]
+"""Called with a tensor's name and each block of it that has been read; must not keep the block."""
+
+
+class ParameterSource(Protocol):
+    """Parameters in our layout and under our names, read one at a time.
+
+    Attributes:
+        shapes, dtypes: of every parameter as stored, by dotted path.
+    """
+
+    @property
+    def shapes(self) -> Mapping[str, Shape]: ...
+
+    @property
+    def dtypes(self) -> Mapping[str, np.dtype]: ...
+
+    def read(self, name: str, dtype: np.dtype, watch: Watch) -> np.ndarray:
+        """A parameter as a C-contiguous host array of `dtype`, which the caller must not write to."""
+        ...
+
+
+class TensorStore(Protocol):
+    """Named tensors on disk, as `Checkpoint` provides them."""
+
+    @property
+    def label(self) -> str: ...
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]: ...
+
+    def read_into(
+        self, info: TensorInfo, out: np.ndarray, *, rows: tuple[int, int] | None = None, on_block: OnBlock | None = None
+    ) -> None: ...
+
+
+class MappedParameters:
+    """The parameters of a Hugging Face checkpoint.
+
+    Each is read straight into its final buffer; a source whose `Op` changes the layout is buffered once beside it.
+
+    Raises:
+        CheckpointError: the checkpoint does not fit; see `match`.
+    """
+
+    def __init__(self, store: TensorStore, weight_map: WeightMap, shapes: Mapping[str, Shape]) -> None:
+        self._store = store
+        self._entries = {entry.ours: entry for entry in weight_map.entries}
+        self._found = match(store.tensors, weight_map, shapes, where=store.label)
+        self.shapes = {entry.ours: tuple(shapes[entry.ours]) for entry in weight_map.entries}
+        self.dtypes = {
+            ours: np.dtype(jnp.result_type(*(self._found[source.name].dtype for source in entry.sources)))
+            if len({self._found[source.name].dtype for source in entry.sources}) > 1
+            else self._found[entry.sources[0].name].dtype
+            for ours, entry in self._entries.items()
+        }
+
+    def read(self, name: str, dtype: np.dtype, watch: Watch) -> np.ndarray:
+        entry, shape = self._entries[name], self.shapes[name]
+        out = aligned_empty(shape, dtype)
+        ranges = entry.row_ranges(shape) if shape else [(0, 0)]
+        for source, (start, stop) in zip(entry.sources, ranges, strict=True):
+            info = self._found[source.name]
+            target = out[start:stop] if shape else out
+
+            def on_block(block: np.ndarray, stored: str = info.name) -> None:
+                watch(stored, block)
+
+            if isinstance(source.op, Identity):
+                self._store.read_into(info, target, on_block=on_block)
+            else:
+                buffer = aligned_empty(info.shape, dtype)
+                self._store.read_into(info, buffer, on_block=on_block)
+                _place(source.op, buffer, target)
+        return out
+
+
+def _place(op: Op, stored: np.ndarray, out: np.ndarray) -> None:
+    """`out[...] = op.forward(stored)`, without the temporary copy that a gather of rows would make."""
+    if isinstance(op, Rows):
+        np.take(stored, np.asarray(op.order), axis=0, out=out, mode="clip")
+    else:
+        out[...] = op.forward(stored)
+
+
+class MemoryParameters:
+    """Parameters that are arrays already, such as those of a trained model."""
+
+    def __init__(self, parameters: Mapping[str, jax.Array]) -> None:
+        self._parameters = parameters
+        self.shapes = {name: tuple(array.shape) for name, array in parameters.items()}
+        self.dtypes = {name: np.dtype(array.dtype) for name, array in parameters.items()}
+
+    def read(self, name: str, dtype: np.dtype, watch: Watch) -> np.ndarray:
+        array = np.ascontiguousarray(self._parameters[name]).reshape(self.shapes[name])
+        array = recast(array, dtype, name)
+        watch(name, array)
+        return array
+
+
+def recast(array: np.ndarray, dtype: np.dtype, where: str) -> np.ndarray:
+    """`array` itself if it has `dtype`, else a cast copy."""
+    if array.dtype == dtype:
+        return array
+    check_cast(array.dtype, dtype, where)
+    out = aligned_empty(array.shape, dtype)
+    cast(out, array)
+    return out
+
+
+def total_bytes(source: ParameterSource, dtype: np.dtype | None) -> int:
+    """Bytes of all parameters, in `dtype` or as stored."""
+    return sum(math.prod(shape) * (dtype or source.dtypes[name]).itemsize for name, shape in source.shapes.items())
