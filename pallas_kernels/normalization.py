@@ -15,11 +15,14 @@ def rms_norm(
 
 
 def layer_norm(
-    x: Float[Array, "... E"], weight: Float[Array, " E"], bias: Float[Array, " E"] | None, eps: float
+    x: Float[Array, "... E"], weight: Float[Array, " E"] | None, bias: Float[Array, " E"] | None, eps: float
 ) -> Float[Array, "... E"]:
-    """`(x - mean) / sqrt(var + eps) * weight + bias` (Ba et al. 2016)."""
+    """`(x - mean) / sqrt(var + eps) * weight + bias` (Ba et al. 2016); `None` leaves that term out."""
     wide = x.astype(jnp.float32)
     centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
-    scaled = centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + eps)
-    y = scaled * weight.astype(jnp.float32)
-    return (y if bias is None else y + bias.astype(jnp.float32)).astype(x.dtype)
+    y = centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + eps)
+    if weight is not None:
+        y *= weight.astype(jnp.float32)
+    if bias is not None:
+        y += bias.astype(jnp.float32)
+    return y.astype(x.dtype)

@@ -20,12 +20,15 @@ class RMSNorm(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """Layer norm with or without bias."""
+    """Layer norm with or without weight and bias."""
 
-    def __init__(self, width: int, *, eps: float, bias: bool = True, dtype: jnp.dtype) -> None:
-        self.weight = nnx.Param(jnp.ones(width, dtype))
+    def __init__(
+        self, width: int, *, eps: float, weight: bool = True, bias: bool = True, dtype: jnp.dtype
+    ) -> None:
+        self.weight = nnx.Param(jnp.ones(width, dtype)) if weight else None
         self.bias = nnx.Param(jnp.zeros(width, dtype)) if bias else None
         self.eps = eps
 
     def __call__(self, x: Float[Array, "... E"]) -> Float[Array, "... E"]:
-        return layer_norm(x, self.weight[...], None if self.bias is None else self.bias[...], self.eps)
+        weight = None if self.weight is None else self.weight[...]
+        return layer_norm(x, weight, None if self.bias is None else self.bias[...], self.eps)

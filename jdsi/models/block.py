@@ -30,7 +30,7 @@ def make_norm(spec: NormSpec, width: int, dtype: jnp.dtype) -> RMSNorm | LayerNo
     """The norm layer that `spec` describes."""
     if isinstance(spec, RmsNormSpec):
         return RMSNorm(width, eps=spec.eps, weight_offset=spec.weight_offset, dtype=dtype)
-    return LayerNorm(width, eps=spec.eps, bias=spec.bias, dtype=dtype)
+    return LayerNorm(width, eps=spec.eps, weight=spec.weight, bias=spec.bias, dtype=dtype)
 
 
 class Attention(nnx.Module):

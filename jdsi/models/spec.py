@@ -15,10 +15,11 @@ class RmsNormSpec:
 
 @dataclasses.dataclass(frozen=True)
 class LayerNormSpec:
-    """LayerNorm with or without bias."""
+    """LayerNorm with or without weight and bias."""
 
     eps: float
     bias: bool = True
+    weight: bool = True
 
 
 NormSpec = RmsNormSpec | LayerNormSpec

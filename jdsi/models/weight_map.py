@@ -11,6 +11,8 @@ from typing import Protocol
 
 import numpy as np
 
+from .spec import NormSpec, RmsNormSpec
+
 Shape = tuple[int, ...]
 
 
@@ -164,3 +166,10 @@ def fused_linear(
     if bias:
         entries.append(fused(f"{ours}.bias", [f"{n}.bias" for n in names], rows))
     return entries
+
+
+def norm(ours: str, theirs: str, spec: NormSpec) -> list[Entry]:
+    """`weight` and `bias` of a norm, as far as its spec has them."""
+    weight, bias = (True, False) if isinstance(spec, RmsNormSpec) else (spec.weight, spec.bias)
+    parts = [name for name, present in (("weight", weight), ("bias", bias)) if present]
+    return [tensor(f"{ours}.{part}", f"{theirs}.{part}") for part in parts]
