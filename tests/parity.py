@@ -1,12 +1,16 @@
 """Comparison of a random-weight transformers model with ours, shared by the family tests."""
 
+import re
+import tempfile
 import warnings
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
+from safetensors.numpy import load_file
 
 from jdsi.kv_cache import ContiguousContext
 from jdsi.models import Transformer, abstract_parameters
@@ -34,12 +38,37 @@ def import_weights(state: dict[str, np.ndarray], table: WeightMap) -> dict[str, 
     }
 
 
+def stored_tensors(model: torch.nn.Module) -> dict[str, np.ndarray]:
+    """The tensors `save_pretrained` writes; names on disk may differ from those of the modules."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return load_file(f"{folder}/model.safetensors")
+
+
+def check_names(config: transformers.PretrainedConfig, stored: Iterable[str], *, bare: bool = False) -> None:
+    """Every name in `stored` is a weight of the family's table or ignored by it, and no weight is ignored.
+
+    Args:
+        config: of the model.
+        stored: names as found in a published checkpoint, weights and others.
+        bare: whether that checkpoint leaves the table's prefix out.
+    """
+    family = family_for(config.model_type)
+    table = family.weight_map(family.spec(config))
+    prefix = table.prefix if bare else ""
+    weights = {s.name.removeprefix(prefix) for e in table.entries for s in e.sources}
+    unknown = [n for n in stored if n not in weights and not any(re.fullmatch(p, n) for p in table.ignored)]
+    assert not unknown
+    assert not [n for n in weights if any(re.fullmatch(p, n) for p in table.ignored)]
+
+
 def ours(model: torch.nn.Module) -> Transformer:
     """Our model with the weights of a transformers one; checks that the table is complete and invertible."""
     family = family_for(model.config.model_type)
     spec = family.spec(model.config)
     table = family.weight_map(spec)
-    state = {name: value.numpy() for name, value in model.state_dict().items()}
+    state = stored_tensors(model)
+    check_names(model.config, state)
     parameters = import_weights(state, table)
     shapes = {name: struct.shape for name, struct in abstract_parameters(spec).items()}
     assert shapes.keys() == parameters.keys()
