@@ -5,10 +5,12 @@ from types import MappingProxyType
 
 from jdsi.errors import ConfigError, nearest
 
-from . import llama
+from . import gpt2, gpt_neo, gpt_neox, gptj, llama, opt
 from .family import Family
 
-FAMILIES: Mapping[str, Family] = MappingProxyType({module.FAMILY.model_type: module.FAMILY for module in (llama,)})
+_MODULES = (gpt2, gpt_neo, gpt_neox, gptj, llama, opt)
+
+FAMILIES: Mapping[str, Family] = MappingProxyType({module.FAMILY.model_type: module.FAMILY for module in _MODULES})
 
 
 def family_for(model_type: str) -> Family:
