@@ -1,1 +1,34 @@
-"""DeepSpeed Inference on JAX/XLA."""
+"""DeepSpeed Inference on JAX/XLA: load a PyTorch checkpoint and run it fast on whatever is there.
+
+Load and generate in three lines:
+
+    import jdsi
+    engine = jdsi.init_inference("path/to/checkpoint")
+    print(engine.generate("The capital of France is")[0].text)
+"""
+
+from jdsi.config import InferenceConfig
+from jdsi.converters import load_model
+from jdsi.engine import GenerationStats, InferenceEngine, StreamEvent, init_inference
+from jdsi.errors import CapacityError, CheckpointError, ConfigError, JdsiError, PromptError
+from jdsi.generation import Completion, SamplingParams, TokenLogprob
+from jdsi.models import Transformer, TransformerSpec
+
+__all__ = [
+    "CapacityError",
+    "CheckpointError",
+    "Completion",
+    "ConfigError",
+    "GenerationStats",
+    "InferenceConfig",
+    "InferenceEngine",
+    "JdsiError",
+    "PromptError",
+    "SamplingParams",
+    "StreamEvent",
+    "TokenLogprob",
+    "Transformer",
+    "TransformerSpec",
+    "init_inference",
+    "load_model",
+]

@@ -105,8 +105,18 @@ def _no_offload(key: str, value: Any) -> None:
 
 _DEEPSPEED_NAMES: Mapping[str, str] = MappingProxyType({"max_out_tokens": "max_tokens", "max_seq_length": "max_tokens"})
 _DEEPSPEED_HOW = frozenset(
-    "kernel_inject replace_with_kernel_inject replace_method enable_cuda_graph use_triton triton_autotune "
-    "transposed_mode keep_module_on_host set_empty_params return_tuple".split()
+    (
+        "enable_cuda_graph",
+        "keep_module_on_host",
+        "kernel_inject",
+        "replace_method",
+        "replace_with_kernel_inject",
+        "return_tuple",
+        "set_empty_params",
+        "transposed_mode",
+        "triton_autotune",
+        "use_triton",
+    )
 )
 _DEEPSPEED_ONLY: Mapping[str, Callable[[str, Any], None]] = MappingProxyType(
     {

@@ -61,6 +61,17 @@ class GenerationStats:
         seconds = self.first_token_seconds + self.decode_seconds
         return self.new_tokens / seconds if seconds else 0.0
 
+    def as_dict(self) -> dict[str, float]:
+        """All figures by name."""
+        return {**dataclasses.asdict(self), "tokens_per_second": self.tokens_per_second}
+
+    def summary(self) -> str:
+        """One line for people."""
+        return (
+            f"{self.prompt_tokens} prompt and {self.new_tokens} new tokens; first after "
+            f"{self.first_token_seconds:.2f} s, then {self.decode_seconds:.2f} s"
+        )
+
 
 class InferenceEngine:
     """Generates with a model. Make one with `jdsi.init_inference`.
@@ -266,7 +277,7 @@ class InferenceEngine:
                     first = time.perf_counter()
                     stats.first_token_seconds += first - start
                 for row, (index, builder) in enumerate(zip(rows, builders, strict=True)):
-                    if not step.valid[row] and not step.finish[row] or builder.finish_reason is not None:
+                    if (not step.valid[row] and not step.finish[row]) or builder.finish_reason is not None:
                         continue
                     token = int(step.tokens[row])
                     delta = builder.add(token, int(step.finish[row]), _logprob(step, row))

@@ -1,0 +1,5 @@
+"""The `jdsi` command."""
+
+from .app import main
+
+__all__ = ["main"]

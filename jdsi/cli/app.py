@@ -1,0 +1,39 @@
+"""The command's root: subcommands, and how errors reach the user."""
+
+import os
+import sys
+
+import typer
+
+from jdsi.errors import JdsiError
+
+from .convert import convert
+from .generate import generate
+from .inspect import inspect
+
+app = typer.Typer(
+    name="jdsi",
+    help="DeepSpeed Inference on JAX/XLA: load a PyTorch checkpoint, run it fast on what you have.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(generate)
+app.command()(convert)
+app.command()(inspect)
+
+
+def main() -> None:
+    """Runs the command; a mistake of the user's ends in one line on stderr and exit code 1, never in a traceback."""
+    try:
+        app()
+    except JdsiError as error:
+        sys.stderr.write(f"jdsi: error: {error}\n")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.stderr.write("jdsi: interrupted\n")
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader (head, a pager) has what it wanted; Python must not complain while closing stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)

@@ -1,0 +1,38 @@
+"""`jdsi convert`: one checkpoint format into another."""
+
+import dataclasses
+import json
+import sys
+from typing import Annotated, Literal
+
+import typer
+
+
+def convert(
+    source: Annotated[str, typer.Argument(help="Folder of a checkpoint, or a hub id.")],
+    destination: Annotated[str, typer.Argument(help="Folder to write.")],
+    to: Annotated[Literal["orbax", "hf"], typer.Option(help="Format to write.")] = "orbax",
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default as it is.")] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest file of --to hf, as 5GB.")] = "5GB",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing checkpoint.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, no progress bar.")] = False,
+) -> None:
+    """Convert a checkpoint. What is interrupted leaves nothing behind that would load."""
+    from jdsi.converters import ProgressBar
+    from jdsi.converters import convert as run
+
+    report = run(
+        source,
+        destination,
+        to=to,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        overwrite=overwrite,
+        progress=None if as_json else ProgressBar("converting"),
+    )
+    if as_json:
+        json.dump(dataclasses.asdict(report), sys.stdout, default=str)
+        sys.stdout.write("\n")
+        return
+    rate = report.bytes / max(report.seconds, 1e-9) / 1e6
+    sys.stdout.write(f"wrote {destination}: {report.bytes / 1e6:.1f} MB in {report.seconds:.1f} s ({rate:.0f} MB/s)\n")

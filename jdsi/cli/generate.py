@@ -1,0 +1,117 @@
+"""`jdsi generate`: text from a checkpoint."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from jdsi.errors import PromptError
+
+_SAMPLING = "Sampling"
+_PROMPTS = "Prompts (each may be repeated)"
+
+
+def generate(
+    model: Annotated[str, typer.Argument(help="Folder of a Hugging Face or converted checkpoint, or a hub id.")],
+    prompt: Annotated[list[str] | None, typer.Option(help="Text to continue.", rich_help_panel=_PROMPTS)] = None,
+    prompt_file: Annotated[
+        list[str] | None,
+        typer.Option(help="File with text to continue; - is standard input.", rich_help_panel=_PROMPTS),
+    ] = None,
+    prompt_ids: Annotated[
+        list[str] | None, typer.Option(help="Token ids to continue, as 5,6,7.", rich_help_panel=_PROMPTS)
+    ] = None,
+    chat: Annotated[
+        bool,
+        typer.Option("--chat", help="Texts are a user's messages: apply the chat template.", rich_help_panel=_PROMPTS),
+    ] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.", rich_help_panel=_SAMPLING)] = 128,
+    min_new_tokens: Annotated[int, typer.Option(help="Do not stop before.", rich_help_panel=_SAMPLING)] = 0,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.", rich_help_panel=_SAMPLING)] = 0.0,
+    top_k: Annotated[int, typer.Option(help="0 is off.", rich_help_panel=_SAMPLING)] = 0,
+    top_p: Annotated[float, typer.Option(help="1 is off.", rich_help_panel=_SAMPLING)] = 1.0,
+    min_p: Annotated[float, typer.Option(help="0 is off.", rich_help_panel=_SAMPLING)] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="1 is off.", rich_help_panel=_SAMPLING)] = 1.0,
+    presence_penalty: Annotated[float, typer.Option(help="0 is off.", rich_help_panel=_SAMPLING)] = 0.0,
+    frequency_penalty: Annotated[float, typer.Option(help="0 is off.", rich_help_panel=_SAMPLING)] = 0.0,
+    no_repeat_ngram: Annotated[int, typer.Option(help="0 is off.", rich_help_panel=_SAMPLING)] = 0,
+    num_beams: Annotated[int, typer.Option(help="Beam search of this width.", rich_help_panel=_SAMPLING)] = 1,
+    stop: Annotated[list[str] | None, typer.Option(help="End at this text.", rich_help_panel=_SAMPLING)] = None,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Go on behind EOS.", rich_help_panel=_SAMPLING)
+    ] = False,
+    logprobs: Annotated[
+        int | None, typer.Option(help="With --json: report this many top tokens per step.", rich_help_panel=_SAMPLING)
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.", rich_help_panel=_SAMPLING)] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    tokenizer: Annotated[str | None, typer.Option(help="Folder or hub id, if not the model's own.")] = None,
+    stream: Annotated[bool, typer.Option("--stream", help="Print text as it comes (one prompt).")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Continue prompts with a model."""
+    from jdsi import SamplingParams, init_inference
+
+    prompts = _prompts(prompt or [], prompt_file or [], prompt_ids or [], chat)
+    if stream and (as_json or len(prompts) > 1):
+        raise typer.BadParameter("--stream prints one prompt's text as it comes; leave out --json and further prompts")
+    if logprobs is not None and not as_json:
+        raise typer.BadParameter("--logprobs is shown only with --json")
+    sampling = SamplingParams(
+        max_new_tokens=max_new_tokens,
+        min_new_tokens=min_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        no_repeat_ngram=no_repeat_ngram,
+        num_beams=num_beams,
+        stop=tuple(stop or ()),
+        ignore_eos=ignore_eos,
+        logprobs=logprobs,
+        seed=seed,
+    )
+    engine = init_inference(model, dtype=dtype, tokenizer=tokenizer)
+    if stream:
+        for event in engine.stream(prompts, sampling):
+            sys.stdout.write(event.text)
+            sys.stdout.flush()
+        sys.stdout.write("\n")
+        return
+    completions = engine.generate(prompts, sampling)
+    if as_json:
+        json.dump(
+            {"completions": [dataclasses.asdict(c) for c in completions], "stats": engine.stats.as_dict()}, sys.stdout
+        )
+        sys.stdout.write("\n")
+        return
+    for shown, completion in zip(prompts, completions, strict=True):
+        lead = shown if isinstance(shown, str) else ""
+        text = completion.text if engine.tokenizer is not None else ",".join(map(str, completion.token_ids))
+        sys.stdout.write(f"{lead}{text}\n")
+    sys.stderr.write(f"{engine.stats.summary()}\n")
+
+
+def _prompts(texts: list[str], files: list[str], ids: list[str], chat: bool) -> list[Any]:
+    found: list[Any] = list(texts)
+    for name in files:
+        try:
+            found.append(sys.stdin.read() if name == "-" else Path(name).read_text())
+        except (OSError, UnicodeDecodeError) as error:
+            raise PromptError(f"the prompt file {name} cannot be read: {error}") from error
+    if chat:
+        found = [[{"role": "user", "content": text}] for text in found]
+    for line in ids:
+        try:
+            found.append([int(part) for part in line.split(",")])
+        except ValueError:
+            raise PromptError(f"--prompt-ids {line!r} must be numbers with commas between them, as 5,6,7") from None
+    if not found:
+        raise typer.BadParameter("give at least one --prompt, --prompt-file or --prompt-ids")
+    return found

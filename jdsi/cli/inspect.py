@@ -1,0 +1,81 @@
+"""`jdsi inspect`: what a checkpoint is, without reading its weights."""
+
+import dataclasses
+import json
+import math
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from jdsi.models import TransformerSpec, abstract_parameters
+
+_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def inspect(
+    model: Annotated[str, typer.Argument(help="Folder of a checkpoint, or a hub id.")],
+    parameters: Annotated[bool, typer.Option("--parameters", help="List every parameter.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show the spec, the parameters and the memory a model takes."""
+    from jdsi.converters import load_spec
+
+    report = _report(load_spec(model))
+    if as_json:
+        json.dump(report, sys.stdout)
+        sys.stdout.write("\n")
+        return
+    _show(report, parameters)
+
+
+def _report(spec: TransformerSpec) -> dict[str, Any]:
+    shapes = {name: list(struct.shape) for name, struct in abstract_parameters(spec).items()}
+    total = sum(math.prod(shape) for shape in shapes.values())
+    kv_values = sum(kv_heads * (key + value) for kv_heads, key, value in spec.kv_heads)
+    return {
+        "family": spec.family,
+        "parameters": total,
+        "weight_bytes": {dtype: total * size for dtype, size in _ITEM_BYTES.items()},
+        "kv_bytes_per_token": {dtype: kv_values * size for dtype, size in _ITEM_BYTES.items()} if spec.causal else None,
+        "spec": dataclasses.asdict(spec),
+        "shapes": shapes,
+    }
+
+
+def _show(report: dict[str, Any], every_parameter: bool) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    spec = report["spec"]
+    console.print(
+        f"[bold]{report['family']}[/bold]: {report['parameters'] / 1e6:,.1f} M parameters, "
+        f"{len(spec['layers'])} layers, width {spec['width']}, "
+        f"vocabulary {spec['vocab_size']}, {spec['max_positions']} positions"
+    )
+    table = Table("dtype", "weights", *(["KV cache per token"] if report["kv_bytes_per_token"] else []))
+    for dtype, size in report["weight_bytes"].items():
+        kv = [f"{report['kv_bytes_per_token'][dtype] / 1e3:,.1f} kB"] if report["kv_bytes_per_token"] else []
+        table.add_row(dtype, f"{size / 1e6:,.1f} MB", *kv)
+    console.print(table)
+    for first, last, layer in _runs(spec["layers"]):
+        console.print(f"layers {first} to {last}:" if last > first else f"layer {first}:", layer)
+    for key in ("embedding", "norm", "head"):
+        console.print(f"{key}:", spec[key])
+    if every_parameter:
+        table = Table("parameter", "shape", "values")
+        for name, shape in report["shapes"].items():
+            table.add_row(name, " × ".join(map(str, shape)), f"{math.prod(shape):,}")
+        console.print(table)
+
+
+def _runs(layers: tuple[dict[str, Any], ...]) -> list[tuple[int, int, dict[str, Any]]]:
+    """Equal neighbours as `(first, last, layer)`."""
+    runs: list[tuple[int, int, dict[str, Any]]] = []
+    for i, layer in enumerate(layers):
+        if runs and runs[-1][2] == layer:
+            runs[-1] = (runs[-1][0], i, layer)
+        else:
+            runs.append((i, i, layer))
+    return runs
