@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +19,18 @@ EOS = 5
 
 
 @functools.cache
-def model(family: str, seed: int) -> torch.nn.Module:
+def model(family: str, seed: int) -> Any:
     torch.manual_seed(seed)
     if family == "gpt2":
         config = GPT2Config(
-            vocab_size=VOCAB, n_positions=64, n_embd=16, n_layer=1, n_head=2, bos_token_id=None, eos_token_id=EOS
+            vocab_size=VOCAB,
+            n_positions=64,
+            n_embd=16,
+            n_layer=1,
+            n_head=2,
+            bos_token_id=None,
+            eos_token_id=EOS,
+            initializer_range=0.5,
         )
         made = GPT2LMHeadModel(config)
     else:
@@ -35,13 +43,15 @@ def model(family: str, seed: int) -> torch.nn.Module:
             max_position_embeddings=64,
             bos_token_id=None,
             eos_token_id=EOS,
+            initializer_range=0.5,
         )
         made = LlamaForCausalLM(config)
     head = torch.nn.Linear(16, VOCAB)
     with torch.no_grad():
-        head.weight.normal_(0, 0.8)
+        # Varied logits, and an end of sequence that is neither rare nor always best.
+        head.weight.normal_(0, 0.45)
         head.bias.zero_()
-        head.bias[EOS] = 0.8
+        head.bias[EOS] = 1.5
     made.lm_head = head
     return made.eval()
 
@@ -51,7 +61,7 @@ def jitted_step(logits, state, features):
     return beam.step(logits, state, features)
 
 
-def search(net: torch.nn.Module, prompts: list[list[int]], params: list[SamplingParams]) -> list[list[beam.Hypothesis]]:
+def search(net: Any, prompts: list[list[int]], params: list[SamplingParams]) -> list[list[beam.Hypothesis]]:
     """Recomputes every sequence from its tokens; `parents` reorder the outputs as they would a KV cache."""
     beams = params[0].num_beams
     features = beam.BeamFeatures.of(params)
@@ -67,9 +77,7 @@ def search(net: torch.nn.Module, prompts: list[list[int]], params: list[Sampling
     return beam.finish(state)
 
 
-def reference(
-    net: torch.nn.Module, prompt: list[list[int]], params: SamplingParams
-) -> tuple[list[list[int]], list[float]]:
+def reference(net: Any, prompt: list[list[int]], params: SamplingParams) -> tuple[list[list[int]], list[float]]:
     out = net.generate(
         torch.tensor(prompt),
         attention_mask=torch.ones(len(prompt), len(prompt[0]), dtype=torch.long),
