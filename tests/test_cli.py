@@ -1,0 +1,79 @@
+"""The command as a user types it, in processes of their own."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from checkpoints import save_llama
+
+
+def jdsi(*arguments: object, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from jdsi.cli import main; main()", *map(str, arguments)]
+    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("llama")
+    save_llama(path)
+    return path
+
+
+def test_convert_then_generate_gives_the_same(folder: Path, tmp_path: Path) -> None:
+    converted, back = tmp_path / "orbax", tmp_path / "hf"
+    first = jdsi("convert", folder, converted, "--json")
+    assert first.returncode == 0, first.stderr
+    assert json.loads(first.stdout)["bytes"] > 0
+    assert jdsi("convert", converted, back, "--to", "hf").returncode == 0
+    options = ("--prompt", "def f(", "--prompt-ids", "5,6,7", "--max-new-tokens", 8, "--json")
+    answers = [jdsi("generate", path, *options) for path in (folder, converted, back)]
+    assert all(a.returncode == 0 for a in answers), [a.stderr for a in answers]
+    completions = [json.loads(a.stdout)["completions"] for a in answers]
+    assert completions[0] == completions[1] == completions[2]
+    assert completions[0][0].keys() >= {"text", "token_ids", "finish_reason"}
+    assert json.loads(answers[0].stdout)["stats"]["new_tokens"] == sum(len(c["token_ids"]) for c in completions[0])
+
+
+def test_stream_prints_what_generate_prints(folder: Path) -> None:
+    options = ("--prompt-file", "-", "--max-new-tokens", 12, "--temperature", 1, "--seed", 3)
+    streamed = jdsi("generate", folder, *options, "--stream", stdin="The quick")
+    whole = jdsi("generate", folder, *options, "--json", stdin="The quick")
+    assert streamed.stdout == json.loads(whole.stdout)["completions"][0]["text"] + "\n"
+
+
+def test_inspect(folder: Path) -> None:
+    report = json.loads(jdsi("inspect", folder, "--json").stdout)
+    assert report["family"] == "llama"
+    assert report["weight_bytes"]["bfloat16"] == 2 * report["parameters"]
+    assert sum(1 for name in report["shapes"] if name.startswith("layers.1.")) == 6
+    shown = jdsi("inspect", folder, "--parameters")
+    assert shown.returncode == 0
+    assert "layers 0 to 1" in shown.stdout
+    assert "layers.1.feed_forward.down.weight" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("generate", "FOLDER"), "at least one --prompt"),
+        (("generate", "FOLDER", "--prompt-ids", "5,x"), "numbers with commas"),
+        (("generate", "FOLDER", "--prompt-file", "/nowhere/file"), "cannot be read"),
+        (("generate", "FOLDER", "--prompt", "x", "--top-p", "0.5"), "temperature"),
+        (("generate", "FOLDER", "--prompt", "x", "--max-new-tokens", "1000"), "more than the 256"),
+        (("generate", "FOLDER", "--prompt", "x", "--prompt", "y", "--stream"), "one prompt"),
+        (("generate", "nowhere-at-all/", "--prompt", "x"), "nowhere-at-all"),
+        (("inspect", "nowhere-at-all/"), "nowhere-at-all"),
+        (("convert", "FOLDER", "FOLDER"), "FOLDER"),
+        (("convert", "FOLDER", "/proc/x"), "/proc"),
+        (("generate", "FOLDER", "--promt", "x"), "--prompt"),
+    ],
+)
+def test_mistakes_get_a_line_and_no_traceback(folder: Path, arguments: tuple[str, ...], message: str) -> None:
+    result = jdsi(*(str(folder) if a == "FOLDER" else a for a in arguments))
+    assert result.returncode in (1, 2)
+    assert message.replace("FOLDER", folder.name) in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""

@@ -1,0 +1,48 @@
+import pytest
+
+from jdsi import ConfigError, InferenceConfig
+
+
+def test_deepspeed_json_is_understood() -> None:
+    config = InferenceConfig.from_dict(
+        {
+            "dtype": "torch.float32",
+            "max_out_tokens": 2048,
+            "tensor_parallel": {"tp_size": 1},
+            "replace_with_kernel_inject": True,
+            "enable_cuda_graph": False,
+            "quant": {"enabled": False},
+            "zero": {"stage": 0},
+            "moe": {"enabled": False, "ep_size": 1},
+        }
+    )
+    assert config == InferenceConfig(dtype="float32", max_tokens=2048)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("fp16", "float16"), ("half", "float16"), ("bf16", "bfloat16"), ("fp32", "float32"), ("auto", "auto")],
+)
+def test_dtype_names(name: str, dtype: str) -> None:
+    assert InferenceConfig(dtype=name).dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dytpe": "float32"}, "'dytpe'.*did you mean 'dtype'"),
+        ({"dtype": "int8"}, "int8"),
+        ({"max_tokens": 5, "max_out_tokens": 6}, "contradicts"),
+        ({"max_tokens": 0}, "at least 1"),
+        ({"max_batch_size": 2.5}, "integer"),
+        ({"tensor_parallel": {"tp_size": 2}}, "tp_size=2"),
+        ({"mp_size": 4}, "mp_size=4"),
+        ({"moe": {"enabled": True}}, "moe"),
+        ({"quant": {"enabled": True}}, "quant"),
+        ({"zero": {"stage": 3, "offload_param": {"device": "cpu"}}}, "zero"),
+        ({"injection_policy": {"Block": "x"}}, "injection_policy"),
+    ],
+)
+def test_what_cannot_be_honoured_is_named(options: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        InferenceConfig.from_dict(options)

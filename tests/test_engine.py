@@ -1,0 +1,243 @@
+"""The engine against transformers, and against itself in other configurations."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import jdsi
+from checkpoints import save_llama
+from jdsi import CapacityError, ConfigError, PromptError, SamplingParams
+
+PROMPTS = ["def f(", "The quick brown fox jumps over the lazy", "x", "return café"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("llama")
+    save_llama(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def torch_model(folder: Path) -> transformers.PreTrainedModel:
+    return transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+@pytest.fixture(scope="module")
+def engine(folder: Path) -> jdsi.InferenceEngine:
+    return jdsi.init_inference(folder)
+
+
+def torch_tokens(model: transformers.PreTrainedModel, prompt: list[int], **options: object) -> list[int]:
+    with torch.no_grad():
+        out = model.generate(torch.tensor([prompt]), pad_token_id=0, **options)
+    return out[0, len(prompt) :].tolist()
+
+
+def test_greedy_equals_transformers_for_a_ragged_batch(
+    engine: jdsi.InferenceEngine, torch_model: transformers.PreTrainedModel
+) -> None:
+    completions = engine.generate(PROMPTS, SamplingParams(max_new_tokens=24))
+    for prompt, completion in zip(PROMPTS, completions, strict=True):
+        ids = engine.tokenizer(prompt)["input_ids"]
+        expected = torch_tokens(torch_model, ids, max_new_tokens=24, do_sample=False)
+        assert completion.token_ids == expected
+        assert completion.finish_reason == ("stop" if expected[-1] == 0 else "length")
+        assert completion.text == engine.tokenizer.decode(expected, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("early_stopping", [False, True])
+def test_beam_search_equals_transformers(
+    engine: jdsi.InferenceEngine, torch_model: transformers.PreTrainedModel, early_stopping: bool
+) -> None:
+    params = SamplingParams(max_new_tokens=10, num_beams=3, early_stopping=early_stopping)
+    for prompt, completion in zip(PROMPTS, engine.generate(PROMPTS, params), strict=True):
+        ids = engine.tokenizer(prompt)["input_ids"]
+        options = {"max_new_tokens": 10, "do_sample": False, "num_beams": 3, "early_stopping": early_stopping}
+        assert completion.token_ids == torch_tokens(torch_model, ids, **options)
+
+
+def test_a_request_does_not_depend_on_its_batch(engine: jdsi.InferenceEngine) -> None:
+    params = [
+        SamplingParams(max_new_tokens=16, temperature=1.0, seed=1, top_p=0.9),
+        SamplingParams(max_new_tokens=9, repetition_penalty=1.3, no_repeat_ngram=2),
+        SamplingParams(max_new_tokens=12, temperature=0.7, seed=3, top_k=20, min_p=0.02, logprobs=2),
+        SamplingParams(max_new_tokens=5, frequency_penalty=0.5, ignore_eos=True),
+    ]
+    together = engine.generate(PROMPTS, params)
+    alone = [engine.generate(p, s)[0] for p, s in zip(PROMPTS, params, strict=True)]
+    assert [c.token_ids for c in together] == [c.token_ids for c in alone]
+    assert [c.text for c in together] == [c.text for c in alone]
+
+
+def test_batches_beyond_the_limit_are_split(folder: Path, engine: jdsi.InferenceEngine) -> None:
+    small = jdsi.init_inference(folder, max_batch_size=2)
+    params = SamplingParams(max_new_tokens=6)
+    expected = [c.token_ids for c in engine.generate(PROMPTS, params)]
+    assert [c.token_ids for c in small.generate(PROMPTS, params)] == expected
+    assert small.stats.new_tokens == sum(map(len, expected))
+
+
+def test_stream_joins_to_generate(engine: jdsi.InferenceEngine) -> None:
+    params = SamplingParams(max_new_tokens=20, temperature=1.0, seed=5)
+    events = list(engine.stream(PROMPTS, params))
+    for i, completion in enumerate(engine.generate(PROMPTS, params)):
+        mine = [e for e in events if e.index == i]
+        assert "".join(e.text for e in mine) == completion.text
+        assert [e.token_id for e in mine] == completion.token_ids
+        assert mine[-1].completion == completion
+
+
+def test_a_stop_string_ends_the_text_before_it(engine: jdsi.InferenceEngine) -> None:
+    whole = engine.generate("def f(", SamplingParams(max_new_tokens=24, ignore_eos=True))[0]
+    stop = whole.text[4:6]
+    assert stop
+    cut = engine.generate("def f(", SamplingParams(max_new_tokens=24, ignore_eos=True, stop=(stop,)))[0]
+    assert cut.text == whole.text[: whole.text.index(stop)]
+    assert cut.finish_reason == "stop"
+    assert cut.token_ids == whole.token_ids[: len(cut.token_ids)]
+    assert len(cut.token_ids) < 24
+
+
+def test_stop_ids_and_min_new_tokens(engine: jdsi.InferenceEngine) -> None:
+    free = engine.generate("x", SamplingParams(max_new_tokens=8, ignore_eos=True))[0].token_ids
+    stopped = engine.generate("x", SamplingParams(max_new_tokens=8, ignore_eos=True, stop_token_ids=(free[2],)))[0]
+    assert stopped.token_ids == free[: free.index(free[2]) + 1]
+    held = SamplingParams(max_new_tokens=8, min_new_tokens=8, ignore_eos=True, stop_token_ids=(free[2],))
+    assert len(engine.generate("x", held)[0].token_ids) == 8
+
+
+def test_logprobs_are_the_models(engine: jdsi.InferenceEngine) -> None:
+    prompt = engine.tokenizer("def f(")["input_ids"]
+    completion = engine.generate(prompt, SamplingParams(max_new_tokens=5, logprobs=3, ignore_eos=True))[0]
+    logits = engine.forward([prompt + completion.token_ids])[0]
+    expected = jax.nn.log_softmax(logits)[len(prompt) - 1 : -1]
+    assert completion.logprobs is not None
+    for row, token in zip(np.asarray(expected), completion.logprobs, strict=True):
+        assert token.logprob == pytest.approx(row[token.token_id], abs=1e-4)
+        assert [i for i, _ in token.top] == np.argsort(-row)[:3].tolist()
+
+
+def test_prompts_may_be_text_ids_arrays_or_chat(engine: jdsi.InferenceEngine) -> None:
+    params = SamplingParams(max_new_tokens=4)
+    ids = engine.tokenizer("def f(")["input_ids"]
+    expected = engine.generate("def f(", params)
+    assert engine.generate(ids, params) == expected
+    assert engine.generate(np.array(ids), params) == expected
+    assert engine.generate([ids, "x"], params)[0] == expected[0]
+    chat = [{"role": "user", "content": "hi"}]
+    rendered = "<|user|>hi</s><|assistant|>"
+    assert engine.generate(chat, params) == engine.generate(rendered, params)
+    assert engine.generate([chat, chat], params) == engine.generate(rendered, params) * 2
+
+
+def test_forward_equals_transformers(engine: jdsi.InferenceEngine, torch_model: transformers.PreTrainedModel) -> None:
+    rows = [[5, 9, 2, 7, 7, 1], [3, 3], [250] * 17]
+    logits = engine.forward(rows)
+    assert logits.shape == (3, 17, 300)
+    for row, ours in zip(rows, logits, strict=True):
+        with torch.no_grad():
+            expected = torch_model(torch.tensor([row])).logits[0].numpy()
+        np.testing.assert_allclose(ours[: len(row)], expected, rtol=5e-4, atol=5e-5)
+
+
+def test_load_model_is_differentiable_and_plain_jit(folder: Path, torch_model: transformers.PreTrainedModel) -> None:
+    from flax import nnx
+
+    model = jdsi.load_model(folder)
+    tokens = jnp.asarray([[5, 9, 2, 7, 7, 1, 40, 8]])
+    graph, state = nnx.split(model)
+
+    def loss(state: nnx.State) -> jax.Array:
+        logp = jax.nn.log_softmax(nnx.merge(graph, state)(tokens)[:, :-1])
+        return -jnp.take_along_axis(logp, tokens[:, 1:, None], axis=-1).mean()
+
+    value, gradient = jax.jit(jax.value_and_grad(loss))(state)
+    torch_tokens = torch.tensor(np.asarray(tokens), dtype=torch.long)
+    expected = torch_model(torch_tokens, labels=torch_tokens).loss
+    expected.backward()
+    assert float(value) == pytest.approx(expected.item(), rel=1e-4)
+    ours = gradient["layers"][1]["feed_forward"]["down"]["weight"][...]
+    theirs = torch_model.model.layers[1].mlp.down_proj.weight.grad.numpy()
+    np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-5)
+    torch_model.zero_grad()
+
+
+def test_bfloat16_is_close_to_float32(folder: Path, engine: jdsi.InferenceEngine) -> None:
+    rows = [[5, 9, 2, 7, 7, 1]]
+    exact = np.asarray(engine.forward(rows), np.float64)
+    narrow = np.asarray(jdsi.init_inference(folder, dtype="bfloat16").forward(rows), np.float64)
+    assert np.linalg.norm(narrow - exact) <= 2e-2 * np.linalg.norm(exact)
+
+
+def test_warmup_leaves_nothing_to_compile(folder: Path) -> None:
+    engine = jdsi.init_inference(folder)
+    assert engine.warmup(batch_sizes=(1, 2), prompt_lengths=(3,), progress=False) == 2
+    with jax.log_compiles(False):
+        before = engine._executor._step._cache_size()
+        engine.generate(["x", "def f("], SamplingParams())
+        assert engine._executor._step._cache_size() == before
+
+
+@pytest.mark.parametrize(
+    ("prompts", "sampling", "error", "message"),
+    [
+        ("", None, PromptError, "empty"),
+        ([], None, PromptError, "no prompt"),
+        ([[]], None, PromptError, "empty"),
+        ([5, 300], None, PromptError, "token id 300; the vocabulary is 0 to 299"),
+        ([5, -1], None, PromptError, "token id -1"),
+        ([5, 2.5], None, PromptError, "must be text"),
+        ([{"role": "user"}], None, PromptError, "'content'"),
+        ("x", SamplingParams(max_new_tokens=256), CapacityError, "257, more than the 256"),
+        (["x", "y"], [SamplingParams()], ConfigError, "1 sampling parameters for 2 prompts"),
+        ("x", SamplingParams(stop_token_ids=(300,)), ConfigError, "vocabulary"),
+    ],
+)
+def test_bad_requests_are_named(
+    engine: jdsi.InferenceEngine, prompts: object, sampling: object, error: type, message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        engine.generate(prompts, sampling)
+    assert engine.generate("x", SamplingParams(max_new_tokens=1))  # and the engine still works
+
+
+@pytest.mark.parametrize(
+    ("tokens", "lengths", "error"),
+    [
+        ([[1] * 257], None, CapacityError),
+        ([[1, 2]], [3], ConfigError),
+        ([], None, PromptError),
+        ([[]], None, PromptError),
+    ],
+)
+def test_bad_forward_arguments_are_named(
+    engine: jdsi.InferenceEngine, tokens: object, lengths: object, error: type
+) -> None:
+    with pytest.raises(error):
+        engine.forward(tokens, lengths)
+
+
+@pytest.mark.filterwarnings("default::jdsi.converters.NonFiniteWarning")
+def test_broken_weights_are_an_error_not_garbage(tmp_path: Path) -> None:
+    model = save_llama(tmp_path)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    model.save_pretrained(tmp_path)
+    engine = jdsi.init_inference(tmp_path)
+    with pytest.raises(jdsi.JdsiError, match="not finite"):
+        engine.generate("x")
+
+
+def test_abandoned_stream_leaves_the_engine_usable(engine: jdsi.InferenceEngine) -> None:
+    params = SamplingParams(max_new_tokens=16, ignore_eos=True)
+    expected = engine.generate(PROMPTS, params)
+    stream = engine.stream(PROMPTS, params)
+    next(stream)
+    stream.close()
+    assert engine.generate(PROMPTS, params) == expected
