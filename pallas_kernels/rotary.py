@@ -1,7 +1,7 @@
 """Rotary position embedding (Su et al. 2021), reference form."""
 
 import dataclasses
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +9,13 @@ from jaxtyping import Array, Float, Int
 
 
 class RotaryScaling(Protocol):
-    """How a family stretches the rotary frequencies past the length it was trained on. Hashable."""
+    """How a family stretches the rotary frequencies past the length it was trained on. Hashable.
+
+    `depends_on_length` says whether a key's rotation depends on the length of its sequence. Where it does, keys of one
+    prompt cannot serve another that merely starts with the same tokens.
+    """
+
+    depends_on_length: ClassVar[bool]
 
     @property
     def attention_factor(self) -> float:
@@ -18,8 +24,8 @@ class RotaryScaling(Protocol):
 
     def frequencies(
         self, dim: int, theta: float, lengths: Int[Array, " T"]
-    ) -> np.ndarray | Float[Array, "dim/2"] | Float[Array, "T dim/2"]:
-        """Radians per position; per token where the scaling depends on the sequence's length."""
+    ) -> np.ndarray | Float[Array, " pairs"] | Float[Array, "T pairs"]:
+        """Radians per position of the `dim / 2` pairs; per token where the scaling depends on the length."""
         ...
 
 
@@ -39,10 +45,20 @@ class Rotary:
     interleaved: bool = False
     scaling: RotaryScaling | None = None
 
+    @property
+    def depends_on_length(self) -> bool:
+        """See `RotaryScaling`."""
+        return self.scaling is not None and self.scaling.depends_on_length
+
 
 def base_frequencies(dim: int, theta: float) -> np.ndarray:
-    """`theta ** (-2 i / dim)` for i in [0, dim/2), float32."""
-    return (1.0 / theta ** (np.arange(0, dim, 2, dtype=np.float64) / dim)).astype(np.float32)
+    """`theta ** (-2 i / dim)` for i in [0, dim/2), float32.
+
+    Exponents are rounded to float32 first, as the PyTorch models do: a position of 10^5 makes an error of 10^-7 in a
+    frequency visible in the phase.
+    """
+    exponents = (np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)).astype(np.float64)
+    return np.float32(1) / (theta**exponents).astype(np.float32)
 
 
 def apply_rotary(
@@ -53,7 +69,8 @@ def apply_rotary(
     Args:
         x: queries or keys, any float dtype.
         positions: position of each token in its sequence.
-        lengths: length, so far, of the sequence each token belongs to; only length-dependent scalings read it.
+        lengths: length of the sequence each token belongs to when the token is computed (the whole prompt's for a
+            prompt's tokens, position + 1 for a generated one); only length-dependent scalings read it.
         rotary: the embedding's parameters.
 
     Returns:
@@ -72,10 +89,7 @@ def apply_rotary(
     else:
         first, second = jnp.split(rotated, 2, axis=-1)
     turned = (first * cos - second * sin, second * cos + first * sin)
-    if rotary.interleaved:
-        out = jnp.stack(turned, axis=-1).reshape(rotated.shape)
-    else:
-        out = jnp.concatenate(turned, axis=-1)
+    out = jnp.stack(turned, axis=-1).reshape(rotated.shape) if rotary.interleaved else jnp.concatenate(turned, axis=-1)
     out = out.astype(x.dtype)
     if rotary.dim == x.shape[-1]:
         return out

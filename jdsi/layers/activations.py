@@ -7,6 +7,8 @@ from types import MappingProxyType
 import jax
 import jax.numpy as jnp
 
+from jdsi.errors import ConfigError, nearest
+
 ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = MappingProxyType(
     {
         "gelu": partial(jax.nn.gelu, approximate=False),
@@ -21,3 +23,14 @@ ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = MappingProxyType(
         "tanh": jnp.tanh,
     }
 )
+
+
+def known_activation(name: str, key: str = "activation") -> str:
+    """`name`, if it is one of `ACTIVATIONS`.
+
+    Raises:
+        ConfigError: it is not; the message names `key`, the option it came from, and lists those there are.
+    """
+    if name not in ACTIVATIONS:
+        raise ConfigError(f"{key}: unknown {name!r}{nearest(str(name), ACTIVATIONS)}; known: {', '.join(ACTIVATIONS)}")
+    return name

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from jdsi.layers.activations import known_activation
 from jdsi.pallas_kernels import Rotary
 
 
@@ -68,6 +69,9 @@ class MlpSpec:
     activation: str
     gated: bool = False
     bias: bool = False
+
+    def __post_init__(self) -> None:
+        known_activation(self.activation)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +149,9 @@ class HeadTransform:
 
     activation: str
     norm: NormSpec
+
+    def __post_init__(self) -> None:
+        known_activation(self.activation)
 
 
 @dataclasses.dataclass(frozen=True)
