@@ -24,8 +24,9 @@ SMALL = dict(  # noqa: C408 - reads as a config
         {},
         {"use_parallel_residual": False, "attention_bias": False, "rotary_pct": 1.0, "rotary_emb_base": 500},
         {"num_attention_heads": 3, "rotary_pct": 0.2, "hidden_act": "gelu_new", "tie_word_embeddings": True},
+        {"rope_scaling": {"rope_type": "linear", "factor": 2.5}, "rotary_pct": 0.5},
     ],
-    ids=["parallel", "serial-full-rotary-no-bias", "three-heads-tied"],
+    ids=["parallel", "serial-full-rotary-no-bias", "three-heads-tied", "scaled-rotary"],
 )
 def test_parity(change: dict) -> None:
     check_causal(GPTNeoXConfig(**(SMALL | change)))
@@ -39,5 +40,5 @@ def test_published_names() -> None:
 
 
 def test_odd_rotary_width_is_an_error() -> None:
-    with pytest.raises(ConfigError, match="rotary_pct"):
+    with pytest.raises(ConfigError, match="partial_rotary_factor"):
         family_for("gpt_neox").spec(GPTNeoXConfig(**(SMALL | {"rotary_pct": 0.25})))

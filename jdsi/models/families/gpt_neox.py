@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from jdsi.errors import ConfigError
 from jdsi.models.spec import (
     AttentionSpec,
     EmbeddingSpec,
@@ -18,25 +17,19 @@ from jdsi.models.weight_map import Entry, WeightMap, linear, split_heads_last, t
 
 from .family import Family
 from .heads import even_head_dim
-from .rope import rotary
+from .rope import rotary, rotary_dim
 
 
 def spec(config: Any) -> TransformerSpec:
     """The spec of a `GPTNeoXConfig`."""
     head_dim, norm = even_head_dim(config), LayerNormSpec(config.layer_norm_eps)
-    rotary_dim = int(head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
-    if rotary_dim < 2 or rotary_dim % 2:
-        raise ConfigError(
-            f"partial_rotary_factor (rotary_pct) must rotate an even number of each head's {head_dim} dimensions,"
-            f" got {rotary_dim}"
-        )
     layer = LayerSpec(
         attention=AttentionSpec(
             num_heads=config.num_attention_heads,
             num_kv_heads=config.num_attention_heads,
             head_dim=head_dim,
             scale=head_dim**-0.5,
-            rotary=rotary(config, rotary_dim),
+            rotary=rotary(config, rotary_dim(config, head_dim)),
             qkv_bias=config.attention_bias,
             out_bias=config.attention_bias,
         ),
