@@ -15,7 +15,7 @@ from .checkpoint import Checkpoint, open_checkpoint, resolve
 from .config import load_family, parse_dtype
 from .orbax import OrbaxCheckpoint
 from .progress import Progress, Silent
-from .sources import MappedParameters
+from .sources import MappedParameters, ParameterSource
 from .watch import Watcher
 
 
@@ -46,9 +46,13 @@ def load_parameters(
     progress = progress or Silent()
     progress.start(sum(leaf.size * leaf.dtype.itemsize for leaf in abstract.values()))
     try:
+        shapes = {name: tuple(leaf.shape) for name, leaf in abstract.items()}
+        source: ParameterSource
         if isinstance(checkpoint, OrbaxCheckpoint):
-            return checkpoint.restore(abstract, progress=progress)
-        source = MappedParameters(checkpoint, weight_map, {name: tuple(a.shape) for name, a in abstract.items()})
+            checkpoint.check(shapes)
+            source = checkpoint
+        else:
+            source = MappedParameters(checkpoint, weight_map, shapes)
         watcher = Watcher(progress)
         parameters = {}
         for name, leaf in abstract.items():
