@@ -14,6 +14,48 @@ _QUERY_BLOCK = 256
 
 
 @dataclasses.dataclass(frozen=True)
+class Alibi:
+    """Biases that grow linearly with distance (Press et al. 2022): `slope * (key position - query position)`.
+
+    Attributes:
+        slopes: one per query head.
+    """
+
+    slopes: tuple[float, ...]
+
+    def bias(self, q_positions: Int[Array, "B S"], k_positions: Int[Array, "B L"]) -> Float[Array, "B H S L"]:
+        """What is added to the scaled scores, float32."""
+        distance = (k_positions[:, None, None, :] - q_positions[:, None, :, None]).astype(jnp.float32)
+        return jnp.asarray(self.slopes, jnp.float32)[:, None, None] * distance
+
+
+@dataclasses.dataclass(frozen=True)
+class RoundedAlibi(Alibi):
+    """ALiBi as Falcon has it: `scale * bfloat16(slope * key position)`, whatever the dtype of the model.
+
+    The softmax would not notice that the query position is missing, but it does notice the rounding, which at position
+    1000 is in steps of up to 4; so this is not a function of the distance.
+
+    Attributes:
+        scale: multiplies the rounded bias.
+    """
+
+    scale: float = 1.0
+
+    def bias(self, q_positions: Int[Array, "B S"], k_positions: Int[Array, "B L"]) -> Float[Array, "B H S L"]:
+        """See `Alibi.bias`; the same for every query."""
+        slopes = _to_bfloat16(jnp.asarray(self.slopes, jnp.float32))[:, None, None]
+        positions = _to_bfloat16(k_positions.astype(jnp.float32))[:, None, None, :]
+        bias = self.scale * _to_bfloat16(slopes * positions)
+        return jnp.broadcast_to(bias, (*bias.shape[:2], q_positions.shape[1], bias.shape[3]))
+
+
+def _to_bfloat16(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    # A pair of casts would not do: XLA may leave both out.
+    return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+
+
+@dataclasses.dataclass(frozen=True)
 class AttentionForm:
     """The static part of one layer's attention: what is computed from q, k and v. Hashable.
 
@@ -22,7 +64,7 @@ class AttentionForm:
         causal: a query sees only keys at its own position or earlier.
         window: a query at position i sees only keys at positions > i - window.
         softcap: scores become `softcap * tanh(scores / softcap)` before the mask.
-        alibi_slopes: one slope per query head; adds `slope * (key position - query position)`.
+        alibi: linear biases, added to the scores before the mask.
         rotary: rotary embedding of q and k. Whoever owns the KV memory applies it, for only it knows the positions.
     """
 
@@ -30,14 +72,14 @@ class AttentionForm:
     causal: bool = True
     window: int | None = None
     softcap: float | None = None
-    alibi_slopes: tuple[float, ...] | None = None
+    alibi: Alibi | None = None
     rotary: Rotary | None = None
 
 
 def attention(
     q: Float[Array, "B S H D"],
-    k: Float[Array, "B L K D"],
-    v: Float[Array, "B L K Dv"],
+    k: Float[Array, "B K L D"],
+    v: Float[Array, "B K L Dv"],
     form: AttentionForm,
     *,
     q_positions: Int[Array, "B S"],
@@ -76,7 +118,7 @@ def attention(
 
 def attention_weights(
     q: Float[Array, "B S H D"],
-    k: Float[Array, "B L K D"],
+    k: Float[Array, "B K L D"],
     form: AttentionForm,
     *,
     q_positions: Int[Array, "B S"],
@@ -85,17 +127,16 @@ def attention_weights(
 ) -> Float[Array, "B K G S L"]:
     """The softmax of the masked scores, float32, query heads grouped by the KV head they share (`G = H // K`)."""
     batch, length, heads, dim = q.shape
-    kv_heads = k.shape[2]
+    kv_heads = k.shape[1]
     if heads % kv_heads:
         raise ValueError(f"{heads} query heads do not divide over {kv_heads} key/value heads")
-    grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, dim)
-    scores = jnp.einsum("bskgd,blkd->bkgsl", grouped, k, preferred_element_type=jnp.float32) * form.scale
+    grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, dim).transpose(0, 2, 3, 1, 4)
+    scores = _scores(grouped, k) * form.scale
     if form.softcap is not None:
         scores = form.softcap * jnp.tanh(scores / form.softcap)
     distance = k_positions[:, None, :] - q_positions[:, :, None]  # B S L
-    if form.alibi_slopes is not None:
-        slopes = jnp.asarray(form.alibi_slopes, jnp.float32).reshape(kv_heads, -1)
-        scores += slopes[None, :, :, None, None] * distance[:, None, None].astype(jnp.float32)
+    if form.alibi is not None:
+        scores += form.alibi.bias(q_positions, k_positions).reshape(scores.shape)
     mask = visible
     if form.causal:
         mask = _both(mask, distance <= 0)
@@ -106,10 +147,40 @@ def attention_weights(
     return jax.nn.softmax(scores, axis=-1)
 
 
-def _attention_block(q, k, v, form, q_positions, k_positions, visible) -> Array:  # noqa: ANN001 - see `attention`
+def _attention_block(
+    q: Array, k: Array, v: Array, form: AttentionForm, q_positions: Array, k_positions: Array, visible: Array | None
+) -> Array:
     weights = attention_weights(q, k, form, q_positions=q_positions, k_positions=k_positions, visible=visible)
-    out = jnp.einsum("bkgsl,blkd->bskgd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    out = _weighted_sum(weights.astype(v.dtype), v).transpose(0, 3, 1, 2, 4)
     return out.reshape(*q.shape[:3], v.shape[-1]).astype(q.dtype)
+
+
+# With one query and few rows XLA's CPU backend copies the whole cache to call a matrix product; a multiply and a
+# reduction read it in place. With more rows the product wins, and more so with the cache as its left operand.
+_MULTIPLY_REDUCE_BATCH = 3
+
+
+def _scores(q: Float[Array, "B K G S D"], k: Float[Array, "B K L D"]) -> Float[Array, "B K G S L"]:
+    if q.shape[3] == 1 and q.shape[0] <= _MULTIPLY_REDUCE_BATCH:
+        return jnp.sum(q.astype(jnp.float32) * k.astype(jnp.float32)[:, :, None], axis=-1)[:, :, :, None]
+    if q.shape[3] == 1:
+        scores = jnp.einsum(
+            "bkld,bkgd->bklg", k, q[:, :, :, 0], precision=_precision(q), preferred_element_type=jnp.float32
+        )
+        return jax.lax.optimization_barrier(scores).swapaxes(2, 3)[:, :, :, None]
+    return jnp.einsum("bkgsd,bkld->bkgsl", q, k, precision=_precision(q), preferred_element_type=jnp.float32)
+
+
+def _weighted_sum(weights: Float[Array, "B K G S L"], v: Float[Array, "B K L D"]) -> Float[Array, "B K G S D"]:
+    if weights.shape[3] == 1 and weights.shape[0] <= _MULTIPLY_REDUCE_BATCH:
+        column = jnp.swapaxes(weights, 3, 4).astype(jnp.float32)
+        return jnp.sum(column * v.astype(jnp.float32)[:, :, None], axis=-2)[:, :, :, None]
+    return jnp.einsum("bkgsl,bkld->bkgsd", weights, v, precision=_precision(v), preferred_element_type=jnp.float32)
+
+
+def _precision(x: Array) -> jax.lax.Precision | None:
+    """Full float32 products for float32 inputs; TF32 would make the answer depend on the device."""
+    return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
 
 
 def _both(mask: Array | None, other: Array) -> Array:

@@ -4,6 +4,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+_CONTRACT_LAST = (((1,), (1,)), ((), ()))
+_SKINNY = 16  # rows up to which XLA's CPU backend is faster with the weight as its left operand
+
 
 def linear(
     x: Float[Array, "T in"],
@@ -17,10 +20,29 @@ def linear(
     Returns:
         The product in `out_dtype`, by default the dtype of `x`.
     """
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    y = jax.lax.dot_general(
-        x, weight, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
-    )
+    if x.shape[0] <= _SKINNY:
+        y = jax.lax.platform_dependent(x, weight, cpu=_skinny_cpu, default=_product)
+    else:
+        y = _product(x, weight)
     if bias is not None:
         y += bias.astype(jnp.float32)
     return y.astype(out_dtype or x.dtype)
+
+
+def _product(x: Array, weight: Array) -> Array:
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jax.lax.dot_general(x, weight, _CONTRACT_LAST, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _skinny_cpu(x: Array, weight: Array) -> Array:
+    """The product with the weight on the left, which reads it faster: 1.05 to 1.4 times for 2 to 16 float32 rows.
+
+    The barriers keep XLA from folding the transposes back into the other order. One narrow row is doubled: XLA has no
+    narrow matrix-vector product and would write the whole weight out in float32 first.
+    """
+    rows = x.shape[0]
+    if rows == 1:
+        if x.dtype == jnp.float32:
+            return _product(x, weight)
+        x = jnp.concatenate([x, x])
+    return jax.lax.optimization_barrier(_product(weight, jax.lax.optimization_barrier(x))).T[:rows]

@@ -20,14 +20,14 @@ class ContiguousContext:
     padding lands in slots past the row's length, which no real query can see before a later token overwrites them.
 
     Attributes:
-        keys, values: per layer `[B, L, K, D]`.
+        keys, values: per layer `[B, K, L, D]`.
         lengths: tokens each row held before this call.
         new_lengths: real tokens among each row's S new ones.
         new_tokens: S, static.
     """
 
-    keys: tuple[Float[Array, "B L K D"], ...]
-    values: tuple[Float[Array, "B L K Dv"], ...]
+    keys: tuple[Float[Array, "B K L D"], ...]
+    values: tuple[Float[Array, "B K L Dv"], ...]
     lengths: Int[Array, " B"]
     new_lengths: Int[Array, " B"]
     new_tokens: int = dataclasses.field(default=1, metadata={"static": True})
@@ -44,8 +44,8 @@ class ContiguousContext:
             capacity: slots per row; the largest position that can be written is `capacity - 1`.
             dtype: of keys and values.
         """
-        keys = tuple(jnp.zeros((batch, capacity, kv_heads, dim), dtype) for kv_heads, dim, _ in heads)
-        values = tuple(jnp.zeros((batch, capacity, kv_heads, dim), dtype) for kv_heads, _, dim in heads)
+        keys = tuple(jnp.zeros((batch, kv_heads, capacity, dim), dtype) for kv_heads, dim, _ in heads)
+        values = tuple(jnp.zeros((batch, kv_heads, capacity, dim), dtype) for kv_heads, _, dim in heads)
         return cls(keys, values, jnp.zeros(batch, jnp.int32), jnp.zeros(batch, jnp.int32))
 
     @property
@@ -56,7 +56,7 @@ class ContiguousContext:
     @property
     def capacity(self) -> int:
         """Slots per row."""
-        return self.keys[0].shape[1]
+        return self.keys[0].shape[2]
 
     def extend(self, new_lengths: Int[Array, " B"], new_tokens: int) -> Self:
         """The context for a call with `new_tokens` tokens per row, of which `new_lengths` are real."""
@@ -112,8 +112,10 @@ class ContiguousContext:
         )
         return out.reshape(q.shape[0], *out.shape[2:]), context
 
-    def _write(self, memory: Float[Array, "B L K D"], new: Float[Array, "T K D"]) -> Float[Array, "B L K D"]:
+    def _write(self, memory: Float[Array, "B K L D"], new: Float[Array, "T K D"]) -> Float[Array, "B K L D"]:
         rows = new.reshape(self.batch, self.new_tokens, *new.shape[1:]).astype(memory.dtype)
         index = jnp.arange(self.batch)[:, None]
         # Padding may point past the capacity; it is dropped, never wrapped onto a real key.
-        return memory.at[index, self._positions].set(rows, mode="drop", unique_indices=True)
+        return memory.at[index, :, self._positions].set(
+            rows, mode="drop", unique_indices=True, indices_are_sorted=True
+        )

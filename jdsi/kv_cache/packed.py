@@ -62,7 +62,7 @@ class PackedContext:
         segments, positions = self._in_rows(self.segments), self._in_rows(self.positions)
         visible = (segments[:, :, None] == segments[:, None, :]) & (segments[:, None, :] >= 0)
         masks = {"q_positions": positions, "k_positions": positions, "visible": visible}
-        return self._in_rows(q), self._in_rows(k), masks
+        return self._in_rows(q), self._in_rows(k).swapaxes(1, 2), masks
 
     def attend(
         self,
@@ -74,7 +74,7 @@ class PackedContext:
     ) -> tuple[Float[Array, "T H Dv"], Self]:
         """See `AttentionContext.attend`; remembers nothing."""
         rows_q, rows_k, masks = self._scores_arguments(q, k, form)
-        out = attention(rows_q, rows_k, self._in_rows(v), form, **masks)
+        out = attention(rows_q, rows_k, self._in_rows(v).swapaxes(1, 2), form, **masks)
         return out.reshape(q.shape[0], *out.shape[2:]), self
 
     def commit(self) -> Self:
