@@ -1,14 +1,16 @@
 """Operators: one reference in plain JAX each. They import nothing of jdsi but each other."""
 
-from .attention import AttentionForm, attention, attention_weights
+from .attention import Alibi, AttentionForm, RoundedAlibi, attention, attention_weights
 from .linear import linear
 from .normalization import layer_norm, rms_norm
 from .rotary import Rotary, RotaryScaling, apply_rotary, base_frequencies
 
 __all__ = [
+    "Alibi",
     "AttentionForm",
     "Rotary",
     "RotaryScaling",
+    "RoundedAlibi",
     "apply_rotary",
     "attention",
     "attention_weights",

@@ -47,7 +47,7 @@ class Attention(nnx.Module):
             causal=spec.causal,
             window=spec.window,
             softcap=spec.softcap,
-            alibi_slopes=spec.alibi_slopes,
+            alibi=spec.alibi,
             rotary=spec.rotary,
         )
 

@@ -3,7 +3,7 @@
 import dataclasses
 
 from jdsi.layers.activations import known_activation
-from jdsi.pallas_kernels import Rotary
+from jdsi.pallas_kernels import Alibi, Rotary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +33,7 @@ class AttentionSpec:
     Attributes:
         num_heads, num_kv_heads, head_dim: H, K, D.
         scale: multiplies the scores, usually `head_dim ** -0.5`.
-        causal, window, softcap, alibi_slopes, rotary: see `jdsi.pallas_kernels.AttentionForm`.
+        causal, window, softcap, alibi, rotary: see `jdsi.pallas_kernels.AttentionForm`.
         qkv_bias, out_bias: whether the projections have a bias.
         qk_norm: norm of every query and key head (over D) before the rotary embedding.
     """
@@ -45,7 +45,7 @@ class AttentionSpec:
     causal: bool = True
     window: int | None = None
     softcap: float | None = None
-    alibi_slopes: tuple[float, ...] | None = None
+    alibi: Alibi | None = None
     rotary: Rotary | None = None
     qkv_bias: bool = False
     out_bias: bool = False
@@ -172,6 +172,22 @@ class HeadSpec:
 
 
 @dataclasses.dataclass(frozen=True)
+class ClassifierSpec:
+    """Scores of a whole sequence from its first token: `linear(act(linear(hidden)))`.
+
+    Attributes:
+        num_labels: how many scores.
+        activation: between the two.
+    """
+
+    num_labels: int
+    activation: str
+
+    def __post_init__(self) -> None:
+        known_activation(self.activation)
+
+
+@dataclasses.dataclass(frozen=True)
 class TransformerSpec:
     """A whole model.
 
@@ -181,6 +197,7 @@ class TransformerSpec:
         width: E.
         max_positions: longest sequence the model takes.
         embedding, layers, norm, head: the parts in order; no `norm` or no `head` leaves that part out.
+        classifier: head of a sequence classifier.
     """
 
     family: str
@@ -191,6 +208,7 @@ class TransformerSpec:
     layers: tuple[LayerSpec, ...]
     norm: NormSpec | None
     head: HeadSpec | None
+    classifier: ClassifierSpec | None = None
 
     @property
     def causal(self) -> bool:

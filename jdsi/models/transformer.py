@@ -12,7 +12,7 @@ from jdsi.layers import ACTIVATIONS, Embedding, Linear
 from jdsi.pallas_kernels import linear
 
 from .block import BLOCKS, make_norm
-from .spec import EmbeddingSpec, HeadSpec, HeadTransform, TransformerSpec
+from .spec import ClassifierSpec, EmbeddingSpec, HeadSpec, HeadTransform, TransformerSpec
 
 
 class InputEmbedding(nnx.Module):
@@ -80,6 +80,19 @@ class Head(nnx.Module):
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
+class Classifier(nnx.Module):
+    """Scores of sequences from the hidden states of their first tokens, see `ClassifierSpec`."""
+
+    def __init__(self, spec: ClassifierSpec, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+        self.activation = spec.activation
+        self.dense = Linear(width, width, bias=True, dtype=dtype, rngs=rngs)
+        self.out = Linear(width, spec.num_labels, bias=True, dtype=dtype, rngs=rngs)
+
+    def __call__(self, first: Float[Array, "B E"]) -> Float[Array, "B labels"]:
+        """Scores in float32, before any softmax or sigmoid."""
+        return self.out(ACTIVATIONS[self.activation](self.dense(first)), out_dtype=jnp.float32)
+
+
 class Transformer(nnx.Module):
     """A model of any family, built from its spec with random weights; see `from_parameters` for given ones."""
 
@@ -96,6 +109,7 @@ class Transformer(nnx.Module):
         )
         self.norm = make_norm(spec.norm, width, dtype) if spec.norm else None
         self.head = Head(spec.head, spec.vocab_size, width, table, dtype=dtype, rngs=rngs) if spec.head else None
+        self.classifier = Classifier(spec.classifier, width, dtype=dtype, rngs=rngs) if spec.classifier else None
 
     @classmethod
     def from_parameters(cls, spec: TransformerSpec, parameters: Mapping[str, jax.Array]) -> "Transformer":
@@ -153,12 +167,37 @@ class Transformer(nnx.Module):
         Returns:
             Float32 logits, or hidden states `[B, S, E]` for a model without a head.
         """
-        batch, length = tokens.shape
-        context = PackedContext.from_dense(batch, length, lengths)
-        flat_types = None if token_types is None else token_types.reshape(-1)
-        hidden, _ = self.forward(tokens.reshape(-1), context, flat_types)
+        hidden = self._dense(tokens, lengths, token_types)
         out = hidden if self.head is None else self.logits(hidden)
-        return out.reshape(batch, length, -1)
+        return out.reshape(*tokens.shape, -1)
+
+    def classify(
+        self,
+        tokens: Int[Array, "B S"],
+        lengths: Int[Array, " B"] | None = None,
+        token_types: Int[Array, "B S"] | None = None,
+    ) -> Float[Array, "B labels"]:
+        """Scores of each sequence of a dense batch by a sequence classifier, float32, before any softmax or sigmoid.
+
+        For packed sequences call `classifier` with the hidden states that `forward` returns for their first tokens.
+
+        Args:
+            tokens, lengths, token_types: as in a call of the model.
+
+        Raises:
+            ValueError: the model is no sequence classifier.
+        """
+        if self.classifier is None:
+            raise ValueError(f"this {self.spec.family} checkpoint is not a sequence classifier")
+        hidden = self._dense(tokens, lengths, token_types)
+        return self.classifier(hidden.reshape(*tokens.shape, -1)[:, 0])
+
+    def _dense(
+        self, tokens: Int[Array, "B S"], lengths: Int[Array, " B"] | None, token_types: Int[Array, "B S"] | None
+    ) -> Float[Array, "T E"]:
+        context = PackedContext.from_dense(*tokens.shape, lengths)
+        flat_types = None if token_types is None else token_types.reshape(-1)
+        return self.forward(tokens.reshape(-1), context, flat_types)[0]
 
 
 def parameters(model: Transformer) -> dict[str, jax.Array]:

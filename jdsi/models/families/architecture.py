@@ -1,0 +1,68 @@
+"""Which heads a checkpoint has, by the class name under `architectures` of its config."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from jdsi.errors import ConfigError, nearest
+from jdsi.models.spec import ClassifierSpec, HeadSpec, TransformerSpec
+from jdsi.models.weight_map import Entry, tensor
+
+_DECODER_HEADS = ("ForCausalLM", "LMHeadModel")
+_ENCODER_HEADS = ("ForMaskedLM", "ForPreTraining", *_DECODER_HEADS)
+_CLASSIFIER = "ForSequenceClassification"
+
+
+def decoder_head(config: Any, head: HeadSpec) -> HeadSpec | None:
+    """`head`, or `None` for a bare decoder such as `LlamaModel`; without `architectures` it is the language model.
+
+    Raises:
+        ConfigError: the class is another one, or the decoder is not causal.
+    """
+    if not getattr(config, "is_causal", True):
+        raise ConfigError(f"is_causal=False: {config.model_type} models are run as causal language models only")
+    return head if _suffix(config, _DECODER_HEADS) != "Model" else None
+
+
+def encoder_heads(
+    config: Any, head: HeadSpec, classifier: ClassifierSpec
+) -> tuple[HeadSpec | None, ClassifierSpec | None]:
+    """Which of the two heads an encoder of the BERT kind has; without `architectures` it is the masked language model.
+
+    Raises:
+        ConfigError: the class is another one, a causal class lacks `is_decoder`, or there is cross-attention.
+    """
+    if getattr(config, "add_cross_attention", False):
+        raise ConfigError("add_cross_attention=True: there is no encoder whose output could be attended to")
+    suffix = _suffix(config, (*_ENCODER_HEADS, _CLASSIFIER))
+    if suffix in _DECODER_HEADS and not getattr(config, "is_decoder", False):
+        raise ConfigError(f"{config.architectures[0]} needs is_decoder=True; without it the model looks both ways")
+    if suffix == _CLASSIFIER:
+        return None, classifier
+    return (head if suffix != "Model" else None), None
+
+
+def head_weight(spec: TransformerSpec, theirs: str = "lm_head.weight") -> tuple[list[Entry], tuple[str, ...]]:
+    """The vocabulary projection's part of a table: its entry and what to ignore.
+
+    An untied head has the tensor, a checkpoint of a tied one may repeat it, and a bare model has none.
+    """
+    if spec.head is None:
+        return [], ()
+    return ([], (re.escape(theirs),)) if spec.head.tied else ([tensor("head.weight", theirs)], ())
+
+
+def _suffix(config: Any, heads: Sequence[str]) -> str | None:
+    """How the class name ends: one of `heads`, or `Model`; `None` when the config names no class."""
+    if not config.architectures:
+        return None
+    name, family = config.architectures[0], type(config).__name__.removesuffix("Config")
+    # Remote code renames classes (`RWForCausalLM`), so any name will do for a head, but not for the bare model:
+    # `GPT2DoubleHeadsModel` has heads.
+    known = [family + suffix for suffix in (*heads, "Model")]
+    if name.lower() == known[-1].lower():
+        return "Model"
+    for suffix in heads:
+        if name.endswith(suffix):
+            return suffix
+    raise ConfigError(f"unknown architecture {name!r}{nearest(name, known)}; supported: {', '.join(known)}")
