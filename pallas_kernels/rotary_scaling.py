@@ -56,7 +56,7 @@ class DynamicNtkScaling:
         stretch = self.factor * length / self.max_positions - (self.factor - 1)
         # theta**(-2i/dim) * stretch**(-2i/(dim-2)): exactly the unscaled frequencies while stretch is 1.
         exponents = np.arange(0, dim, 2, dtype=np.float32) / max(dim - 2, 1)
-        return base_frequencies(dim, theta) * stretch[:, None] ** -exponents
+        return jnp.asarray(base_frequencies(dim, theta)) * stretch[:, None] ** -exponents
 
 
 @dataclasses.dataclass(frozen=True)
