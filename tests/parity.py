@@ -20,10 +20,12 @@ from jdsi.models.weight_map import WeightMap
 RTOL, ATOL = 5e-4, 5e-5
 
 
-def random_torch_model(config: transformers.PretrainedConfig, auto_class: type, seed: int = 0) -> torch.nn.Module:
+def random_torch_model(
+    config: transformers.PretrainedConfig, auto_class: type, seed: int = 0, *, attention: str = "eager"
+) -> torch.nn.Module:
     """A model with every parameter random, biases and norms included, so that a forgotten one shows."""
     torch.manual_seed(seed)
-    model = auto_class.from_config(config, attn_implementation="eager").eval().float()
+    model = auto_class.from_config(config, attn_implementation=attention).eval().float()
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn_like(parameter)
@@ -107,10 +109,14 @@ def greedy(model: Transformer, prompts: list[list[int]], new_tokens: int) -> lis
 
 
 def check_causal(
-    config: transformers.PretrainedConfig, *, lengths: tuple[int, ...] = (3, 13, 8), seed: int = 0
+    config: transformers.PretrainedConfig,
+    *,
+    lengths: tuple[int, ...] = (3, 13, 8),
+    seed: int = 0,
+    attention: str = "eager",
 ) -> None:
     """Logits and greedy tokens of a batch of unequal lengths agree with transformers run one row at a time."""
-    torch_model = random_torch_model(config, transformers.AutoModelForCausalLM, seed)
+    torch_model = random_torch_model(config, transformers.AutoModelForCausalLM, seed, attention=attention)
     model = ours(torch_model)
     rng = np.random.default_rng(seed)
     prompts = [rng.integers(3, config.vocab_size, n).tolist() for n in lengths]

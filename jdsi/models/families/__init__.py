@@ -5,10 +5,10 @@ from types import MappingProxyType
 
 from jdsi.errors import ConfigError, nearest
 
-from . import bloom, gemma2, gpt2, gpt_neo, gpt_neox, gptj, llama, mistral, opt, phi3, qwen2, qwen3
+from . import bloom, falcon, gemma2, gpt2, gpt_neo, gpt_neox, gptj, llama, mistral, opt, phi3, qwen2, qwen3
 from .family import Family
 
-_MODULES = (bloom, gemma2, gpt2, gpt_neo, gpt_neox, gptj, llama, mistral, opt, phi3, qwen2, qwen3)
+_MODULES = (bloom, falcon, gemma2, gpt2, gpt_neo, gpt_neox, gptj, llama, mistral, opt, phi3, qwen2, qwen3)
 
 FAMILIES: Mapping[str, Family] = MappingProxyType({module.FAMILY.model_type: module.FAMILY for module in _MODULES})
 

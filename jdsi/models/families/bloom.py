@@ -1,7 +1,7 @@
 """BLOOM (Scao et al. 2022): ALiBi and a norm of the embedding.
 
-`slow_but_exact` is not read: it is meant to change the order of float additions only. (Together with `pretraining_tp` > 1,
-`transformers` also loses two biases.)
+`slow_but_exact` is not read: it is meant to change the order of float additions only. (Together with `pretraining_tp`
+above 1, `transformers` also loses two biases.)
 """
 
 from typing import Any
