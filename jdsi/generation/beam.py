@@ -91,7 +91,7 @@ def init(
     if len(params) != len(prompts):
         raise ConfigError(f"{len(params)} sampling parameters for {len(prompts)} prompts; give one for each")
     shape = (len(params), beams.pop())
-    stops = [p.stop_token_ids + (() if p.ignore_eos else tuple(eos_token_ids)) for p in params]
+    stops = [(*p.stop_token_ids, *(() if p.ignore_eos else eos_token_ids)) for p in params]
     stop_tokens = np.full((shape[0], max(1, *map(len, stops))), NO_TOKEN, np.int32)
     lengths = [len(t) for t in prompts]
     size = max(n + p.max_new_tokens for n, p in zip(lengths, params, strict=True))

@@ -123,7 +123,7 @@ def init_state(
     rows = [p or SamplingParams() for p in params]
     for p in rows:
         _check_vocabulary(p, vocab_size)
-    stops = [p.stop_token_ids + (() if p.ignore_eos else tuple(eos_token_ids)) for p in rows]
+    stops = [(*p.stop_token_ids, *(() if p.ignore_eos else eos_token_ids)) for p in rows]
     idle = np.array([p is None for p in params])
 
     def column(name: str, dtype: type) -> jax.Array:
@@ -162,6 +162,7 @@ def init_state(
     return state
 
 
+@jax.jit
 def take_rows(state: SamplerState, rows: Int32[Array, " R"]) -> SamplerState:
     """The state of `rows`, in that order: to shrink, reorder or (repeating rows) grow a batch."""
     return jax.tree.map(lambda leaf: leaf[rows], state)
@@ -171,21 +172,32 @@ def replace_rows(state: SamplerState, rows: Int32[Array, " R"], fresh: SamplerSt
     """Puts the requests of `fresh` into `rows` of `state`; row numbers past the end are dropped.
 
     A leaf that only one of them has, or that is wider in one, is widened in the other: the rows it is missing from have
-    no use for it. Run outside `jit` where shapes may change.
+    no use for it. `state` is donated.
     """
-    pairs = {}
-    for field in dataclasses.fields(SamplerState):
-        old, new = getattr(state, field.name), getattr(fresh, field.name)
-        if old is None and new is not None:
-            old = jnp.zeros((state.finish.shape[0], *new.shape[1:]), new.dtype)
-        elif new is None and old is not None:
-            new = jnp.zeros((fresh.finish.shape[0], *old.shape[1:]), old.dtype)
-        if old is not None and new is not None and old.ndim == 2:
-            width = max(old.shape[1], new.shape[1])
-            fill = NO_TOKEN if field.name == "stop_tokens" else 0
-            old, new = (jnp.pad(x, ((0, 0), (0, width - x.shape[1])), constant_values=fill) for x in (old, new))
-        pairs[field.name] = None if old is None else old.at[rows].set(new, mode="drop")
-    return SamplerState(**pairs)
+    widened = [_widened(field.name, state, fresh) for field in dataclasses.fields(SamplerState)]
+    old, new = (SamplerState(*leaves) for leaves in zip(*widened, strict=True))
+    return _put_rows(old, rows, new)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put_rows(state: SamplerState, rows: Int32[Array, " R"], fresh: SamplerState) -> SamplerState:
+    return jax.tree.map(lambda old, new: old.at[rows].set(new, mode="drop"), state, fresh)
+
+
+def _widened(name: str, state: SamplerState, fresh: SamplerState) -> tuple[jax.Array | None, jax.Array | None]:
+    old, new = getattr(state, name), getattr(fresh, name)
+    if old is None and new is None:
+        return None, None
+    like = new if old is None else old
+    old, new = (
+        jnp.zeros((s.finish.shape[0], *like.shape[1:]), like.dtype) if leaf is None else leaf
+        for s, leaf in ((state, old), (fresh, new))
+    )
+    if old.shape[1:] != new.shape[1:]:
+        width = max(old.shape[1], new.shape[1])
+        fill = NO_TOKEN if name == "stop_tokens" else 0
+        old, new = (jnp.pad(x, ((0, 0), (0, width - x.shape[1])), constant_values=fill) for x in (old, new))
+    return old, new
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self
 
 from jdsi.errors import ConfigError, nearest
@@ -30,8 +30,8 @@ class SamplingParams:
         presence_penalty: subtracted once from the logit of every token already generated.
         frequency_penalty: subtracted from a token's logit as many times as it was generated.
         no_repeat_ngram: no sequence of this many tokens occurs twice in prompt plus output; 0 is off.
-        stop: strings that end the request; the text ends before the first of them.
-        stop_token_ids: ids that end the request as end-of-sequence does.
+        stop: a string or strings that end the request; the text ends before the first of them. Kept as a tuple.
+        stop_token_ids: ids that end the request as end-of-sequence does. Kept as a tuple.
         ignore_eos: the model's end-of-sequence ids neither end the request nor are they held back.
         logprobs: `None` for none, else how many of the most probable tokens to report beside the chosen one. They are
             of the model's own distribution, before penalties, temperature and truncation.
@@ -52,8 +52,8 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     no_repeat_ngram: int = 0
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
+    stop: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
     seed: int | None = None

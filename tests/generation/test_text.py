@@ -74,7 +74,7 @@ def make(name: str) -> PreTrainedTokenizerFast:
 
 
 def decode(name: str, ids: list[int]) -> str:
-    return make(name).decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return str(make(name).decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 def stream(name: str, ids: list[int], prompt_ids: list[int] | None = None) -> list[str]:
@@ -83,7 +83,7 @@ def stream(name: str, ids: list[int], prompt_ids: list[int] | None = None) -> li
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(text=TEXTS)
 def test_deltas_of_a_text_join_to_its_decoding(name, text):
     ids = make(name).encode(text)
@@ -91,7 +91,7 @@ def test_deltas_of_a_text_join_to_its_decoding(name, text):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 2**32), size=st.integers(0, 60))
 def test_deltas_of_any_tokens_join_to_their_decoding(name, seed, size):
     """Invalid UTF-8, special tokens and cut characters included."""
@@ -100,13 +100,13 @@ def test_deltas_of_any_tokens_join_to_their_decoding(name, seed, size):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(text=TEXTS, seed=st.integers(0, 2**32))
 def test_text_continues_the_prompt(name, text, seed):
     ids = make(name).encode("the quick brown fox" + text)
     cut = random.Random(seed).randint(4, len(ids))
     if name == "byte_fallback":  # a prompt does not end inside a character
-        while make(name).convert_ids_to_tokens(ids[cut - 1]).startswith("<0x"):
+        while str(make(name).convert_ids_to_tokens(ids[cut - 1])).startswith("<0x"):
             cut -= 1
     whole = decode(name, ids)
     before = decode(name, ids[:cut]).removesuffix("\ufffd")
