@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from jdsi.pallas_kernels import base_frequencies
 from transformers import Gemma3TextConfig, LlamaConfig, Qwen3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from jdsi.errors import ConfigError
 from jdsi.models.families import family_for
 from jdsi.models.families.rope import rotary, rotary_dim
+from jdsi.pallas_kernels import base_frequencies
 from parity import check_causal
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
