@@ -7,6 +7,7 @@ import typer
 
 from jdsi.errors import JdsiError
 
+from .bench import bench
 from .convert import convert
 from .generate import generate
 from .inspect import inspect
@@ -21,6 +22,7 @@ app = typer.Typer(
 app.command()(generate)
 app.command()(convert)
 app.command()(inspect)
+app.add_typer(bench)
 
 
 def main() -> None:

@@ -1,0 +1,118 @@
+"""`jdsi bench`: measurements to repeat on your own machine."""
+
+from typing import Annotated
+
+import typer
+
+from jdsi.errors import ConfigError
+
+bench = typer.Typer(
+    name="bench",
+    help="Measure speed, memory and start-up here, beside the limits of this machine and other programs.",
+    no_args_is_help=True,
+)
+
+Model = Annotated[str | None, typer.Argument(help="Folder or hub id; random weights of --shape by default.")]
+Shape = Annotated[str, typer.Option(help="Model of random weights: llama-tiny, llama-125m or llama-1b.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+Rounds = Annotated[int, typer.Option(help="Every contender runs once per round.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+@bench.command()
+def decode(
+    model: Model = None,
+    shape: Shape = "llama-125m",
+    batch: Annotated[str, typer.Option(help="Prompts at once, as 1,4,8.")] = "1,4,8",
+    prompt: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 32,
+    new_tokens: Annotated[int, typer.Option(help="Decoding steps to time.")] = 64,
+    rounds: Rounds = 5,
+    dtype: Dtype = "float32",
+    peer: Annotated[list[str] | None, typer.Option(help="transformers or llama.cpp; may be repeated.")] = None,
+    llama_cpp_python: Annotated[
+        str | None, typer.Option(help="Python that has llama-cpp-python and gguf, if not this one.", metavar="PATH")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Tokens per second after the first, bytes per second, and the share of what bare matrix products reach."""
+    from jdsi.bench import bench_decode
+    from jdsi.bench.report import show
+
+    try:
+        batches = [int(part) for part in batch.split(",")]
+    except ValueError:
+        raise ConfigError(f"--batch {batch!r} must be numbers with commas between them, as 1,4,8") from None
+    report = bench_decode(
+        model,
+        shape=shape,
+        batches=batches,
+        prompt=prompt,
+        new_tokens=new_tokens,
+        rounds=rounds,
+        dtype=dtype,
+        peers=peer or (),
+        llama_cpp_python=llama_cpp_python,
+    )
+    show(report, as_json=as_json)
+
+
+@bench.command()
+def prefill(
+    model: Model = None,
+    shape: Shape = "llama-125m",
+    tokens: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 512,
+    rounds: Rounds = 5,
+    dtype: Dtype = "float32",
+    peer: Annotated[list[str] | None, typer.Option(help="transformers.")] = None,
+    matmul_size: Annotated[int, typer.Option(help="Rows and columns of the limit's matrix product.")] = 2048,
+    as_json: AsJson = False,
+) -> None:
+    """Time to the first token of a long prompt, and the share of a large matrix product's rate."""
+    from jdsi.bench import bench_prefill
+    from jdsi.bench.report import show
+
+    report = bench_prefill(
+        model, shape=shape, tokens=tokens, rounds=rounds, dtype=dtype, peers=peer or (), matmul_size=matmul_size
+    )
+    show(report, as_json=as_json)
+
+
+@bench.command()
+def memory(
+    shape: Shape = "llama-125m",
+    gigabytes: Annotated[float, typer.Option(help="Size of the checkpoint to convert; 0 leaves it out.")] = 3.0,
+    dtype: Annotated[str, typer.Option(help="Of the checkpoint to convert.")] = "bfloat16",
+    max_shard_size: Annotated[str, typer.Option(help="Largest file of the Hugging Face folder written.")] = "500MB",
+    rounds: Annotated[int, typer.Option(help="The largest of so many peaks counts.")] = 1,
+    folder: Annotated[str | None, typer.Option(help="Where to write; the temporary folder by default.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Peak memory of loading and converting, in processes of their own, and whether it keeps to the goals."""
+    from jdsi.bench import bench_memory
+    from jdsi.bench.report import show
+
+    report = bench_memory(
+        shape=shape,
+        gigabytes=gigabytes,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        rounds=rounds,
+        folder=folder,
+    )
+    show(report, as_json=as_json)
+
+
+@bench.command()
+def start(
+    model: Model = None,
+    shape: Shape = "llama-125m",
+    prompt: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 32,
+    rounds: Annotated[int, typer.Option(help="Rounds of one cold and one warm start.")] = 3,
+    dtype: Annotated[str, typer.Option(help="Of the random weights on disk.")] = "float32",
+    as_json: AsJson = False,
+) -> None:
+    """Seconds to the first token of a fresh process, with an empty and with a filled compilation cache."""
+    from jdsi.bench import bench_start
+    from jdsi.bench.report import show
+
+    show(bench_start(model, shape=shape, prompt=prompt, rounds=rounds, dtype=dtype), as_json=as_json)
