@@ -1,6 +1,6 @@
 """Checkpoints in and out: Hugging Face folders, PyTorch files, and our own Orbax folders."""
 
-from .checkpoint import Checkpoint, open_checkpoint
+from .checkpoint import Checkpoint, open_checkpoint, resolve
 from .convert import ConversionReport, convert
 from .huggingface import export_huggingface
 from .loader import load_model, load_parameters, load_spec
@@ -26,4 +26,5 @@ __all__ = [
     "load_spec",
     "open_checkpoint",
     "random_checkpoint",
+    "resolve",
 ]

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jdsi.config import InferenceConfig
-from jdsi.converters import load_model, open_checkpoint
+from jdsi.converters import load_model, resolve
 from jdsi.errors import CapacityError, ConfigError, PromptError
 from jdsi.generation import Completion, CompletionBuilder, FinishCode, SampledTokens, SamplingParams, TokenLogprob
 from jdsi.generation.prompts import Prompt, as_list, encode
@@ -162,8 +163,8 @@ class InferenceEngine:
             lengths: real tokens of each row; by default each row's own length.
             token_types: segment ids (BERT).
         """
-        rows = [list(map(int, row)) for row in np.asarray(tokens).tolist()] if hasattr(tokens, "shape") else tokens
-        rows = [encode(list(row), None, self.spec.vocab_size, name=f"row {i}") for i, row in enumerate(rows)]
+        given: Sequence[Any] = np.asarray(tokens).tolist() if isinstance(tokens, Array | np.ndarray) else tokens
+        rows = [encode(row, None, self.spec.vocab_size, name=f"row {i}") for i, row in enumerate(given)]
         if not rows:
             raise PromptError("forward needs at least one row of tokens")
         own = [len(row) for row in rows]
@@ -177,7 +178,9 @@ class InferenceEngine:
         padded = np.zeros((len(rows), bucket), np.int32)
         for line, row in zip(padded, rows, strict=True):
             line[: len(row)] = row
-        types = None if token_types is None else np.pad(np.asarray(token_types), ((0, 0), (0, bucket - width)))
+        types = None
+        if token_types is not None:
+            types = jnp.pad(jnp.asarray(token_types, jnp.int32), ((0, 0), (0, bucket - width)))
         return self._executor.logits(jnp.asarray(padded), jnp.asarray(counts), types)[:, :width]
 
     def warmup(
@@ -328,7 +331,7 @@ def init_inference(
     if isinstance(model, Transformer):
         loaded = model if parsed.dtype == "auto" else _cast(model, parsed.dtype)
         return InferenceEngine(ResidentExecutor(loaded), parsed, tokenizer=chosen)
-    folder = open_checkpoint(model).path
+    folder = resolve(model if isinstance(model, str) else Path(model))
     return InferenceEngine(
         ResidentExecutor(load_model(folder, dtype=parsed.dtype)),
         parsed,

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 _CONTRACT_LAST = (((1,), (1,)), ((), ()))
@@ -13,7 +14,7 @@ def linear(
     weight: Float[Array, "out in"],
     bias: Float[Array, " out"] | None = None,
     *,
-    out_dtype: jnp.dtype | None = None,
+    out_dtype: DTypeLike | None = None,
 ) -> Float[Array, "T out"]:
     """`x weight^T + bias`, accumulated in float32 (full float32 products, never TF32).
 

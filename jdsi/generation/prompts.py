@@ -15,7 +15,7 @@ def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """A list of prompts; one prompt becomes a list of one."""
     if isinstance(prompts, str):
         return [prompts]
-    items = prompts.tolist() if hasattr(prompts, "tolist") else list(prompts)  # arrays of ids, of any library
+    items: list[Any] = _plain(prompts)
     if items and all(_is_id(item) or isinstance(item, Mapping) for item in items):
         return [items]
     return items
@@ -51,8 +51,8 @@ def encode(prompt: Prompt, tokenizer: Any, vocab_size: int, *, name: str = "prom
 
 
 def _checked_ids(prompt: Any, name: str) -> list[int]:
-    items = prompt.tolist() if hasattr(prompt, "tolist") else prompt
-    if not isinstance(items, list | tuple) or not all(_is_id(item) for item in items):
+    items = _plain(prompt)
+    if not all(_is_id(item) for item in items):
         raise PromptError(f"{name} is {type(prompt).__name__}; it must be text, a list of token ids or chat messages")
     if not items:
         raise PromptError(f"{name} is empty; it needs at least one token")
@@ -67,6 +67,13 @@ def _encode_chat(messages: Any, tokenizer: Any, name: str) -> list[int]:
             raise PromptError(f"{name} has a message with keys {sorted(message)}; each needs 'role' and 'content'")
     text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _plain(items: Any) -> list[Any]:
+    """A list of the items of a sequence or of an array of any library; what is neither becomes its only item."""
+    if hasattr(items, "tolist"):
+        items = items.tolist()
+    return list(items) if isinstance(items, Sequence) else [items]
 
 
 def _need(tokenizer: Any, name: str) -> Any:

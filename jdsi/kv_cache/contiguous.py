@@ -6,6 +6,7 @@ from typing import Self
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jdsi.pallas_kernels import AttentionForm, apply_rotary, attention
@@ -34,7 +35,7 @@ class ContiguousContext:
 
     @classmethod
     def create(
-        cls, heads: Sequence[tuple[int, int, int]], batch: int, capacity: int, dtype: jnp.dtype = jnp.float32
+        cls, heads: Sequence[tuple[int, int, int]], batch: int, capacity: int, dtype: DTypeLike = jnp.float32
     ) -> Self:
         """Empty memory.
 
@@ -116,6 +117,4 @@ class ContiguousContext:
         rows = new.reshape(self.batch, self.new_tokens, *new.shape[1:]).astype(memory.dtype)
         index = jnp.arange(self.batch)[:, None]
         # Padding may point past the capacity; it is dropped, never wrapped onto a real key.
-        return memory.at[index, :, self._positions].set(
-            rows, mode="drop", unique_indices=True, indices_are_sorted=True
-        )
+        return memory.at[index, :, self._positions].set(rows, mode="drop", unique_indices=True, indices_are_sorted=True)

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jdsi.pallas_kernels import linear
@@ -12,12 +13,12 @@ class Linear(nnx.Module):
     """`y = x W^T + b` with `W` laid out `[out, in]`, as checkpoints store it."""
 
     def __init__(
-        self, in_features: int, out_features: int, *, bias: bool, dtype: jnp.dtype, rngs: nnx.Rngs, scale: float = 0.02
+        self, in_features: int, out_features: int, *, bias: bool, dtype: DTypeLike, rngs: nnx.Rngs, scale: float = 0.02
     ) -> None:
         self.weight = nnx.Param(jax.random.normal(rngs.params(), (out_features, in_features), dtype) * scale)
         self.bias = nnx.Param(jnp.zeros(out_features, dtype)) if bias else None
 
-    def __call__(self, x: Float[Array, "T in"], *, out_dtype: jnp.dtype | None = None) -> Float[Array, "T out"]:
+    def __call__(self, x: Float[Array, "T in"], *, out_dtype: DTypeLike | None = None) -> Float[Array, "T out"]:
         bias = None if self.bias is None else self.bias[...]
         return linear(x, self.weight[...], bias, out_dtype=out_dtype)
 
@@ -25,7 +26,7 @@ class Linear(nnx.Module):
 class Embedding(nnx.Module):
     """A table `[entries, E]` looked up by integer."""
 
-    def __init__(self, entries: int, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs, scale: float = 0.02) -> None:
+    def __init__(self, entries: int, width: int, *, dtype: DTypeLike, rngs: nnx.Rngs, scale: float = 0.02) -> None:
         self.weight = nnx.Param(jax.random.normal(rngs.params(), (entries, width), dtype) * scale)
 
     def __call__(self, ids: Int[Array, " T"]) -> Float[Array, "T E"]:

@@ -5,6 +5,7 @@ from types import MappingProxyType
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jdsi.kv_cache import AttentionContext
@@ -26,7 +27,7 @@ from .spec import (
 Hidden = Float[Array, "T E"]
 
 
-def make_norm(spec: NormSpec, width: int, dtype: jnp.dtype) -> RMSNorm | LayerNorm:
+def make_norm(spec: NormSpec, width: int, dtype: DTypeLike) -> RMSNorm | LayerNorm:
     """The norm layer that `spec` describes."""
     if isinstance(spec, RmsNormSpec):
         return RMSNorm(width, eps=spec.eps, weight_offset=spec.weight_offset, dtype=dtype)
@@ -36,7 +37,7 @@ def make_norm(spec: NormSpec, width: int, dtype: jnp.dtype) -> RMSNorm | LayerNo
 class Attention(nnx.Module):
     """Fused q/k/v projection, attention through the context, output projection."""
 
-    def __init__(self, spec: AttentionSpec, width: int, layer: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+    def __init__(self, spec: AttentionSpec, width: int, layer: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.spec, self.layer = spec, layer
         self.qkv = Linear(width, sum(spec.qkv_rows), bias=spec.qkv_bias, dtype=dtype, rngs=rngs)
         self.out = Linear(spec.qkv_rows[0], width, bias=spec.out_bias, dtype=dtype, rngs=rngs)
@@ -65,7 +66,7 @@ class Attention(nnx.Module):
 class Mlp(nnx.Module):
     """The feed-forward network of `MlpSpec`."""
 
-    def __init__(self, spec: MlpSpec, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+    def __init__(self, spec: MlpSpec, width: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.spec = spec
         self.up = Linear(width, spec.width * (2 if spec.gated else 1), bias=spec.bias, dtype=dtype, rngs=rngs)
         self.down = Linear(spec.width, width, bias=spec.bias, dtype=dtype, rngs=rngs)
@@ -80,8 +81,7 @@ class Mlp(nnx.Module):
 
 
 class _Block(nnx.Module):
-    def __init__(self, spec: LayerSpec, width: int, layer: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
-        self.residual = spec.residual
+    def __init__(self, spec: LayerSpec, width: int, layer: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.attention = Attention(spec.attention, width, layer, dtype=dtype, rngs=rngs)
         self.feed_forward = Mlp(spec.feed_forward, width, dtype=dtype, rngs=rngs)
         self.attention_norm = make_norm(spec.residual.norm, width, dtype)
@@ -90,12 +90,13 @@ class _Block(nnx.Module):
 class PreNormBlock(_Block):
     """See `PreNorm`."""
 
-    def __init__(self, spec: LayerSpec, width: int, layer: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+    def __init__(self, spec: LayerSpec, width: int, layer: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         super().__init__(spec, width, layer, dtype=dtype, rngs=rngs)
+        self.from_norm = isinstance(spec.residual, PreNorm) and spec.residual.from_norm
         self.feed_forward_norm = make_norm(spec.residual.norm, width, dtype)
 
     def __call__(self, x: Hidden, context: AttentionContext) -> tuple[Hidden, AttentionContext]:
-        from_norm = self.residual.from_norm
+        from_norm = self.from_norm
         h = self.attention_norm(x)
         out, context = self.attention(h, context)
         x = (h if from_norm else x) + out
@@ -106,7 +107,7 @@ class PreNormBlock(_Block):
 class PostNormBlock(_Block):
     """See `PostNorm`."""
 
-    def __init__(self, spec: LayerSpec, width: int, layer: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+    def __init__(self, spec: LayerSpec, width: int, layer: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         super().__init__(spec, width, layer, dtype=dtype, rngs=rngs)
         self.feed_forward_norm = make_norm(spec.residual.norm, width, dtype)
 
@@ -119,7 +120,7 @@ class PostNormBlock(_Block):
 class SandwichNormBlock(_Block):
     """See `SandwichNorm`."""
 
-    def __init__(self, spec: LayerSpec, width: int, layer: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+    def __init__(self, spec: LayerSpec, width: int, layer: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         super().__init__(spec, width, layer, dtype=dtype, rngs=rngs)
         self.attention_out_norm = make_norm(spec.residual.norm, width, dtype)
         self.feed_forward_norm = make_norm(spec.residual.norm, width, dtype)
@@ -134,7 +135,7 @@ class SandwichNormBlock(_Block):
 class ParallelResidualBlock(_Block):
     """See `ParallelResidual`."""
 
-    def __init__(self, spec: LayerSpec, width: int, layer: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+    def __init__(self, spec: LayerSpec, width: int, layer: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         super().__init__(spec, width, layer, dtype=dtype, rngs=rngs)
         shared = isinstance(spec.residual, ParallelResidual) and spec.residual.shared_norm
         self.feed_forward_norm = None if shared else make_norm(spec.residual.norm, width, dtype)

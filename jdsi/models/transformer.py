@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jdsi.kv_cache import AttentionContext, PackedContext
@@ -18,7 +19,7 @@ from .spec import ClassifierSpec, EmbeddingSpec, HeadSpec, HeadTransform, Transf
 class InputEmbedding(nnx.Module):
     """Tokens, plus learned positions and token types where the family has them."""
 
-    def __init__(self, spec: EmbeddingSpec, vocab_size: int, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+    def __init__(self, spec: EmbeddingSpec, vocab_size: int, width: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.spec = spec
         table = spec.width or width
         self.tokens = Embedding(vocab_size, table, dtype=dtype, rngs=rngs)
@@ -45,7 +46,7 @@ class InputEmbedding(nnx.Module):
 class TransformedHidden(nnx.Module):
     """`norm(act(dense(hidden)))`, see `HeadTransform`."""
 
-    def __init__(self, spec: HeadTransform, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+    def __init__(self, spec: HeadTransform, width: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.activation = spec.activation
         self.dense = Linear(width, width, bias=True, dtype=dtype, rngs=rngs)
         self.norm = make_norm(spec.norm, width, dtype)
@@ -58,7 +59,7 @@ class Head(nnx.Module):
     """From hidden states to logits over the vocabulary."""
 
     def __init__(
-        self, spec: HeadSpec, vocab_size: int, width: int, table: int, *, dtype: jnp.dtype, rngs: nnx.Rngs
+        self, spec: HeadSpec, vocab_size: int, width: int, table: int, *, dtype: DTypeLike, rngs: nnx.Rngs
     ) -> None:
         self.spec = spec
         self.transform = TransformedHidden(spec.transform, width, dtype=dtype, rngs=rngs) if spec.transform else None
@@ -83,7 +84,7 @@ class Head(nnx.Module):
 class Classifier(nnx.Module):
     """Scores of sequences from the hidden states of their first tokens, see `ClassifierSpec`."""
 
-    def __init__(self, spec: ClassifierSpec, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+    def __init__(self, spec: ClassifierSpec, width: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.activation = spec.activation
         self.dense = Linear(width, width, bias=True, dtype=dtype, rngs=rngs)
         self.out = Linear(width, spec.num_labels, bias=True, dtype=dtype, rngs=rngs)
@@ -96,7 +97,7 @@ class Classifier(nnx.Module):
 class Transformer(nnx.Module):
     """A model of any family, built from its spec with random weights; see `from_parameters` for given ones."""
 
-    def __init__(self, spec: TransformerSpec, *, rngs: nnx.Rngs | None = None, dtype: jnp.dtype = jnp.float32) -> None:
+    def __init__(self, spec: TransformerSpec, *, rngs: nnx.Rngs | None = None, dtype: DTypeLike = jnp.float32) -> None:
         rngs = nnx.Rngs(0) if rngs is None else rngs
         self.spec = spec
         width, table = spec.width, spec.embedding.width or spec.width
@@ -195,7 +196,8 @@ class Transformer(nnx.Module):
     def _dense(
         self, tokens: Int[Array, "B S"], lengths: Int[Array, " B"] | None, token_types: Int[Array, "B S"] | None
     ) -> Float[Array, "T E"]:
-        context = PackedContext.from_dense(*tokens.shape, lengths)
+        batch, length = tokens.shape
+        context = PackedContext.from_dense(batch, length, lengths)
         flat_types = None if token_types is None else token_types.reshape(-1)
         return self.forward(tokens.reshape(-1), context, flat_types)[0]
 
@@ -205,7 +207,7 @@ def parameters(model: Transformer) -> dict[str, jax.Array]:
     return {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
 
 
-def abstract_parameters(spec: TransformerSpec, dtype: jnp.dtype = jnp.float32) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract_parameters(spec: TransformerSpec, dtype: DTypeLike = jnp.float32) -> dict[str, jax.ShapeDtypeStruct]:
     """Name, shape and dtype of every parameter of `spec`, without allocating any."""
     state = nnx.state(nnx.eval_shape(lambda: Transformer(spec, dtype=dtype)), nnx.Param)
     return {

@@ -6,6 +6,7 @@ construction.
 """
 
 import dataclasses
+import re
 from collections.abc import Iterable
 from typing import Protocol
 
@@ -132,11 +133,21 @@ class WeightMap:
         prefix: stands before most checkpoint names (`"model."`) and is absent when the bare backbone was saved; a
             reader accepts a checkpoint in which every prefixed name appears without it.
         ignored: regular expressions, full match, of checkpoint tensors that carry no weights (masks, rotary tables).
+        renamed: regular expressions, full match, of names that older checkpoints use, each with the name that replaces
+            it (as in `re.sub`).
     """
 
     entries: tuple[Entry, ...]
     prefix: str = ""
     ignored: tuple[str, ...] = ()
+    renamed: tuple[tuple[str, str], ...] = ()
+
+    def current_name(self, name: str) -> str:
+        """What `name`, as stored, is called in this table."""
+        for pattern, replacement in self.renamed:
+            if (match := re.fullmatch(pattern, name)) is not None:
+                return match.expand(replacement)
+        return name
 
 
 def tensor(ours: str, theirs: str, op: Op = Identity()) -> Entry:

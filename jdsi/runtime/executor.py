@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jdsi.kv_cache import AttentionContext
@@ -26,14 +27,14 @@ class Executor(Protocol):
         """Dtype of weights and activations."""
         ...
 
-    def step(
+    def step[Context: AttentionContext](
         self,
-        tokens: Int[Array, " T"],
-        context: AttentionContext,
-        last: Int[Array, " B"] | None,
+        tokens: Int[Array | np.ndarray, " T"],
+        context: Context,
+        last: Int[Array | np.ndarray, " B"] | None,
         epilogue: Epilogue,
         carry: Any,
-    ) -> tuple[Any, AttentionContext, Any]:
+    ) -> tuple[Any, Context, Any]:
         """One forward pass and what is done with its logits.
 
         Args:

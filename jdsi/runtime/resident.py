@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -57,14 +58,14 @@ class ResidentExecutor:
         """Dtype of weights and activations."""
         return self._leaves[0].dtype
 
-    def step(
+    def step[Context: AttentionContext](
         self,
-        tokens: Int[Array, " T"],
-        context: AttentionContext,
-        last: Int[Array, " B"] | None,
+        tokens: Int[Array | np.ndarray, " T"],
+        context: Context,
+        last: Int[Array | np.ndarray, " B"] | None,
         epilogue: Epilogue,
         carry: Any,
-    ) -> tuple[Any, AttentionContext, Any]:
+    ) -> tuple[Any, Context, Any]:
         """See `Executor.step`."""
         return self._step(self._leaves, tokens, context, last, epilogue, carry)
 

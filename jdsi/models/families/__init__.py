@@ -5,10 +5,44 @@ from types import MappingProxyType
 
 from jdsi.errors import ConfigError, nearest
 
-from . import bloom, falcon, gemma2, gpt2, gpt_neo, gpt_neox, gptj, llama, mistral, opt, phi3, qwen2, qwen3
+from . import (
+    bert,
+    bloom,
+    distilbert,
+    falcon,
+    gemma2,
+    gpt2,
+    gpt_neo,
+    gpt_neox,
+    gptj,
+    llama,
+    mistral,
+    opt,
+    phi3,
+    qwen2,
+    qwen3,
+    roberta,
+)
 from .family import Family
 
-_MODULES = (bloom, falcon, gemma2, gpt2, gpt_neo, gpt_neox, gptj, llama, mistral, opt, phi3, qwen2, qwen3)
+_MODULES = (
+    bert,
+    bloom,
+    distilbert,
+    falcon,
+    gemma2,
+    gpt2,
+    gpt_neo,
+    gpt_neox,
+    gptj,
+    llama,
+    mistral,
+    opt,
+    phi3,
+    qwen2,
+    qwen3,
+    roberta,
+)
 
 FAMILIES: Mapping[str, Family] = MappingProxyType({module.FAMILY.model_type: module.FAMILY for module in _MODULES})
 

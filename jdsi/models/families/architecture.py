@@ -1,5 +1,6 @@
 """Which heads a checkpoint has, by the class name under `architectures` of its config."""
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +10,6 @@ from jdsi.models.spec import ClassifierSpec, HeadSpec, TransformerSpec
 from jdsi.models.weight_map import Entry, tensor
 
 _DECODER_HEADS = ("ForCausalLM", "LMHeadModel")
-_ENCODER_HEADS = ("ForMaskedLM", "ForPreTraining", *_DECODER_HEADS)
 _CLASSIFIER = "ForSequenceClassification"
 
 
@@ -24,19 +24,33 @@ def decoder_head(config: Any, head: HeadSpec) -> HeadSpec | None:
     return head if _suffix(config, _DECODER_HEADS) != "Model" else None
 
 
+@dataclasses.dataclass(frozen=True)
+class EncoderHeads:
+    """The heads that an encoder family has.
+
+    Attributes:
+        language_models: what the names of its classes with a language-model head end in.
+        transform, classifier: the activations of `HeadTransform` and `ClassifierSpec`.
+    """
+
+    language_models: tuple[str, ...]
+    transform: str
+    classifier: str
+
+
 def encoder_heads(
-    config: Any, head: HeadSpec, classifier: ClassifierSpec
+    config: Any, heads: EncoderHeads, head: HeadSpec, classifier: ClassifierSpec, *, causal: bool
 ) -> tuple[HeadSpec | None, ClassifierSpec | None]:
-    """Which of the two heads an encoder of the BERT kind has; without `architectures` it is the masked language model.
+    """Which of `head` and `classifier` an encoder has; without `architectures` it is the language model.
 
     Raises:
-        ConfigError: the class is another one, a causal class lacks `is_decoder`, or there is cross-attention.
+        ConfigError: the class is another one, it is causal and the encoder is not, or there is cross-attention.
     """
     if getattr(config, "add_cross_attention", False):
         raise ConfigError("add_cross_attention=True: there is no encoder whose output could be attended to")
-    suffix = _suffix(config, (*_ENCODER_HEADS, _CLASSIFIER))
-    if suffix in _DECODER_HEADS and not getattr(config, "is_decoder", False):
-        raise ConfigError(f"{config.architectures[0]} needs is_decoder=True; without it the model looks both ways")
+    suffix = _suffix(config, (*heads.language_models, _CLASSIFIER))
+    if suffix in _DECODER_HEADS and not causal:
+        raise ConfigError(f"{config.architectures[0]} needs is_decoder=True; without it every token sees all others")
     if suffix == _CLASSIFIER:
         return None, classifier
     return (head if suffix != "Model" else None), None
