@@ -69,6 +69,7 @@ def new_folder(target: Path, *, overwrite: bool, needed_bytes: int) -> Iterator[
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _clean(target)
+        check_destination(target, overwrite=overwrite)
         free = shutil.disk_usage(target.parent).free
         if free < needed_bytes + _SLACK:
             raise CheckpointError(
@@ -158,7 +159,7 @@ def _explain(error: Exception, target: Path, needed_bytes: int) -> Exception:
             return CheckpointError(
                 f"{target}: the disk is full: {needed_bytes:,} bytes needed, {free:,} free now; nothing was kept"
             )
-        if code in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG):
+        if code in (errno.EACCES, errno.EPERM, errno.EEXIST, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG):
             return CheckpointError(f"{target}: cannot be written: {os.strerror(code)}")
         cause = cause.__cause__ or cause.__context__
     return error

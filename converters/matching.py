@@ -36,6 +36,7 @@ def match(
         raise CheckpointError(
             f"the family's table and its parameters disagree about {_some(odd)}; this is a fault of the family"
         )
+    tensors = {weight_map.current_name(name): info for name, info in tensors.items()}
     prefix = weight_map.prefix
     bare = bool(prefix) and not any(name.startswith(prefix) for name in tensors)
     found: dict[str, TensorInfo] = {}

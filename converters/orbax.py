@@ -9,7 +9,7 @@
 One Orbax save would need the whole model in memory; one per group needs the largest group. Each group restores with
 plain Orbax, `orbax.checkpoint.experimental.v1.load("DST/orbax/layers.0")`, to a dict from our full parameter names to
 arrays; give it a dict of `jax.ShapeDtypeStruct`s with shardings to place them. Chunks are uncompressed (weights do not
-compress) and of at most 64 MiB, so that a sharded restore reads little more than its shards.
+compress) and of at most 32 MiB, so that a sharded restore reads little more than its shards.
 
 We read the same files through tensorstore, chunk by chunk into the final buffer: Orbax's own restore assembles a group
 beside its chunks and hands JAX unaligned memory, which is copied again (measured: 1.2 to 1.5 times the weights).
@@ -37,7 +37,7 @@ MANIFEST = "jdsi.json"
 FORMAT = "jdsi-orbax"
 VERSION = 1
 
-_CHUNK = 64 << 20
+_CHUNK = 32 << 20
 
 
 def group_of(name: str) -> str:

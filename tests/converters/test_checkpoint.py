@@ -1,0 +1,242 @@
+"""Opening checkpoints: every way a folder can be wrong has its own message."""
+
+import json
+import os
+import pickle
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from jdsi.converters import Checkpoint, OrbaxCheckpoint, load_model, load_spec, open_checkpoint
+from jdsi.errors import CheckpointError, ConfigError
+from jdsi.models import parameters
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_opens_every_layout(hf_folder: Path, sharded_folder: Path, orbax_folder: Path) -> None:
+    single, sharded, ours = map(open_checkpoint, (hf_folder, sharded_folder, orbax_folder))
+    assert isinstance(single, Checkpoint)
+    assert isinstance(sharded, Checkpoint)
+    assert isinstance(ours, OrbaxCheckpoint)
+    assert len(sharded.files) > 1
+    assert single.tensors.keys() == sharded.tensors.keys()
+    assert single.nbytes == sharded.nbytes == ours.nbytes
+    assert single.config.hidden_size == 40
+
+
+@pytest.mark.parametrize("path", ["/absent/folder", "./absent", "a/b/c", "../absent"])
+def test_a_path_that_does_not_exist(path: str) -> None:
+    with pytest.raises(CheckpointError, match="no such folder"):
+        open_checkpoint(path)
+
+
+def test_a_hub_id_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    def unreachable(*_: Any, **__: Any) -> str:
+        raise OSError("the network is unreachable")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    with pytest.raises(CheckpointError, match=r"some/model: no such folder here.*the network is unreachable"):
+        open_checkpoint("some/model")
+
+
+def test_a_hub_id_downloads_weights_once(monkeypatch: pytest.MonkeyPatch, hf_folder: Path) -> None:
+    import huggingface_hub
+
+    asked: list[tuple[str, list[str]]] = []
+
+    def download(name: str, *, allow_patterns: list[str]) -> str:
+        asked.append((name, allow_patterns))
+        return str(hf_folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert load_spec("some/model").width == 40
+    assert isinstance(open_checkpoint("some/model"), Checkpoint)
+    assert {name for name, _ in asked} == {"some/model"}
+    assert not any("bin" in pattern for _, patterns in asked for pattern in patterns if "sentencepiece" not in pattern)
+    (hf_folder / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="no weights"):
+        open_checkpoint("some/model")
+    assert asked[-1][1][0] == "pytorch_model*.bin"
+
+
+def test_folders_without_the_right_files(tmp_path: Path, hf_folder: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="the folder is empty"):
+        open_checkpoint(tmp_path / "empty")
+    with pytest.raises(CheckpointError, match="a file; give the folder"):
+        open_checkpoint(hf_folder / "model.safetensors")
+    (hf_folder / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="no weights"):
+        open_checkpoint(hf_folder)
+    (hf_folder / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        open_checkpoint(hf_folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", "JSON list"),
+        ("{}", "no 'model_type'"),
+        ('{"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}', "quantised with 'gptq'"),
+    ],
+)
+def test_bad_configs(hf_folder: Path, content: str, message: str) -> None:
+    (hf_folder / "config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(hf_folder)
+
+
+def test_unknown_families_and_values(hf_folder: Path) -> None:
+    edit_json(hf_folder / "config.json", model_type="lama")
+    with pytest.raises(ConfigError, match=r"config\.json: unknown family 'lama' \(did you mean 'llama'\?\); known: .*"):
+        load_model(hf_folder)
+    edit_json(hf_folder / "config.json", model_type="llama", hidden_size="wide")
+    with pytest.raises(CheckpointError, match="transformers refuses this llama"):
+        load_model(hf_folder)
+
+
+def index_of(folder: Path) -> tuple[Path, dict[str, str]]:
+    path = folder / "model.safetensors.index.json"
+    return path, json.loads(path.read_text())["weight_map"]
+
+
+def test_an_index_that_names_absent_files(sharded_folder: Path) -> None:
+    path, table = index_of(sharded_folder)
+    gone = sorted(set(table.values()))[1]
+    (sharded_folder / gone).unlink()
+    with pytest.raises(CheckpointError, match=f"names 1 files that are not there: {gone}") as caught:
+        open_checkpoint(sharded_folder)
+    assert str(path) in str(caught.value)
+
+
+def test_an_index_that_puts_tensors_in_the_wrong_file(sharded_folder: Path) -> None:
+    path, table = index_of(sharded_folder)
+    name = "model.norm.weight"
+    wrong = next(file for file in table.values() if file != table[name])
+    edit_json(path, weight_map=table | {name: wrong, "made.up": wrong})
+    with pytest.raises(CheckpointError, match=f"{name} in {wrong}, made.up in {wrong}"):
+        open_checkpoint(sharded_folder)
+
+
+@pytest.mark.parametrize("file", ["../secret.safetensors", "/etc/x.safetensors", "a/b.safetensors", "..", "", "a\\b"])
+def test_an_index_that_points_elsewhere(sharded_folder: Path, file: str) -> None:
+    path, table = index_of(sharded_folder)
+    edit_json(path, weight_map=table | {"model.norm.weight": file})
+    with pytest.raises(CheckpointError, match="must be files beside the index"):
+        open_checkpoint(sharded_folder)
+
+
+@pytest.mark.parametrize("table", [None, [], {}, {"a": 3}])
+def test_an_index_without_a_table(sharded_folder: Path, table: Any) -> None:
+    edit_json(index_of(sharded_folder)[0], weight_map=table)
+    with pytest.raises(CheckpointError, match="'weight_map' must be an object"):
+        open_checkpoint(sharded_folder)
+
+
+def test_shards_that_lost_their_index(sharded_folder: Path, hf_folder: Path) -> None:
+    index_of(sharded_folder)[0].unlink()
+    found = open_checkpoint(sharded_folder)
+    assert isinstance(found, Checkpoint)
+    (sharded_folder / "zz.safetensors").write_bytes((hf_folder / "model.safetensors").read_bytes())
+    with pytest.raises(CheckpointError, match=r"is in both .* and zz\.safetensors"):
+        open_checkpoint(sharded_folder)
+
+
+def test_torch_files(hf_folder: Path, sharded_folder: Path) -> None:
+    wanted = parameters(load_model(hf_folder))
+    state = load_file(hf_folder / "model.safetensors")
+    (hf_folder / "model.safetensors").unlink()
+    for options in ({}, {"_use_new_zipfile_serialization": False}):
+        torch.save(state, hf_folder / "pytorch_model.bin", **options)
+        got = parameters(load_model(hf_folder))
+        assert all(np.array_equal(got[name], wanted[name]) for name in wanted)
+    narrow = {name: tensor.to(torch.bfloat16) for name, tensor in state.items()}
+    torch.save(narrow, hf_folder / "pytorch_model.bin")
+    norm = parameters(load_model(hf_folder))["norm.weight"]
+    np.testing.assert_array_equal(norm, narrow["model.norm.weight"].float().numpy())
+
+
+class _Bomb:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mknod, (str(self.path),)
+
+
+@pytest.mark.parametrize("layout", ["raw", "zip"])
+def test_a_malicious_pickle_runs_nothing(hf_folder: Path, tmp_path: Path, layout: str) -> None:
+    (hf_folder / "model.safetensors").unlink()
+    file, trace = hf_folder / "pytorch_model.bin", tmp_path / "executed"
+    if layout == "raw":
+        file.write_bytes(pickle.dumps(_Bomb(trace)))
+    else:
+        torch.save({"model.norm.weight": _Bomb(trace)}, file)
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin: (refused|not a readable)"):
+        open_checkpoint(hf_folder)
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [([1], "holds a list"), ({"a": {"b": 1}, "step": 3}, r"'a' \(dict\), 'step' \(int\)"), (b"junk", "bin: ")],
+)
+def test_torch_files_of_something_else(hf_folder: Path, content: Any, message: str) -> None:
+    (hf_folder / "model.safetensors").unlink()
+    file = hf_folder / "pytorch_model.bin"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    else:
+        torch.save(content, file)
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(hf_folder)
+
+
+def test_torch_files_without_torch(hf_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (hf_folder / "model.safetensors").rename(hf_folder / "pytorch_model.bin")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(CheckpointError, match=r"pip install 'jdsi\[torch\]'"):
+        open_checkpoint(hf_folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 99}, "version 99"),
+        ({"format": "other"}, "format 'other'"),
+        ({"complete": False}, "did not finish"),
+        ({"groups": 3}, "damaged"),
+        ({"groups": {"norm": {"norm.weight": {"shape": [40]}}}}, "damaged"),
+        ({"groups": {"norm": {"norm.weight": {"shape": [41], "dtype": "float32"}}}}, "of another shape: norm.weight"),
+    ],
+)
+def test_bad_manifests(orbax_folder: Path, change: dict[str, Any], message: str) -> None:
+    edit_json(orbax_folder / "jdsi.json", **change)
+    with pytest.raises(CheckpointError, match=message):
+        load_model(orbax_folder)
+
+
+def test_a_damaged_orbax_folder(orbax_folder: Path) -> None:
+    for file in (orbax_folder / "orbax" / "layers.1").rglob("*"):
+        if file.is_file():
+            os.truncate(file, file.stat().st_size // 2)
+    with pytest.raises(CheckpointError, match=r"'layers\.1\..*cannot be read"):
+        load_model(orbax_folder)
+
+
+def test_an_unfinished_conversion_does_not_open(hf_folder: Path) -> None:
+    partial = hf_folder.rename(hf_folder.with_name("out.partial-0123abcd"))
+    with pytest.raises(CheckpointError, match="did not finish"):
+        open_checkpoint(partial)
