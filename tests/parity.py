@@ -12,7 +12,7 @@ import torch
 import transformers
 from safetensors.numpy import load_file
 
-from jdsi.kv_cache import ContiguousContext
+from jdsi.kv_cache import ContiguousContext, PackedContext
 from jdsi.models import Transformer, abstract_parameters
 from jdsi.models.families import family_for
 from jdsi.models.weight_map import WeightMap
@@ -59,6 +59,7 @@ def check_names(config: transformers.PretrainedConfig, stored: Iterable[str], *,
     table = family.weight_map(family.spec(config))
     prefix = table.prefix if bare else ""
     weights = {s.name.removeprefix(prefix) for e in table.entries for s in e.sources}
+    stored = [table.current_name(name) for name in stored]
     unknown = [n for n in stored if n not in weights and not any(re.fullmatch(p, n) for p in table.ignored)]
     assert not unknown
     assert not [n for n in weights if any(re.fullmatch(p, n) for p in table.ignored)]
@@ -70,6 +71,8 @@ def ours(model: torch.nn.Module) -> Transformer:
     spec = family.spec(model.config)
     table = family.weight_map(spec)
     state = stored_tensors(model)
+    if not any(name.startswith(table.prefix) for name in state):  # a bare backbone
+        state = {table.prefix + name: value for name, value in state.items()}
     check_names(model.config, state)
     parameters = import_weights(state, table)
     shapes = {name: struct.shape for name, struct in abstract_parameters(spec).items()}
@@ -136,3 +139,56 @@ def check_causal(
             )[0, len(prompt) :].tolist()  # fmt: skip
         np.testing.assert_allclose(logits[row, : len(prompt)], expected, rtol=RTOL, atol=ATOL)
         assert generated[row] == tail
+
+
+def check_encoder(
+    config: transformers.PretrainedConfig,
+    auto_class: type,
+    *,
+    lengths: tuple[int, ...] = (3, 13, 8),
+    seed: int = 0,
+) -> None:
+    """What an encoder gives for a batch of unequal lengths agrees with transformers run one row at a time.
+
+    Logits, label scores or hidden states, whichever the class has. Padding holds random ids that must not matter, and
+    the same sequences laid end to end on one axis must give the same.
+    """
+    torch_model = random_torch_model(config, auto_class, seed)
+    torch_model.config.architectures = [type(torch_model).__name__]
+    model = ours(torch_model)
+    rng = np.random.default_rng(seed)
+    shape = len(lengths), max(lengths)
+    tokens = rng.integers(3, config.vocab_size, shape)
+    types = rng.integers(0, model.spec.embedding.token_types or 1, shape)
+    real = np.arange(shape[1]) < np.asarray(lengths)[:, None]
+
+    @jax.jit
+    def dense(tokens: jax.Array, types: jax.Array) -> jax.Array:
+        run = model if model.classifier is None else model.classify
+        return run(tokens, jnp.asarray(lengths), types)
+
+    @jax.jit
+    def packed(tokens: jax.Array, types: jax.Array) -> jax.Array:
+        context = PackedContext.from_lengths(jnp.asarray(lengths), tokens.size)
+        hidden, _ = model.forward(tokens, context, types)
+        if model.classifier is not None:
+            return model.classifier(hidden[np.cumsum([0, *lengths[:-1]])])
+        return hidden if model.head is None else model.logits(hidden)
+
+    out = np.asarray(dense(tokens, types))
+    garbage = dense(np.where(real, tokens, rng.permuted(tokens)), np.where(real, types, 0))
+    flat = np.asarray(packed(np.append(tokens[real], [5, 7]), np.append(types[real], [0, 0])))
+    if model.classifier is None:
+        out, garbage, flat = out[real], np.asarray(garbage)[real], flat[:-2]
+    np.testing.assert_array_equal(out, garbage)
+    np.testing.assert_allclose(flat, out, rtol=RTOL, atol=ATOL)
+    expected = []
+    for row, length in enumerate(lengths):
+        arguments = {"input_ids": torch.tensor(tokens[row : row + 1, :length])}
+        if model.spec.embedding.token_types:
+            arguments["token_type_ids"] = torch.tensor(types[row : row + 1, :length])
+        with torch.no_grad():
+            result = torch_model(**arguments)
+        key = next(k for k in ("logits", "prediction_logits", "last_hidden_state") if k in result)
+        expected.append(result[key].numpy().reshape(-1, result[key].shape[-1]))
+    np.testing.assert_allclose(out, np.concatenate(expected), rtol=RTOL, atol=ATOL)

@@ -1,0 +1,81 @@
+import jax.numpy as jnp
+import pytest
+from transformers import (
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForPreTraining,
+    AutoModelForSequenceClassification,
+    BertConfig,
+)
+
+from jdsi.errors import ConfigError
+from jdsi.models import Transformer
+from jdsi.models.families import family_for
+from parity import check_causal, check_encoder, check_names
+
+SMALL = dict(  # noqa: C408 - reads as a config
+    vocab_size=97,
+    hidden_size=60,
+    num_attention_heads=5,
+    num_hidden_layers=2,
+    intermediate_size=44,
+    max_position_embeddings=32,
+    type_vocab_size=3,
+)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(
+    ("auto_class", "change"),
+    [
+        (AutoModelForMaskedLM, {}),
+        (AutoModelForMaskedLM, {"tie_word_embeddings": False, "hidden_act": "relu", "layer_norm_eps": 0.1}),
+        (AutoModelForPreTraining, {"num_attention_heads": 3, "type_vocab_size": 1}),
+        (AutoModel, {"num_hidden_layers": 3}),
+        (AutoModelForSequenceClassification, {"num_labels": 5}),
+    ],
+    ids=["masked", "masked-untied", "pre-training", "bare", "classifier"],
+)
+def test_parity(auto_class: type, change: dict) -> None:
+    check_encoder(BertConfig(**(SMALL | change)), auto_class)
+
+
+@pytest.mark.parity
+def test_decoder_parity() -> None:
+    check_causal(BertConfig(**SMALL, is_decoder=True, bos_token_id=None))
+
+
+def test_published_names() -> None:
+    # As in bert-base-uncased, whose norms have the names of TensorFlow.
+    names = ["bert.embeddings.LayerNorm.gamma", "bert.encoder.layer.1.attention.output.LayerNorm.beta"]
+    names += ["bert.pooler.dense.weight", "bert.pooler.dense.bias", "bert.embeddings.position_ids"]
+    names += ["cls.predictions.bias", "cls.predictions.transform.LayerNorm.gamma", "cls.predictions.decoder.weight"]
+    names += ["cls.seq_relationship.weight", "cls.seq_relationship.bias", "cls.predictions.decoder.bias"]
+    check_names(BertConfig(**SMALL, architectures=["BertForMaskedLM"]), names)
+    bare = BertConfig(**SMALL, architectures=["BertModel"])
+    check_names(bare, ["embeddings.token_type_embeddings.weight", "encoder.layer.0.output.dense.bias"], bare=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"is_decoder": True, "add_cross_attention": True}, "add_cross_attention"),
+        ({"architectures": ["BertLMHeadModel"]}, "is_decoder"),
+        ({"architectures": ["BertForTokenClassification"]}, "BertForTokenClassification.*BertForMaskedLM.*BertModel"),
+        ({"position_embedding_type": "relative_key"}, "relative_key"),
+    ],
+)
+def test_what_it_cannot_honour(change: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        family_for("bert").spec(BertConfig(**(SMALL | change)))
+
+
+def test_a_head_that_is_not_there() -> None:
+    tokens = jnp.ones((1, 3), jnp.int32)
+    masked = Transformer(family_for("bert").spec(BertConfig(**SMALL)))
+    with pytest.raises(ValueError, match="not a sequence classifier"):
+        masked.classify(tokens)
+    config = BertConfig(**SMALL, architectures=["BertForSequenceClassification"])
+    classifier = Transformer(family_for("bert").spec(config))
+    with pytest.raises(ValueError, match="no language-model head"):
+        classifier.logits(jnp.zeros((3, 60)))
