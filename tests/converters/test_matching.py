@@ -1,5 +1,6 @@
 """Matching a checkpoint with a table: everything that is wrong, in one report."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,7 @@ SHAPES = {"embedding": (5, 3), "qkv": (6, 3), "head": (5, 3)}
 GOOD = {"model.embed": (5, 3), "model.q": (4, 3), "model.k": (2, 3), "lm_head": (5, 3)}
 
 
-def infos(shapes: dict[str, tuple[int, ...]]) -> dict[str, TensorInfo]:
+def infos(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, TensorInfo]:
     return {n: TensorInfo(n, np.dtype(np.float32), s, Path("folder/a.safetensors")) for n, s in shapes.items()}
 
 
