@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jdsi.models import Transformer, TransformerSpec, abstract_parameters
+from jdsi.models import Transformer, TransformerSpec, abstract_parameters, place
 from jdsi.models.weight_map import WeightMap
+from jdsi.sharding import AxisRules
 
 from .checkpoint import Checkpoint, open_checkpoint, resolve
 from .config import load_family, parse_dtype
@@ -72,13 +73,16 @@ def load_spec(path: str | Path) -> TransformerSpec:
     return load_family(resolve(path))[1]
 
 
-def load_model(path: str | Path, *, dtype: Any = "auto", progress: Progress | None = None) -> Transformer:
+def load_model(
+    path: str | Path, *, dtype: Any = "auto", sharding: AxisRules | None = None, progress: Progress | None = None
+) -> Transformer:
     """Load a model from a Hugging Face folder or hub id, or from a folder that `convert` made.
 
     Args:
         path: the folder or hub id.
         dtype: of the weights in memory: `"float32"`, `"bfloat16"`, `"float16"`, or `"auto"`, which is float32 on the
             CPU, whose narrow types are slow, and bfloat16 elsewhere.
+        sharding: spreads the parameters over a mesh; the model then runs under `jax.jit` on all its devices.
         progress: told of bytes of parameters as they arrive; silent by default.
 
     Raises:
@@ -91,5 +95,7 @@ def load_model(path: str | Path, *, dtype: Any = "auto", progress: Progress | No
     checkpoint = open_checkpoint(path)
     family, spec = load_family(checkpoint.path)
     abstract = abstract_parameters(spec, dtype)
+    if sharding is not None:
+        abstract = place(abstract, sharding)
     parameters = load_parameters(checkpoint, family.weight_map(spec), abstract, progress=progress)
     return Transformer.from_parameters(spec, parameters)
