@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import LlamaConfig
@@ -10,9 +11,9 @@ from transformers import LlamaConfig
 from jdsi.converters import convert, random_checkpoint
 
 
-def _tiny_config(**changes: object) -> LlamaConfig:
+def _tiny_config(**changes: Any) -> LlamaConfig:
     """Odd sizes, grouped heads, untied: nothing lines up by accident."""
-    settings = {
+    settings: dict[str, Any] = {
         "vocab_size": 97,
         "hidden_size": 40,
         "intermediate_size": 56,
