@@ -1,5 +1,9 @@
+from pathlib import Path
+
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from transformers import (
     AutoModel,
     AutoModelForMaskedLM,
@@ -8,10 +12,11 @@ from transformers import (
     BertConfig,
 )
 
+from jdsi.converters import load_model
 from jdsi.errors import ConfigError
-from jdsi.models import Transformer
+from jdsi.models import Transformer, parameters
 from jdsi.models.families import family_for
-from parity import check_causal, check_encoder, check_names
+from parity import check_causal, check_encoder, check_names, random_torch_model
 
 SMALL = dict(  # noqa: C408 - reads as a config
     vocab_size=97,
@@ -54,6 +59,20 @@ def test_published_names() -> None:
     check_names(BertConfig(**SMALL, architectures=["BertForMaskedLM"]), names)
     bare = BertConfig(**SMALL, architectures=["BertModel"])
     check_names(bare, ["embeddings.token_type_embeddings.weight", "encoder.layer.0.output.dense.bias"], bare=True)
+
+
+def test_loads_the_old_names_of_norms(tmp_path: Path) -> None:
+    model = random_torch_model(BertConfig(**SMALL), AutoModelForPreTraining)
+    model.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    renamed = {
+        n.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): t
+        for n, t in state.items()
+    }
+    save_file(renamed, tmp_path / "model.safetensors")
+    loaded = load_model(tmp_path, dtype="float32")
+    expected = model.bert.embeddings.LayerNorm.bias.detach().numpy()
+    np.testing.assert_array_equal(parameters(loaded)["embedding.norm.bias"], expected)
 
 
 @pytest.mark.parametrize(

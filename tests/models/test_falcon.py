@@ -38,14 +38,15 @@ def test_parity(change: dict) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"multi_query": False, "parallel_attn": False, "bias": True},
-        {**GROUPED},
+        {"multi_query": False, "parallel_attn": False, "bias": True, "num_attention_heads": 12, "hidden_size": 48},
+        {**GROUPED, "num_attention_heads": 12, "hidden_size": 48},
         {"num_attention_heads": 3, "hidden_size": 12},
     ],
     ids=["1b", "grouped", "multi-query"],
 )
 def test_alibi(change: dict) -> None:
-    # The eager attention of transformers adds the biases twice; what it runs by default adds them once.
+    # Twelve heads have slopes that bfloat16 does not hold exactly. The eager attention of transformers adds the biases
+    # twice; what it runs by default adds them once.
     check_causal(FalconConfig(**(SMALL | change), alibi=True), attention="sdpa", lengths=(3, 40, 21))
 
 
