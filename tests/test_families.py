@@ -95,3 +95,19 @@ def test_whole_path(name: str, tmp_path: Path) -> None:
     with torch.no_grad():
         row = torch.tensor([PROMPTS[1]])
         torch.testing.assert_close(reloaded(row).logits, model(row).logits)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", CONFIGS)
+def test_bare_backbone_gives_hidden_states(name: str, tmp_path: Path) -> None:
+    config = transformers.AutoConfig.for_model(name, **CONFIGS[name])
+    model = random_torch_model(config, transformers.AutoModel)
+    model.save_pretrained(tmp_path)
+    engine = jdsi.init_inference(tmp_path, dtype="float32")
+    hidden = engine.forward(PROMPTS)
+    with torch.no_grad():
+        for row, ours in zip(PROMPTS, hidden, strict=True):
+            expected = model(torch.tensor([row])).last_hidden_state[0].numpy()
+            np.testing.assert_allclose(ours[: len(row)], expected, rtol=5e-4, atol=5e-5)
+    with pytest.raises(jdsi.ConfigError, match="cannot generate"):
+        engine.generate(PROMPTS)

@@ -16,6 +16,7 @@ from jdsi.models.spec import (
 )
 from jdsi.models.weight_map import Entry, Transpose, WeightMap, linear, tensor
 
+from .architecture import decoder_head, head_weight
 from .family import Family
 from .heads import even_head_dim
 
@@ -49,7 +50,7 @@ def spec(config: Any) -> TransformerSpec:
         embedding=EmbeddingSpec(positions=LearnedPositions(config.n_positions)),
         layers=tuple(layer(i) for i in range(config.n_layer)),
         norm=norm,
-        head=HeadSpec(tied=config.tie_word_embeddings),
+        head=decoder_head(config, HeadSpec(tied=config.tie_word_embeddings)),
     )
 
 
@@ -68,12 +69,9 @@ def weight_map(spec: TransformerSpec) -> WeightMap:
         entries += linear(f"{ours}.feed_forward.up", f"{theirs}.mlp.c_fc", bias=True, op=Transpose())
         entries += linear(f"{ours}.feed_forward.down", f"{theirs}.mlp.c_proj", bias=True, op=Transpose())
     entries += linear("norm", "transformer.ln_f", bias=True)
-    ignored = (r"(.*\.)?attn\.(bias|masked_bias)",)
-    if spec.head is not None and spec.head.tied:
-        ignored += (r"lm_head\.weight",)
-    else:
-        entries.append(tensor("head.weight", "lm_head.weight"))
-    return WeightMap(tuple(entries), prefix="transformer.", ignored=ignored)
+    projection, ignored = head_weight(spec)
+    ignored += (r"(.*\.)?attn\.(bias|masked_bias)",)
+    return WeightMap((*entries, *projection), prefix="transformer.", ignored=ignored)
 
 
 FAMILY = Family("gpt2", spec, weight_map)

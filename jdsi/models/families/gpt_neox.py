@@ -15,6 +15,7 @@ from jdsi.models.spec import (
 )
 from jdsi.models.weight_map import Entry, WeightMap, linear, split_heads_last, tensor
 
+from .architecture import decoder_head, head_weight
 from .family import Family
 from .heads import even_head_dim
 from .rope import rotary, rotary_dim
@@ -44,7 +45,7 @@ def spec(config: Any) -> TransformerSpec:
         embedding=EmbeddingSpec(),
         layers=(layer,) * config.num_hidden_layers,
         norm=norm,
-        head=HeadSpec(tied=config.tie_word_embeddings),
+        head=decoder_head(config, HeadSpec(tied=config.tie_word_embeddings)),
     )
 
 
@@ -68,12 +69,9 @@ def weight_map(spec: TransformerSpec) -> WeightMap:
         entries += linear(f"{ours}.feed_forward.up", f"{theirs}.mlp.dense_h_to_4h", bias=True)
         entries += linear(f"{ours}.feed_forward.down", f"{theirs}.mlp.dense_4h_to_h", bias=True)
     entries += linear("norm", "gpt_neox.final_layer_norm", bias=True)
-    ignored = (r"(.*\.)?attention\.(bias|masked_bias)", r"(.*\.)?rotary_emb\.inv_freq")
-    if spec.head is not None and spec.head.tied:
-        ignored += (r"(embed_out|lm_head)\.weight",)
-    else:
-        entries.append(tensor("head.weight", "embed_out.weight"))
-    return WeightMap(tuple(entries), prefix="gpt_neox.", ignored=ignored)
+    projection, ignored = head_weight(spec, "embed_out.weight")
+    ignored += (r"(.*\.)?attention\.(bias|masked_bias)", r"(.*\.)?rotary_emb\.inv_freq")
+    return WeightMap((*entries, *projection), prefix="gpt_neox.", ignored=ignored)
 
 
 FAMILY = Family("gpt_neox", spec, weight_map)

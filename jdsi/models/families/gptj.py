@@ -16,6 +16,7 @@ from jdsi.models.spec import (
 from jdsi.models.weight_map import Entry, WeightMap, fused_linear, linear, tensor
 from jdsi.pallas_kernels import Rotary
 
+from .architecture import decoder_head, head_weight
 from .family import Family
 from .heads import even_head_dim
 
@@ -45,7 +46,7 @@ def spec(config: Any) -> TransformerSpec:
         embedding=EmbeddingSpec(),
         layers=(layer,) * config.n_layer,
         norm=norm,
-        head=HeadSpec(tied=config.tie_word_embeddings, bias=True),
+        head=decoder_head(config, HeadSpec(tied=config.tie_word_embeddings, bias=True)),
     )
 
 
@@ -61,14 +62,11 @@ def weight_map(spec: TransformerSpec) -> WeightMap:
         entries += linear(f"{ours}.feed_forward.up", f"{theirs}.mlp.fc_in", bias=True)
         entries += linear(f"{ours}.feed_forward.down", f"{theirs}.mlp.fc_out", bias=True)
     entries += linear("norm", "transformer.ln_f", bias=True)
-    ignored = (r"(.*\.)?attn\.(bias|masked_bias|embed_positions)",)
     if spec.head is not None:
         entries.append(tensor("head.bias", "lm_head.bias"))
-    if spec.head is not None and spec.head.tied:
-        ignored += (r"lm_head\.weight",)
-    else:
-        entries.append(tensor("head.weight", "lm_head.weight"))
-    return WeightMap(tuple(entries), prefix="transformer.", ignored=ignored)
+    projection, ignored = head_weight(spec)
+    ignored += (r"(.*\.)?attn\.(bias|masked_bias|embed_positions)",)
+    return WeightMap((*entries, *projection), prefix="transformer.", ignored=ignored)
 
 
 FAMILY = Family("gptj", spec, weight_map)

@@ -19,6 +19,7 @@ from jdsi.models.spec import (
 )
 from jdsi.models.weight_map import Entry, WeightMap, fused_linear, linear, tensor
 
+from .architecture import decoder_head, head_weight
 from .rope import rotary, rotary_dim
 
 NORMS = MappingProxyType({"attention_norm": "input_layernorm", "feed_forward_norm": "post_attention_layernorm"})
@@ -42,8 +43,6 @@ def causal_attention(
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     if heads % kv_heads:
         raise ConfigError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
-    if not getattr(config, "is_causal", True):
-        raise ConfigError(f"is_causal=False: {config.model_type} models are run as causal language models only")
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     rotated = rotary_dim(config, head_dim)
     if rotated != head_dim and not partial_rotary:
@@ -91,7 +90,7 @@ def decoder_spec(
         embedding=EmbeddingSpec(scale=scale),
         layers=layers,
         norm=norm,
-        head=HeadSpec(tied=config.tie_word_embeddings, softcap=softcap),
+        head=decoder_head(config, HeadSpec(tied=config.tie_word_embeddings, softcap=softcap)),
     )
 
 
@@ -137,9 +136,6 @@ def llama_like_weight_map(
         entries += fused_linear(f"{ours}.feed_forward.up", names, rows, bias=mlp.bias)
         entries += linear(f"{ours}.feed_forward.down", f"{theirs}.mlp.down_proj", bias=mlp.bias)
     entries += linear("norm", "model.norm", bias=False)
-    ignored = (r".*rotary_emb\.inv_freq",)
-    if spec.head is not None and spec.head.tied:
-        ignored += (r"lm_head\.weight",)
-    else:
-        entries.append(tensor("head.weight", "lm_head.weight"))
-    return WeightMap(tuple(entries), prefix="model.", ignored=ignored)
+    projection, ignored = head_weight(spec)
+    ignored += (r".*rotary_emb\.inv_freq",)
+    return WeightMap((*entries, *projection), prefix="model.", ignored=ignored)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from jdsi.errors import ConfigError
 from jdsi.models.spec import (
     AttentionSpec,
     EmbeddingSpec,
@@ -16,6 +17,7 @@ from jdsi.models.spec import (
 )
 from jdsi.models.weight_map import Entry, WeightMap, fused_linear, linear, norm, tensor
 
+from .architecture import decoder_head, head_weight
 from .family import Family
 from .heads import even_head_dim
 
@@ -40,6 +42,12 @@ def spec(config: Any) -> TransformerSpec:
     )
     entries = config.max_position_embeddings + _OFFSET
     table = config.word_embed_proj_dim
+    head = decoder_head(config, HeadSpec(tied=config.tie_word_embeddings))
+    if head is None and table != config.hidden_size:
+        raise ConfigError(
+            f"word_embed_proj_dim {table} differs from hidden_size {config.hidden_size} in a bare OPTModel, whose "
+            "projection back belongs to the head; load the OPTForCausalLM checkpoint"
+        )
     return TransformerSpec(
         family=config.model_type,
         vocab_size=config.vocab_size,
@@ -50,7 +58,7 @@ def spec(config: Any) -> TransformerSpec:
         ),
         layers=(layer,) * config.num_hidden_layers,
         norm=layer_norm if config.do_layer_norm_before and not config._remove_final_layer_norm else None,
-        head=HeadSpec(tied=config.tie_word_embeddings),
+        head=head,
     )
 
 
@@ -63,6 +71,7 @@ def weight_map(spec: TransformerSpec) -> WeightMap:
     ]
     if spec.embedding.width is not None:
         entries.append(tensor("embedding.project.weight", f"{model}.project_in.weight"))
+    if spec.embedding.width is not None and spec.head is not None:
         entries.append(tensor("head.project.weight", f"{model}.project_out.weight"))
     for i, layer in enumerate(spec.layers):
         ours, theirs = f"layers.{i}", f"{model}.layers.{i}"
@@ -76,12 +85,8 @@ def weight_map(spec: TransformerSpec) -> WeightMap:
         entries += linear(f"{ours}.feed_forward.down", f"{theirs}.fc2", bias=mlp.bias)
     if spec.norm is not None:
         entries += norm("norm", f"{model}.final_layer_norm", spec.norm)
-    ignored: tuple[str, ...] = ()
-    if spec.head is not None and spec.head.tied:
-        ignored += (r"lm_head\.weight",)
-    else:
-        entries.append(tensor("head.weight", "lm_head.weight"))
-    return WeightMap(tuple(entries), prefix="model.", ignored=ignored)
+    projection, ignored = head_weight(spec)
+    return WeightMap((*entries, *projection), prefix="model.", ignored=ignored)
 
 
 FAMILY = Family("opt", spec, weight_map)
