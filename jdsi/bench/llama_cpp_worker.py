@@ -161,6 +161,8 @@ def main() -> None:
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
+    # Python looks for imports beside a script first, where a file of ours bears the name of the library.
+    sys.path.pop(0)
     settings = json.loads(sys.argv[1])
     try:
         import llama_cpp

@@ -9,15 +9,16 @@ from typing import Any
 
 from jdsi.errors import ConfigError
 
+from .processes import ask
 from .report import Report, ratio_text, spread, warn, warn_if_busy
 from .rounds import Ratio
 from .shapes import checkpoint, scratch
-from .worker import ask
 
 _STAGES = ("interpreter", "import", "load", "first_token")
 _NOTES = (
     "cold: empty compilation cache. warm: a second process with the cache that the cold one filled. Seconds, medians.",
-    "interpreter: starting Python and ending the process. first token: compiling (or reading the cache) and prefill.",
+    "interpreter: starting Python and ending the process. first token: prefill, and compiling both prefill and decoding"
+    " or reading them from the cache.",
     "The checkpoint and the installed packages are in the page cache in both: one process ran before.",
 )
 
