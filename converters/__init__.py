@@ -1,6 +1,7 @@
 """Checkpoints in and out: Hugging Face folders, PyTorch files, and our own Orbax folders."""
 
 from .checkpoint import Checkpoint, open_checkpoint, resolve
+from .config import parse_dtype
 from .convert import ConversionReport, convert
 from .huggingface import export_huggingface
 from .loader import load_model, load_parameters, load_spec
@@ -25,6 +26,7 @@ __all__ = [
     "load_parameters",
     "load_spec",
     "open_checkpoint",
+    "parse_dtype",
     "random_checkpoint",
     "resolve",
 ]

@@ -32,6 +32,7 @@ COMPANIONS = (
 _DTYPES = {
     "float32": jnp.float32,
     "fp32": jnp.float32,
+    "float": jnp.float32,
     "float16": jnp.float16,
     "fp16": jnp.float16,
     "half": jnp.float16,
@@ -41,12 +42,16 @@ _DTYPES = {
 
 
 def parse_dtype(dtype: Any) -> np.dtype:
-    """A weight type from its name (`"float32"`, `"bfloat16"`, `"float16"`, short forms too) or a JAX or NumPy type.
+    """A weight type from its name, or from a JAX, NumPy or torch type.
+
+    Args:
+        dtype: `"float32"`, `"bfloat16"` or `"float16"`, DeepSpeed's and torch's names for them, or a type.
 
     Raises:
         ConfigError: weights are not kept in that type.
     """
-    name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
+    name = dtype if isinstance(dtype, str) else getattr(dtype, "__name__", None) or str(dtype)
+    name = name.removeprefix("torch.")
     if name not in _DTYPES:
         raise ConfigError(f"dtype {name!r}{nearest(name, _DTYPES)}; known: float32, bfloat16, float16")
     return jnp.dtype(_DTYPES[name])

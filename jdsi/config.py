@@ -6,16 +6,8 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Self
 
+from jdsi.converters import parse_dtype
 from jdsi.errors import ConfigError, nearest
-
-_DTYPES: Mapping[str, str] = MappingProxyType(
-    {
-        "auto": "auto",
-        **dict.fromkeys(("float32", "fp32", "float"), "float32"),
-        **dict.fromkeys(("bfloat16", "bf16"), "bfloat16"),
-        **dict.fromkeys(("float16", "fp16", "half"), "float16"),
-    }
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +31,8 @@ class InferenceConfig:
     compilation_cache: bool | str | os.PathLike[str] = True
 
     def __post_init__(self) -> None:
-        name = str(self.dtype).removeprefix("torch.").removeprefix("jnp.")
-        if name not in _DTYPES:
-            known = ", ".join(sorted(set(_DTYPES.values())))
-            raise ConfigError(f"dtype={self.dtype!r} must be one of {known}{nearest(name, _DTYPES)}")
-        object.__setattr__(self, "dtype", _DTYPES[name])
+        if self.dtype != "auto":
+            object.__setattr__(self, "dtype", parse_dtype(self.dtype).name)
         for field in ("max_tokens", "max_batch_size"):
             value = getattr(self, field)
             if field == "max_tokens" and value is None:
