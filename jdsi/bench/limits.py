@@ -46,7 +46,7 @@ class Chain:
         """One pass over all matrices with `rows` vectors, as a function that returns when it is done."""
         widest = max(w.shape[1] for w in self.weights)
         x = jnp.asarray(np.random.default_rng(0).standard_normal((self.rows, widest)), self.weights[0].dtype)
-        program = jax.jit(_chain).lower(x, list(self.weights)).compile()
+        program = jax.jit(chain_products).lower(x, list(self.weights)).compile()
 
         def run() -> None:
             program(x, list(self.weights)).block_until_ready()
@@ -54,7 +54,8 @@ class Chain:
         return run
 
 
-def _chain(x: Float[Array, "N I"], weights: list[Array]) -> Float[Array, ""]:
+def chain_products(x: Float[Array, "N I"], weights: list[Array]) -> Float[Array, ""]:
+    """The program of `Chain`; `x` is as wide as the widest input."""
     y = x
     for weight in weights:
         width = weight.shape[1]
