@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jdsi.converters import open_checkpoint, random_checkpoint
+from jdsi.converters import random_checkpoint
 from jdsi.converters.config import load_family
 from jdsi.converters.huggingface import parse_size
 from jdsi.converters.orbax import group_of
@@ -103,7 +103,7 @@ def _convert(
         warn(f"memory: writing {gigabytes:g} GB of random weights in {folder}")
         random_checkpoint(source, config, dtype=dtype, max_shard_size=shard)
         tiny = random_checkpoint(folder / "tiny", shape_config(_TINY), dtype=dtype)
-        group = largest_group(source)
+        group = largest_group(source, _ITEM_BYTES[dtype])
         for to in ("orbax", "hf"):
             warn(f"memory: convert to {to}")
             baselines, answers, largest_file = [], [], 0
@@ -125,11 +125,9 @@ def _convert_once(source: Path, target: Path, shard: int) -> tuple[dict[str, Any
     return answer, largest
 
 
-def largest_group(folder: Path) -> int:
-    """Bytes, as stored, of the checkpoint's largest group: what a conversion has to hold at once."""
+def largest_group(folder: Path, itemsize: int) -> int:
+    """Bytes, with values of `itemsize`, of the checkpoint's largest group: what a conversion has to hold at once."""
     spec = load_family(folder)[1]
-    stored = open_checkpoint(folder).tensors.values()
-    itemsize = max(info.dtype.itemsize for info in stored)
     sizes: collections.Counter[str] = collections.Counter()
     for name, leaf in abstract_parameters(spec).items():
         sizes[group_of(name)] += math.prod(leaf.shape) * itemsize

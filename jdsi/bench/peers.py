@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from jdsi.errors import ConfigError, nearest
 
-from .llama_cpp import LlamaCpp
+from .llama_process import LlamaCpp
 from .report import processors
 
 
@@ -42,7 +42,7 @@ class Transformers:
         torch.set_num_threads(processors())
         self._device = "cuda" if jax.default_backend() == "gpu" else "cpu"
         transformers.utils.logging.disable_progress_bar()
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
         self._model = model.to(self._device).eval()
 
     def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:

@@ -61,7 +61,8 @@ def sized_config(gigabytes: float, itemsize: int) -> Any:
 def _llama(sizes: _Sizes) -> Any:
     from transformers import LlamaConfig
 
-    return LlamaConfig(**sizes, max_position_embeddings=4096, bos_token_id=None, eos_token_id=None)
+    options: dict[str, Any] = {**sizes, "max_position_embeddings": 4096, "bos_token_id": None, "eos_token_id": None}
+    return LlamaConfig(**options)
 
 
 @contextlib.contextmanager

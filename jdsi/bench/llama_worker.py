@@ -1,9 +1,10 @@
 """Runs in an interpreter that has llama.cpp but perhaps not jdsi, and so imports nothing of ours.
 
-One argument: settings as JSON. Then one line of JSON in, one out, until the input ends. See `llama_cpp.py`.
+One argument: settings as JSON. Then one line of JSON in, one out, until the input ends. See `llama_process.py`.
 """
 
 import ctypes
+import importlib
 import json
 import mmap
 import os
@@ -62,8 +63,7 @@ def tensors(folder: Path) -> Any:
 
 def write_gguf(folder: Path, path: str) -> None:
     """The checkpoint as a float32 GGUF file without a tokenizer."""
-    import gguf
-
+    gguf: Any = importlib.import_module("gguf")
     config = json.loads((folder / "config.json").read_text())
     rope = config.get("rope_parameters") or {"rope_theta": config.get("rope_theta", 10000.0)}
     if config["model_type"] != "llama" or rope.get("rope_type", "default") != "default":
@@ -99,9 +99,8 @@ class Model:
     """A loaded GGUF file; every call of `generate` starts with an empty cache."""
 
     def __init__(self, path: str, threads: int, context: int, rows: int) -> None:
-        import llama_cpp
-
-        self._api = api = llama_cpp
+        api: Any = importlib.import_module("llama_cpp")
+        self._api = api
         api.llama_backend_init()
         model_params = api.llama_model_default_params()
         self._model = api.llama_model_load_from_file(path.encode(), model_params)
@@ -161,12 +160,11 @@ def main() -> None:
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
-    # Python looks for imports beside a script first, where a file of ours bears the name of the library.
+    # Python looks for imports beside a script first, and the files there have common names.
     sys.path.pop(0)
     settings = json.loads(sys.argv[1])
     try:
-        import llama_cpp
-
+        llama_cpp: Any = importlib.import_module("llama_cpp")
         quiet = llama_cpp.llama_log_callback(lambda level, text, data: None)
         llama_cpp.llama_log_set(quiet, ctypes.c_void_p())
         write_gguf(Path(settings["checkpoint"]), settings["gguf"])

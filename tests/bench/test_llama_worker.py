@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from checkpoints import save_llama
-from jdsi.bench.llama_cpp import LlamaCpp
-from jdsi.bench.llama_cpp_worker import gguf_name, interleave_rotary, tensors
+from jdsi.bench.llama_process import LlamaCpp
+from jdsi.bench.llama_worker import gguf_name, interleave_rotary, tensors
 from jdsi.errors import ConfigError
 
 

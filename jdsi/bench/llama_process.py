@@ -12,7 +12,7 @@ from jdsi.errors import ConfigError
 
 from .report import processors
 
-_WORKER = Path(__file__).with_name("llama_cpp_worker.py")
+_WORKER = Path(__file__).with_name("llama_worker.py")
 _CACHE_TOKENS = 8192
 _ROWS = 64
 
