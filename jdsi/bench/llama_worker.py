@@ -120,7 +120,7 @@ class Model:
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
         """Greedy tokens of prompts of equal length, all rows in one batch per step."""
-        self._api.llama_memory_clear(self._api.llama_get_memory(self._context), True)
+        self._api.llama_memory_clear(self._api.llama_get_memory(self._context), False)
         last = self._step([[(token, i) for i, token in enumerate(p)] for p in prompts])
         found = [[token] for token in last]
         for step in range(new_tokens - 1):
