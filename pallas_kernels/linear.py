@@ -6,7 +6,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 _CONTRACT_LAST = (((1,), (1,)), ((), ()))
-_SKINNY = 16  # rows up to which XLA's CPU backend is faster with the weight as its left operand
+# Rows up to which XLA's CPU backend is faster with the weight as its left operand.
+_SKINNY_FLOAT32, _SKINNY_NARROW = 16, 64
 
 
 def linear(
@@ -21,7 +22,7 @@ def linear(
     Returns:
         The product in `out_dtype`, by default the dtype of `x`.
     """
-    if x.shape[0] <= _SKINNY:
+    if x.shape[0] <= (_SKINNY_FLOAT32 if x.dtype == jnp.float32 else _SKINNY_NARROW):
         y = jax.lax.platform_dependent(x, weight, cpu=_skinny_cpu, default=_product)
     else:
         y = _product(x, weight)

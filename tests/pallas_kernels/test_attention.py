@@ -1,0 +1,86 @@
+"""The attention operator against a float64 loop, one query and one head at a time."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jdsi.pallas_kernels import Alibi, AttentionForm, attention, attention_weights
+
+
+def brute_force(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, form: AttentionForm, q_at: np.ndarray, k_at: np.ndarray
+) -> np.ndarray:
+    batch, length, heads, _ = q.shape
+    group = heads // k.shape[1]
+    out = np.zeros((batch, length, heads, v.shape[-1]))
+    for b, s, h in np.ndindex(batch, length, heads):
+        scores = k[b, h // group] @ q[b, s, h] * form.scale
+        if form.softcap is not None:
+            scores = form.softcap * np.tanh(scores / form.softcap)
+        distance = k_at[b] - q_at[b, s]
+        if form.alibi is not None:
+            scores = scores + form.alibi.slopes[h] * distance
+        hidden = np.zeros(len(scores), bool)
+        if form.causal:
+            hidden |= distance > 0
+        if form.window is not None:
+            hidden |= np.abs(distance) >= form.window
+        scores[hidden] = -np.inf
+        weights = np.exp(scores - scores.max())
+        out[b, s, h] = weights @ v[b, h // group] / weights.sum()
+    return out
+
+
+FORMS = {
+    "causal": AttentionForm(0.3),
+    "full": AttentionForm(0.3, causal=False),
+    "window": AttentionForm(0.3, window=3),
+    "softcap": AttentionForm(2.0, softcap=1.5),
+    "alibi": AttentionForm(0.3, alibi=Alibi((0.5, 0.25, 0.1, 0.05, 0.3, 0.7))),
+}
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize(("batch", "length"), [(1, 1), (3, 1), (5, 1), (2, 6)])
+@pytest.mark.parametrize("kv_heads", [1, 2, 6])
+def test_equals_brute_force(form: AttentionForm, batch: int, length: int, kv_heads: int) -> None:
+    rng = np.random.default_rng(batch)
+    keys = 9
+    q = rng.standard_normal((batch, length, 6, 5))
+    k = rng.standard_normal((batch, kv_heads, keys, 5))
+    v = rng.standard_normal((batch, kv_heads, keys, 4))
+    q_at = np.arange(length) + rng.integers(0, keys - length + 1, (batch, 1))
+    k_at = np.tile(np.arange(keys), (batch, 1))
+    arrays = [jnp.asarray(a, jnp.float32) for a in (q, k, v)]
+    positions = {"q_positions": jnp.asarray(q_at), "k_positions": jnp.asarray(k_at)}
+    out = jax.jit(lambda q, k, v: attention(q, k, v, form, **positions))(*arrays)
+    np.testing.assert_allclose(out, brute_force(q, k, v, form, q_at, k_at), rtol=1e-5, atol=1e-5)
+
+
+def test_long_prompts_in_blocks_equal_one_block() -> None:
+    rng = np.random.default_rng(0)
+    length = 700
+    q, k, v = (
+        jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in [(1, length, 2, 4)] + [(1, 1, length, 4)] * 2
+    )
+    positions = jnp.arange(length)[None]
+    form = AttentionForm(0.5, window=300)
+    arguments = {"q_positions": positions, "k_positions": positions, "visible": jnp.arange(length)[None, None] % 7 != 3}
+    arguments["visible"] = jnp.broadcast_to(arguments["visible"], (1, length, length))
+    weights = attention_weights(q, k, form, **arguments)
+    expected = jnp.einsum("bkgsl,bkld->bskgd", weights, v).reshape(1, length, 2, 4)
+    np.testing.assert_allclose(attention(q, k, v, form, **arguments), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_query_that_sees_nothing_gives_numbers() -> None:
+    q, k = jnp.ones((1, 1, 1, 2)), jnp.ones((1, 1, 3, 2))
+    at = {"q_positions": jnp.zeros((1, 1), int), "k_positions": jnp.zeros((1, 3), int)}
+    out = attention(q, k, k, AttentionForm(1.0), **at, visible=jnp.zeros((1, 1, 3), bool))
+    assert np.isfinite(out).all()
+
+
+def test_heads_that_do_not_divide_are_an_error() -> None:
+    at = {"q_positions": jnp.zeros((1, 1), int), "k_positions": jnp.zeros((1, 1), int)}
+    with pytest.raises(ValueError, match="3 query heads do not divide over 2"):
+        attention(jnp.ones((1, 1, 3, 2)), jnp.ones((1, 2, 1, 2)), jnp.ones((1, 2, 1, 2)), AttentionForm(1.0), **at)
