@@ -95,6 +95,7 @@ def init(
     stop_tokens = np.full((shape[0], max(1, *map(len, stops))), NO_TOKEN, np.int32)
     lengths = [len(t) for t in prompts]
     size = max(n + p.max_new_tokens for n, p in zip(lengths, params, strict=True))
+    size = -(-size // 128) * 128  # few sizes, for the model's step is compiled together with the search
     tokens = np.zeros((*shape, size), np.int32)
     for row, (prompt, stop) in enumerate(zip(prompts, stops, strict=True)):
         tokens[row, :, : len(prompt)] = prompt

@@ -69,9 +69,9 @@ def decode(
 ) -> Iterator[SampledTokens]:
     """Generates for a batch of prompts, yielding one token per row and step as NumPy arrays.
 
-    The step after the one yielded is already running: reading a step's tokens never holds the device up. Rows past
-    `len(prompts)` in the yielded arrays are padding and never valid. The iterator ends when every row has; closing it
-    earlier is fine.
+    While a step's tokens are read, the next step is already running, so that reading never holds the device up. Rows
+    past `len(prompts)` in the yielded arrays are padding and never valid. The iterator ends when every row has; closing
+    it earlier is fine.
     """
     rows = batch_bucket(len(prompts))
     idle = rows - len(prompts)
@@ -89,12 +89,19 @@ def decode(
     context = new_context(executor, rows, padded.width, steps)
     context = context.extend(jnp.asarray(padded.lengths), padded.width)
     sampled, context, state = executor.step(padded.tokens, context, padded.last, epilogue, state)
+    host = jax.device_get(sampled)
+    yield host  # at once, for the decode program may have to be compiled first
+    if host.finish.all():
+        return
     context = context.extend(jnp.ones(rows, jnp.int32), 1)
+    running = None
     for _ in range(steps - 1):
-        ahead, context, state = executor.step(sampled.tokens, context, None, epilogue, state)
-        host = jax.device_get(sampled)
-        yield host
-        if host.finish.all():
-            return
-        sampled = ahead
-    yield jax.device_get(sampled)
+        sampled, context, state = executor.step(sampled.tokens, context, None, epilogue, state)
+        if running is not None:
+            host = jax.device_get(running)
+            yield host
+            if host.finish.all():
+                return
+        running = sampled
+    if running is not None:
+        yield jax.device_get(running)
