@@ -1,8 +1,11 @@
 """Engine configuration, and the DeepSpeed spelling of it."""
 
 import dataclasses
+import json
+import numbers
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Self
 
@@ -12,21 +15,24 @@ from jdsi.errors import ConfigError, nearest
 
 @dataclasses.dataclass(frozen=True)
 class InferenceConfig:
-    """How an engine runs a model. No setting changes the tokens, but for `dtype`, which changes their precision.
+    """How an engine runs a model. No setting but `dtype` changes the tokens, which it rounds.
 
     Attributes:
         dtype: of weights and activations: `"float32"`, `"bfloat16"`, `"float16"`, or `"auto"`: float32 on CPU, where
             narrow types are slow, bfloat16 elsewhere. DeepSpeed's and torch's names are understood.
-        max_tokens: prompt plus generated tokens a sequence may have; by default what the model was trained for.
-        max_batch_size: sequences decoded together; more prompts are split over several batches.
+        max_tokens: prompt plus generated tokens a sequence may have; by default what the model was trained for. Models
+            with a learned position table take no more than that, others (rotary, ALiBi) may be given more.
+        max_batch_size: rows decoded together, at most; more prompts are split over several batches.
+        checkpoint: folder or hub id of the model, where `init_inference` is given none.
         tokenizer: folder or hub id of the tokenizer; by default the model's own.
         compilation_cache: keep compiled programs on disk: `True` (see `jdsi.runtime.enable_compilation_cache` for
-            where), a folder, or `False`.
+            where), a folder, or `False`, which leaves JAX as it is.
     """
 
     dtype: str = "auto"
     max_tokens: int | None = None
     max_batch_size: int = 64
+    checkpoint: str | os.PathLike[str] | None = None
     tokenizer: str | os.PathLike[str] | None = None
     compilation_cache: bool | str | os.PathLike[str] = True
 
@@ -37,12 +43,13 @@ class InferenceConfig:
             value = getattr(self, field)
             if field == "max_tokens" and value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
                 raise ConfigError(f"{field}={value!r} must be an integer of at least 1")
+            object.__setattr__(self, field, int(value))
 
     @classmethod
-    def from_dict(cls, options: Mapping[str, Any]) -> Self:
-        """A config from keys of this class or of DeepSpeed's `init_inference`.
+    def from_dict(cls, options: Mapping[str, Any], **overrides: Any) -> Self:
+        """A config from keys of this class or of DeepSpeed's `init_inference`; `overrides` win over `options`.
 
         DeepSpeed keys that only say how DeepSpeed goes about it (kernel injection, CUDA graphs) are accepted and have
         nothing to change here. Keys that ask for something this engine does not do raise.
@@ -51,6 +58,21 @@ class InferenceConfig:
             ConfigError: an unknown key (the message names the nearest valid one), two spellings of one setting with
                 different values, or a DeepSpeed setting that cannot be honoured.
         """
+        return cls(**{**cls._settings(options), **cls._settings(overrides)})
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str], **overrides: Any) -> Self:
+        """`from_dict` of a JSON file."""
+        try:
+            options = json.loads(Path(path).read_text())
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"the config {path} cannot be read: {error}") from error
+        if not isinstance(options, dict):
+            raise ConfigError(f"the config {path} holds a JSON {type(options).__name__}, not an object")
+        return cls.from_dict(options, **overrides)
+
+    @classmethod
+    def _settings(cls, options: Mapping[str, Any]) -> dict[str, Any]:
         own = {field.name for field in dataclasses.fields(cls)}
         settings: dict[str, Any] = {}
         for key, value in options.items():
@@ -61,21 +83,27 @@ class InferenceConfig:
                 continue
             name = _DEEPSPEED_NAMES.get(key, key)
             if name not in own:
-                hint = nearest(key, [*own, *_DEEPSPEED_NAMES, *_DEEPSPEED_ONLY])
+                hint = nearest(str(key), [*own, *_DEEPSPEED_NAMES, *_DEEPSPEED_ONLY])
                 raise ConfigError(f"unknown config key {key!r}{hint}; valid are {', '.join(sorted(own))}")
             if name in settings and settings[name] != value:
                 raise ConfigError(f"config key {key!r}={value!r} contradicts {name}={settings[name]!r}")
             settings[name] = value
-        return cls(**settings)
+        return settings
 
 
 def _one_device(key: str, value: Any) -> None:
     degrees = value if isinstance(value, Mapping) else {key: value}
-    for name in ("tp_size", "ep_size", "mp_size", "world_size", "replica_num"):
+    for name in (key, "tp_size", "ep_size", "mp_size", "world_size", "replica_num"):
         if degrees.get(name, 1) not in (1, None):
             raise ConfigError(f"config key {key!r} asks for {name}={degrees[name]}; this engine runs on one device")
-    if key == "moe" and (value.get("enabled") if isinstance(value, Mapping) else value):
-        raise ConfigError("config key 'moe' is enabled, and no supported family has experts")
+
+
+def _no_experts(key: str, value: Any) -> None:
+    if isinstance(value, Mapping):
+        _one_device(key, value)
+    enabled = value.get("enabled") if isinstance(value, Mapping) else value not in (None, False, 1, [1])
+    if enabled:
+        raise ConfigError(f"config key {key!r}={value!r} asks for experts, and no supported family has them")
 
 
 def _off(key: str, value: Any) -> None:
@@ -87,9 +115,17 @@ def _off(key: str, value: Any) -> None:
 
 
 def _no_offload(key: str, value: Any) -> None:
-    wanted = isinstance(value, Mapping) and (value.get("offload_param") or value.get("stage", 0))
-    if wanted:
+    settings = value if isinstance(value, Mapping) else {"stage": value}
+    if settings.get("offload_param") or settings.get("stage"):
         raise ConfigError(f"config key {key!r}={value!r} asks for weights outside the device, which is not offered")
+
+
+def _only(right: Any) -> Callable[[str, Any], None]:
+    def check(key: str, value: Any) -> None:
+        if value is not None and value != right:
+            raise ConfigError(f"config key {key!r}={value!r} cannot be honoured; leave it out, or {right!r}")
+
+    return check
 
 
 _DEEPSPEED_NAMES: Mapping[str, str] = MappingProxyType({"max_out_tokens": "max_tokens", "max_seq_length": "max_tokens"})
@@ -109,10 +145,23 @@ _DEEPSPEED_HOW = frozenset(
 )
 _DEEPSPEED_ONLY: Mapping[str, Callable[[str, Any], None]] = MappingProxyType(
     {
-        **dict.fromkeys(("tensor_parallel", "tp", "mp_size", "ep_size", "moe"), _one_device),
+        **dict.fromkeys(("tensor_parallel", "tp", "mp_size", "ep_size", "training_mp_size"), _one_device),
+        **dict.fromkeys(("moe", "moe_experts"), _no_experts),
         **dict.fromkeys(
-            ("quant", "injection_policy", "injection_policy_tuple", "save_mp_checkpoint_path", "ds_config"), _off
+            (
+                "base_dir",
+                "ds_config",
+                "injection_dict",
+                "injection_policy",
+                "injection_policy_tuple",
+                "quant",
+                "save_mp_checkpoint_path",
+            ),
+            _off,
         ),
+        "min_out_tokens": _only(1),
+        "moe_type": _only("standard"),
+        "triangular_masking": _only(True),
         "zero": _no_offload,
     }
 )

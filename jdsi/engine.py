@@ -15,11 +15,20 @@ from jaxtyping import Array, Float, Int
 from jdsi.config import InferenceConfig
 from jdsi.converters import load_model, resolve
 from jdsi.errors import CapacityError, ConfigError, PromptError
-from jdsi.generation import Completion, CompletionBuilder, FinishCode, SampledTokens, SamplingParams, TokenLogprob
-from jdsi.generation.prompts import Prompt, as_list, encode
+from jdsi.generation import (
+    Completion,
+    CompletionBuilder,
+    FinishCode,
+    SampledTokens,
+    SamplingParams,
+    TokenLogprob,
+    check_vocabulary,
+    pad_rows,
+)
+from jdsi.generation.prompts import Prompt, as_list, encode, encode_rows
 from jdsi.generation.tokenizer import load_eos_token_ids, load_tokenizer
 from jdsi.models import Transformer, TransformerSpec, parameters
-from jdsi.runtime import Executor, ResidentExecutor, batch_bucket, enable_compilation_cache, token_bucket
+from jdsi.runtime import Executor, GenerationStats, ResidentExecutor, enable_compilation_cache, token_bucket
 from jdsi.runtime.beam_decoding import beam_search
 from jdsi.runtime.decoding import decode
 
@@ -41,37 +50,14 @@ class StreamEvent:
     completion: Completion | None = None
 
 
-@dataclasses.dataclass
-class GenerationStats:
-    """What the last `generate` or `stream` of an engine did. Times in seconds, compilation included.
+@dataclasses.dataclass(frozen=True)
+class _Request:
+    index: int
+    prompt: list[int]
+    params: SamplingParams
 
-    Attributes:
-        prompt_tokens, new_tokens: over all requests.
-        first_token_seconds: from the start of each batch to its first tokens, summed over batches.
-        decode_seconds: from first tokens to last, summed.
-    """
-
-    prompt_tokens: int = 0
-    new_tokens: int = 0
-    first_token_seconds: float = 0.0
-    decode_seconds: float = 0.0
-
-    @property
-    def tokens_per_second(self) -> float:
-        """New tokens over the whole time."""
-        seconds = self.first_token_seconds + self.decode_seconds
-        return self.new_tokens / seconds if seconds else 0.0
-
-    def as_dict(self) -> dict[str, float]:
-        """All figures by name."""
-        return {**dataclasses.asdict(self), "tokens_per_second": self.tokens_per_second}
-
-    def summary(self) -> str:
-        """One line for people."""
-        return (
-            f"{self.prompt_tokens} prompt and {self.new_tokens} new tokens; first after "
-            f"{self.first_token_seconds:.2f} s, then {self.decode_seconds:.2f} s"
-        )
+    def builder(self, tokenizer: Any) -> CompletionBuilder:
+        return CompletionBuilder(self.params, tokenizer, self.prompt, name=f"prompt {self.index}")
 
 
 class InferenceEngine:
@@ -79,7 +65,6 @@ class InferenceEngine:
 
     Attributes:
         config: as given.
-        spec: what the model is.
         tokenizer: a `transformers` tokenizer, or `None`.
         max_tokens: prompt plus generated tokens a sequence may have.
         eos_token_ids: ids that end a sequence.
@@ -99,10 +84,12 @@ class InferenceEngine:
         self.eos_token_ids = tuple(eos_token_ids)
         self.stats = GenerationStats()
         self._executor = executor
-        limit = executor.spec.max_positions
-        self.max_tokens = config.max_tokens or limit
-        if self.max_tokens > limit:
-            raise ConfigError(f"max_tokens={self.max_tokens} exceeds the model's {limit} positions")
+        self.max_tokens = config.max_tokens or executor.spec.max_positions
+        table = executor.spec.position_table
+        if table is not None and self.max_tokens > table:
+            raise ConfigError(
+                f"max_tokens={self.max_tokens} exceeds the {table} positions of the model's learned table"
+            )
 
     @property
     def spec(self) -> TransformerSpec:
@@ -121,23 +108,23 @@ class InferenceEngine:
             sampling: for all, or one for each; greedy by default.
 
         Returns:
-            One completion per prompt, in order. A request's tokens do not depend on what it is batched with.
+            One completion per prompt, in order. What a request is batched with does not change its tokens, unless two
+            tokens are equal to within the rounding of the model's dtype.
 
         Raises:
             PromptError: a prompt is empty, not understood, or has ids outside the vocabulary.
             CapacityError: prompt plus `max_new_tokens` exceeds `max_tokens`.
             ConfigError: the model cannot generate, or the sampling parameters do not fit.
         """
-        ids, params = self._requests(prompts, sampling)
+        requests = self._requests(prompts, sampling)
+        self.stats = GenerationStats(prompt_tokens=sum(len(r.prompt) for r in requests))
         done: dict[int, Completion] = {}
-        beamed = [i for i, p in enumerate(params) if p.num_beams > 1]
-        for rows in self._batches(beamed, ids, lambda i: params[i].num_beams):
-            done.update(self._beam_search(rows, ids, params))
-        sampled = [i for i, p in enumerate(params) if p.num_beams == 1]
-        for event in self._sample(sampled, ids, params):
+        for batch in self._batches([r for r in requests if r.params.num_beams > 1]):
+            done.update(self._beam_search(batch))
+        for event in self._sample([r for r in requests if r.params.num_beams == 1]):
             if event.completion is not None:
                 done[event.index] = event.completion
-        return [done[i] for i in range(len(ids))]
+        return [done[i] for i in range(len(requests))]
 
     def stream(
         self,
@@ -145,10 +132,11 @@ class InferenceEngine:
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> Iterator[StreamEvent]:
         """Like `generate`, token by token. Arguments are checked at the call, not at the first event."""
-        ids, params = self._requests(prompts, sampling)
-        if any(p.num_beams > 1 for p in params):
+        requests = self._requests(prompts, sampling)
+        if any(r.params.num_beams > 1 for r in requests):
             raise ConfigError("stream cannot run a beam search, which knows its text only at the end; use generate")
-        return self._sample(list(range(len(ids))), ids, params)
+        self.stats = GenerationStats(prompt_tokens=sum(len(r.prompt) for r in requests))
+        return self._sample(requests)
 
     def forward(
         self,
@@ -161,27 +149,29 @@ class InferenceEngine:
         Args:
             tokens: ids; rows of unequal length are padded here.
             lengths: real tokens of each row; by default each row's own length.
-            token_types: segment ids (BERT).
+            token_types: segment ids, for models that have them (BERT).
         """
-        given: Sequence[Any] = np.asarray(tokens).tolist() if isinstance(tokens, Array | np.ndarray) else tokens
-        rows = [encode(row, None, self.spec.vocab_size, name=f"row {i}") for i, row in enumerate(given)]
-        if not rows:
-            raise PromptError("forward needs at least one row of tokens")
+        rows = encode_rows(tokens, self.spec.vocab_size)
         own = [len(row) for row in rows]
         width = max(own)
-        if width > self.spec.max_positions:
-            raise CapacityError(f"{width} tokens exceed the model's {self.spec.max_positions} positions")
-        counts = np.asarray(own if lengths is None else lengths, np.int32)
-        if counts.shape != (len(rows),) or (counts < 1).any() or (counts > own).any():
+        if width > self.max_tokens:
+            raise CapacityError(f"a row has {width} tokens, more than the {self.max_tokens} this engine takes")
+        bucket = token_bucket(width)
+        if self.spec.position_table is not None:
+            bucket = min(bucket, self.spec.position_table)
+        counts = _integers("lengths", own if lengths is None else lengths, (len(rows),))
+        if (counts < 1).any() or (counts > own).any():
             raise ConfigError(f"lengths={counts.tolist()} must give each of the rows of {own} tokens 1 to all of them")
-        bucket = min(token_bucket(width), self.spec.max_positions)
-        padded = np.zeros((len(rows), bucket), np.int32)
-        for line, row in zip(padded, rows, strict=True):
-            line[: len(row)] = row
         types = None
         if token_types is not None:
-            types = jnp.pad(jnp.asarray(token_types, jnp.int32), ((0, 0), (0, bucket - width)))
-        return self._executor.logits(jnp.asarray(padded), jnp.asarray(counts), types)[:, :width]
+            kinds = self.spec.embedding.token_types
+            types = _integers("token_types", token_types, (len(rows), width))
+            if not kinds or (types < 0).any() or (types >= kinds).any():
+                have = f"types 0 to {kinds - 1}" if kinds else "no token types"
+                raise ConfigError(f"token_types has ids from {types.min()} to {types.max()}; this model has {have}")
+            types = jnp.asarray(np.pad(types, ((0, 0), (0, bucket - width))))
+        padded = jnp.asarray(pad_rows(rows, bucket))
+        return self._executor.logits(padded, jnp.asarray(counts), types)[:, :width]
 
     def warmup(
         self,
@@ -196,7 +186,7 @@ class InferenceEngine:
         Args:
             batch_sizes: numbers of prompts given at once.
             prompt_lengths: lengths of the longest prompt of a batch.
-            sampling: which sampler features and how many new tokens; greedy by default.
+            sampling: which sampler features and how many new tokens; by default greedy and as many as fit.
             progress: show a bar.
 
         Returns:
@@ -204,92 +194,126 @@ class InferenceEngine:
         """
         from rich.progress import track
 
-        sampling = sampling or SamplingParams()
-        shapes = sorted({(batch_bucket(b), token_bucket(n)) for b in batch_sizes for n in prompt_lengths})
-        for batch, length in track(shapes, description="compiling", disable=not progress):
-            prompt = [0] * max(1, min(length, self.max_tokens - sampling.max_new_tokens))
-            _, params = self._requests([prompt] * batch, dataclasses.replace(sampling, ignore_eos=True, stop=()))
-            if sampling.num_beams > 1:
-                beam_search(self._executor, [prompt] * batch, params)
+        params = sampling or self._default_params(min(prompt_lengths, default=1))
+        longest = max(1, self.max_tokens - params.max_new_tokens)
+        most = self._most_rows(params)
+        shapes = sorted({(min(b, most), min(n, longest)) for b in batch_sizes for n in prompt_lengths})
+        by_bucket = {(b, token_bucket(n)): (b, n) for b, n in shapes}
+        for batch, length in track(by_bucket.values(), description="compiling", disable=not progress):
+            requests = self._requests([[0] * length] * batch, params)
+            if params.num_beams > 1:
+                self._beam_search(requests)
                 continue
-            steps = decode(self._executor, [prompt] * batch, params)
-            for _, _ in zip(range(2), steps, strict=False):
+            # Two tokens run the prefill and the decode program.
+            for _ in zip(range(2), self._decode(requests), strict=False):
                 pass
-        return len(shapes)
+        return len(by_bucket)
 
-    def _requests(
-        self, prompts: Any, sampling: SamplingParams | Sequence[SamplingParams] | None
-    ) -> tuple[list[list[int]], list[SamplingParams]]:
+    def _requests(self, prompts: Any, sampling: Any) -> list[_Request]:
+        """Checks everything that can be checked before any work is done."""
         if not self.spec.causal or self.spec.head is None:
             what = "is an encoder" if not self.spec.causal else "has no language-model head"
             raise ConfigError(f"this {self.spec.family} model {what} and cannot generate; use forward()")
         items = as_list(prompts)
         if not items:
             raise PromptError("no prompt was given")
-        if sampling is None or isinstance(sampling, SamplingParams):
-            params = [sampling or SamplingParams()] * len(items)
+        names = [f"prompt {i}" if len(items) > 1 else "prompt" for i in range(len(items))]
+        vocabulary = self.spec.vocab_size
+        ids = [encode(x, self.tokenizer, vocabulary, name=name) for x, name in zip(items, names, strict=True)]
+        if sampling is None:
+            params = [self._default_params(len(prompt)) for prompt in ids]
         else:
-            params = list(sampling)
+            params = [sampling] * len(items) if isinstance(sampling, SamplingParams) else list(sampling)
+        if not all(isinstance(p, SamplingParams) for p in params):
+            raise ConfigError(
+                "sampling must be SamplingParams, or a list of them; SamplingParams.from_dict takes a mapping"
+            )
         if len(params) != len(items):
             raise ConfigError(f"{len(params)} sampling parameters for {len(items)} prompts; give one, or one for each")
-        ids = [
-            encode(item, self.tokenizer, self.spec.vocab_size, name=f"prompt {i}" if len(items) > 1 else "prompt")
-            for i, item in enumerate(items)
-        ]
-        for i, (prompt, p) in enumerate(zip(ids, params, strict=True)):
+        for name, prompt, p in zip(names, ids, params, strict=True):
+            check_vocabulary(p, vocabulary)
+            if p.stop and self.tokenizer is None:
+                raise ConfigError(f"sampling parameter stop={p.stop!r} must be left out where there is no tokenizer")
+            if p.num_beams > self.config.max_batch_size:
+                raise ConfigError(f"num_beams={p.num_beams} exceeds max_batch_size={self.config.max_batch_size}")
             if len(prompt) + p.max_new_tokens > self.max_tokens:
                 raise CapacityError(
-                    f"prompt {i} has {len(prompt)} tokens and max_new_tokens is {p.max_new_tokens}: together "
+                    f"{name} has {len(prompt)} tokens and max_new_tokens is {p.max_new_tokens}: together "
                     f"{len(prompt) + p.max_new_tokens}, more than the {self.max_tokens} this engine takes"
                 )
-        return ids, params
+        return [_Request(i, prompt, p) for i, (prompt, p) in enumerate(zip(ids, params, strict=True))]
 
-    def _batches(self, indices: list[int], ids: list[list[int]], group: Any = lambda i: 0) -> Iterator[list[int]]:
-        """Batches of at most `max_batch_size` of one group, similar lengths together so that little is padding."""
-        order = sorted(indices, key=lambda i: (group(i), len(ids[i])))
-        while order:
-            same = [i for i in order[: self.config.max_batch_size] if group(i) == group(order[0])]
-            yield same
-            order = order[len(same) :]
+    def _default_params(self, prompt_tokens: int) -> SamplingParams:
+        """Greedy; fewer new tokens than usual where the model is too small for the usual number."""
+        usual = SamplingParams()
+        room = self.max_tokens - prompt_tokens
+        return usual if room >= usual.max_new_tokens else SamplingParams(max_new_tokens=max(1, room))
 
-    def _beam_search(
-        self, rows: list[int], ids: list[list[int]], params: list[SamplingParams]
-    ) -> Iterator[tuple[int, Completion]]:
-        found = beam_search(
-            self._executor, [ids[i] for i in rows], [params[i] for i in rows], eos_token_ids=self.eos_token_ids
-        )
-        for i, hypotheses in zip(rows, found, strict=True):
+    def _most_rows(self, params: SamplingParams) -> int:
+        return max(1, self.config.max_batch_size // params.num_beams)
+
+    def _batches(self, requests: list[_Request]) -> Iterator[list[_Request]]:
+        """Batches that fit, one beam width in each, similar lengths together so that little is padding."""
+        left = sorted(requests, key=lambda r: (r.params.num_beams, len(r.prompt)))
+        while left:
+            head = left[0].params
+            batch = [r for r in left[: self._most_rows(head)] if r.params.num_beams == head.num_beams]
+            yield batch
+            left = left[len(batch) :]
+
+    def _decode(self, batch: list[_Request]) -> Iterator[SampledTokens]:
+        prompts, params = [r.prompt for r in batch], [r.params for r in batch]
+        most = self.config.max_batch_size
+        return decode(self._executor, prompts, params, eos_token_ids=self.eos_token_ids, max_rows=most)
+
+    def _beam_search(self, batch: list[_Request]) -> dict[int, Completion]:
+        start = time.perf_counter()
+        prompts, params = [r.prompt for r in batch], [r.params for r in batch]
+        most = self._most_rows(params[0])
+        found = beam_search(self._executor, prompts, params, eos_token_ids=self.eos_token_ids, max_rows=most)
+        done = {}
+        for request, hypotheses in zip(batch, found, strict=True):
             best = hypotheses[0]
-            builder = CompletionBuilder(SamplingParams(), self.tokenizer, ids[i])
+            builder = CompletionBuilder(SamplingParams(), self.tokenizer, request.prompt)
             for token in best.token_ids[:-1]:
                 builder.add(token)
             builder.add(best.token_ids[-1], FinishCode.STOP if best.finish_reason == "stop" else FinishCode.LENGTH)
-            yield i, builder.completion()
+            done[request.index] = builder.completion()
+            self.stats.new_tokens += len(best.token_ids)
+        self.stats.first_token_seconds += time.perf_counter() - start
+        return done
 
-    def _sample(self, indices: list[int], ids: list[list[int]], params: list[SamplingParams]) -> Iterator[StreamEvent]:
-        self.stats = stats = GenerationStats(prompt_tokens=sum(map(len, ids)))
-        for rows in self._batches(indices, ids):
-            builders = [CompletionBuilder(params[i], self.tokenizer, ids[i]) for i in rows]
-            start = time.perf_counter()
-            first = None
-            steps = decode(
-                self._executor, [ids[i] for i in rows], [params[i] for i in rows], eos_token_ids=self.eos_token_ids
-            )
-            for step in steps:
-                if first is None:
-                    first = time.perf_counter()
-                    stats.first_token_seconds += first - start
-                for row, (index, builder) in enumerate(zip(rows, builders, strict=True)):
-                    if (not step.valid[row] and not step.finish[row]) or builder.finish_reason is not None:
+    def _sample(self, requests: list[_Request]) -> Iterator[StreamEvent]:
+        stats = self.stats
+        for batch in self._batches(requests):
+            builders = [request.builder(self.tokenizer) for request in batch]
+            steps = self._decode(batch)
+            for i, (step, seconds) in enumerate(_timed(steps)):
+                if i == 0:
+                    stats.first_token_seconds += seconds
+                else:
+                    stats.decode_seconds += seconds
+                for row, (request, builder) in enumerate(zip(batch, builders, strict=True)):
+                    broken = step.finish[row] == FinishCode.ERROR
+                    if builder.finish_reason is not None or not (step.valid[row] or broken):
                         continue
                     token = int(step.tokens[row])
-                    delta = builder.add(token, int(step.finish[row]), _logprob(step, row))
+                    text = builder.add(token, int(step.finish[row]), _logprob(step, row))
                     stats.new_tokens += 1
                     done = builder.completion() if builder.finish_reason is not None else None
-                    yield StreamEvent(index, delta, token, done)
+                    yield StreamEvent(request.index, text, token, done)
                 if all(b.finish_reason is not None for b in builders):
                     break
-            stats.decode_seconds += time.perf_counter() - (first or start)
+
+
+def _timed(steps: Iterator[SampledTokens]) -> Iterator[tuple[SampledTokens, float]]:
+    """Each step with the seconds it was waited for."""
+    while True:
+        start = time.perf_counter()
+        step = next(steps, None)
+        if step is None:
+            return
+        yield step, time.perf_counter() - start
 
 
 def _logprob(step: SampledTokens, row: int) -> TokenLogprob | None:
@@ -301,43 +325,72 @@ def _logprob(step: SampledTokens, row: int) -> TokenLogprob | None:
     return TokenLogprob(int(step.tokens[row]), float(step.logprob[row]), top)
 
 
+def _integers(name: str, values: Any, shape: tuple[int, ...]) -> np.ndarray:
+    try:
+        array = np.asarray(values)
+    except ValueError as error:
+        raise ConfigError(f"{name} must have shape {shape}: {error}") from error
+    if array.shape != shape or not np.issubdtype(array.dtype, np.integer):
+        raise ConfigError(
+            f"{name} has shape {array.shape} and type {array.dtype}; it must be integers of shape {shape}"
+        )
+    return array.astype(np.int32)
+
+
 def init_inference(
-    model: str | os.PathLike[str] | Transformer,
-    config: InferenceConfig | Mapping[str, Any] | None = None,
+    model: str | os.PathLike[str] | Transformer | None = None,
+    config: InferenceConfig | Mapping[str, Any] | str | os.PathLike[str] | None = None,
     *,
     tokenizer: Any = None,
+    eos_token_ids: Sequence[int] | None = None,
     **overrides: Any,
 ) -> InferenceEngine:
     """An engine for a model.
 
     Args:
-        model: a folder (Hugging Face or converted by `jdsi convert`), a hub id, or a `Transformer`.
-        config: an `InferenceConfig`, or a mapping in our keys or DeepSpeed's.
+        model: a folder (Hugging Face or converted by `jdsi convert`), a hub id, or a `Transformer`; by default what
+            the config names as `checkpoint`.
+        config: an `InferenceConfig`, a mapping in our keys or DeepSpeed's, or a JSON file with one.
         tokenizer: a tokenizer object, or where to load it from; by default the model's own.
+        eos_token_ids: ids that end a sequence; by default those the checkpoint names, or the tokenizer's.
         **overrides: single settings, over `config`.
 
     Raises:
         ConfigError, CheckpointError: naming what is wrong and what would be right.
     """
-    if isinstance(config, InferenceConfig):
-        config = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    settings = {**(config or {}), **overrides}
-    parsed = InferenceConfig.from_dict(settings)
+    parsed = _parse_config(config, overrides)
+    source = parsed.checkpoint if model is None else model
+    if not isinstance(source, str | os.PathLike | Transformer):
+        what = "no model was given" if source is None else f"the model is a {type(source).__name__}"
+        raise ConfigError(f"{what}; give a folder, a hub id or a jdsi Transformer")
     if parsed.compilation_cache:
         enable_compilation_cache(None if parsed.compilation_cache is True else parsed.compilation_cache)
     chosen = tokenizer if tokenizer is not None else parsed.tokenizer
     if isinstance(chosen, str | os.PathLike):
         chosen = load_tokenizer(chosen, required=True)
-    if isinstance(model, Transformer):
-        loaded = model if parsed.dtype == "auto" else _cast(model, parsed.dtype)
-        return InferenceEngine(ResidentExecutor(loaded), parsed, tokenizer=chosen)
-    folder = resolve(model if isinstance(model, str) else Path(model))
-    return InferenceEngine(
-        ResidentExecutor(load_model(folder, dtype=parsed.dtype)),
-        parsed,
-        tokenizer=load_tokenizer(folder) if chosen is None else chosen,
-        eos_token_ids=load_eos_token_ids(folder),
-    )
+    ends: tuple[int, ...] = ()
+    if isinstance(source, Transformer):
+        loaded = source if parsed.dtype == "auto" else _cast(source, parsed.dtype)
+    else:
+        folder = resolve(source if isinstance(source, str) else Path(source))
+        ends = load_eos_token_ids(folder)
+        loaded = load_model(folder, dtype=parsed.dtype)
+        chosen = load_tokenizer(folder) if chosen is None else chosen
+    if not ends and getattr(chosen, "eos_token_id", None) is not None:
+        ends = (chosen.eos_token_id,)
+    if eos_token_ids is not None:
+        ends = tuple(eos_token_ids)
+    return InferenceEngine(ResidentExecutor(loaded), parsed, tokenizer=chosen, eos_token_ids=ends)
+
+
+def _parse_config(config: Any, overrides: dict[str, Any]) -> InferenceConfig:
+    if isinstance(config, str | os.PathLike):
+        return InferenceConfig.read(config, **overrides)
+    if isinstance(config, InferenceConfig):
+        config = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    if config is not None and not isinstance(config, Mapping):
+        raise ConfigError(f"config is a {type(config).__name__}; give an InferenceConfig, a mapping or a JSON file")
+    return InferenceConfig.from_dict(config or {}, **overrides)
 
 
 def _cast(model: Transformer, dtype: str) -> Transformer:

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jdsi.errors import ConfigError, nearest
 
@@ -22,13 +22,18 @@ class AxisRules:
     """Which logical axis is split over which mesh axis; a logical axis without a rule is replicated.
 
     Raises:
-        ConfigError: a rule names a mesh axis that `mesh` lacks.
+        ConfigError: a rule names a mesh axis that `mesh` lacks, or the mesh's axes are not of type `Auto`.
     """
 
     mesh: Mesh
     rules: Mapping[str, str] = TENSOR_PARALLEL
 
     def __post_init__(self) -> None:
+        if any(kind != AxisType.Auto for kind in self.mesh.axis_types):
+            raise ConfigError(
+                "the mesh has explicit axes, under which a model does not run; make it with "
+                "jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto,) * number of axes)"
+            )
         for logical, axis in self.rules.items():
             if axis not in self.mesh.axis_names:
                 hint = nearest(axis, self.mesh.axis_names)

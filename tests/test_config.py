@@ -1,3 +1,6 @@
+from pathlib import Path
+
+import numpy as np
 import pytest
 
 from jdsi import ConfigError, InferenceConfig
@@ -14,6 +17,14 @@ def test_deepspeed_json_is_understood() -> None:
             "quant": {"enabled": False},
             "zero": {"stage": 0},
             "moe": {"enabled": False, "ep_size": 1},
+            "checkpoint": None,
+            "min_out_tokens": 1,
+            "triangular_masking": True,
+            "training_mp_size": 1,
+            "moe_experts": [1],
+            "moe_type": "standard",
+            "injection_dict": None,
+            "base_dir": "",
         }
     )
     assert config == InferenceConfig(dtype="float32", max_tokens=2048)
@@ -36,6 +47,12 @@ def test_dtype_names(name: str, dtype: str) -> None:
         ({"max_tokens": 0}, "at least 1"),
         ({"max_batch_size": 2.5}, "integer"),
         ({"tensor_parallel": {"tp_size": 2}}, "tp_size=2"),
+        ({"tensor_parallel": 4}, "tensor_parallel=4"),
+        ({"tp": 4}, "tp=4"),
+        ({"zero": 3}, "zero"),
+        ({"min_out_tokens": 7}, "min_out_tokens"),
+        ({"triangular_masking": False}, "triangular_masking"),
+        ({1: 2}, "unknown config key 1"),
         ({"mp_size": 4}, "mp_size=4"),
         ({"moe": {"enabled": True}}, "moe"),
         ({"quant": {"enabled": True}}, "quant"),
@@ -46,3 +63,20 @@ def test_dtype_names(name: str, dtype: str) -> None:
 def test_what_cannot_be_honoured_is_named(options: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         InferenceConfig.from_dict(options)
+
+
+def test_overrides_win_whatever_their_spelling() -> None:
+    assert InferenceConfig.from_dict({"max_out_tokens": 64}, max_tokens=128).max_tokens == 128
+    assert InferenceConfig.from_dict({"max_tokens": np.int64(64)}).max_tokens == 64
+
+
+def test_config_files_are_read_and_named_when_broken(tmp_path: Path) -> None:
+    file = tmp_path / "ds.json"
+    file.write_text('{"dtype": "bf16"}')
+    assert InferenceConfig.read(file, max_tokens=9) == InferenceConfig(dtype="bfloat16", max_tokens=9)
+    for text in ("[1]", "{"):
+        file.write_text(text)
+        with pytest.raises(ConfigError, match=r"ds\.json"):
+            InferenceConfig.read(file)
+    with pytest.raises(ConfigError, match=r"absent\.json"):
+        InferenceConfig.read(tmp_path / "absent.json")

@@ -12,6 +12,7 @@ import transformers
 import jdsi
 from checkpoints import save_llama
 from jdsi import CapacityError, ConfigError, PromptError, SamplingParams
+from jdsi.runtime import enable_compilation_cache
 
 PROMPTS = ["def f(", "The quick brown fox jumps over the lazy", "x", "return café"]
 
@@ -193,6 +194,10 @@ def test_warmup_leaves_nothing_to_compile(folder: Path) -> None:
         ([5, 300], None, PromptError, "token id 300; the vocabulary is 0 to 299"),
         ([5, -1], None, PromptError, "token id -1"),
         ([5, 2.5], None, PromptError, "must be text"),
+        (5, None, PromptError, "int"),
+        (b"def", None, PromptError, "bytes"),
+        ("x", {"max_new_tokens": 4}, ConfigError, "SamplingParams"),
+        ("x", SamplingParams(num_beams=65), ConfigError, "num_beams=65"),
         ([{"role": "user"}], None, PromptError, "'content'"),
         ("x", SamplingParams(max_new_tokens=256), CapacityError, "257, more than the 256"),
         (["x", "y"], [SamplingParams()], ConfigError, "1 sampling parameters for 2 prompts"),
@@ -210,6 +215,9 @@ def test_bad_requests_are_named(
 @pytest.mark.parametrize(
     ("tokens", "lengths", "error"),
     [
+        ([5, 9], None, PromptError),
+        (["text"], None, PromptError),
+        ([[1, 2]], [[1]], ConfigError),
         ([[1] * 257], None, CapacityError),
         ([[1, 2]], [3], ConfigError),
         ([], None, PromptError),
@@ -241,3 +249,86 @@ def test_abandoned_stream_leaves_the_engine_usable(engine: jdsi.InferenceEngine)
     next(stream)
     stream.close()
     assert engine.generate(PROMPTS, params) == expected
+
+
+def test_stream_checks_its_arguments_at_the_call(engine: jdsi.InferenceEngine) -> None:
+    for params in (SamplingParams(stop_token_ids=(300,)), SamplingParams(logprobs=301), SamplingParams(num_beams=2)):
+        with pytest.raises(ConfigError):
+            engine.stream("x", params)
+
+
+def test_a_module_and_its_folder_end_sequences_alike(folder: Path, engine: jdsi.InferenceEngine) -> None:
+    from_module = jdsi.init_inference(jdsi.load_model(folder), tokenizer=folder)
+    assert from_module.eos_token_ids == engine.eos_token_ids == (0,)
+    assert jdsi.init_inference(folder, eos_token_ids=(7, 9)).eos_token_ids == (7, 9)
+
+
+def test_what_padding_holds_never_reaches_a_real_token(tmp_path: Path) -> None:
+    model = save_llama(tmp_path)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[0] = float("nan")  # id 0 is what prompts are padded with
+    model.save_pretrained(tmp_path)
+    with pytest.warns(jdsi.converters.NonFiniteWarning):
+        engine = jdsi.init_inference(tmp_path)
+    params = SamplingParams(max_new_tokens=6, ignore_eos=True, stop_token_ids=())
+    prompts = [[5, 9, 2], [7] * 11]
+    together = engine.generate(prompts, params)
+    assert [c.token_ids for c in together] == [engine.generate(p, params)[0].token_ids for p in prompts]
+    assert np.isfinite(engine.forward(prompts)[0, :3]).all()
+    with pytest.warns(jdsi.converters.NonFiniteWarning):
+        model = jdsi.load_model(tmp_path)
+    logits = model(jnp.asarray([[5, 9, 2, 0, 0]]), jnp.asarray([3]))
+    assert np.isfinite(logits[0, :3]).all()
+
+
+def test_rotary_models_may_go_past_their_trained_length(tmp_path: Path) -> None:
+    scaling = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    model = save_llama(tmp_path, max_position_embeddings=32, rope_parameters=scaling)
+    with pytest.raises(CapacityError, match="more than the 32"):
+        jdsi.init_inference(tmp_path).generate([[5] * 20], SamplingParams(max_new_tokens=30))
+    engine = jdsi.init_inference(tmp_path, max_tokens=128)
+    prompt = [5, 9, 2, 7] * 5
+    ours = engine.generate([prompt], SamplingParams(max_new_tokens=30, ignore_eos=True))[0].token_ids
+    assert ours == torch_tokens(model, prompt, max_new_tokens=30, do_sample=False, eos_token_id=None)
+
+
+def test_a_learned_position_table_is_a_limit(tmp_path: Path) -> None:
+    config = transformers.GPT2Config(n_embd=16, n_head=2, n_layer=1, n_positions=24, vocab_size=50, eos_token_id=None)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="24 positions"):
+        jdsi.init_inference(tmp_path, max_tokens=25)
+    with pytest.raises(CapacityError, match="24 positions"):
+        jdsi.load_model(tmp_path)(jnp.zeros((1, 25), jnp.int32))
+    engine = jdsi.init_inference(tmp_path)
+    assert len(engine.generate([[5] * 20])[0].token_ids) == 4  # the default number of tokens is what fits
+
+
+def test_statistics_count_beams_and_closed_streams(engine: jdsi.InferenceEngine) -> None:
+    engine.generate("x", SamplingParams(max_new_tokens=4, num_beams=2, ignore_eos=True))
+    assert engine.stats.new_tokens == 4
+    assert engine.stats.first_token_seconds > 0
+    stream = engine.stream("x", SamplingParams(max_new_tokens=9, ignore_eos=True))
+    for _ in range(3):
+        next(stream)
+    stream.close()
+    assert engine.stats.new_tokens == 3
+    assert engine.stats.decode_seconds > 0
+
+
+def test_a_model_is_needed(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="no model"):
+        jdsi.init_inference()
+    with pytest.raises(ConfigError, match="int"):
+        jdsi.init_inference(3)
+    assert jdsi.init_inference(config={"checkpoint": str(folder)}).spec.family == "llama"
+
+
+def test_the_compilation_cache_goes_where_it_is_told(folder: Path, tmp_path: Path) -> None:
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        for name in ("first", "second"):
+            engine = jdsi.init_inference(folder, compilation_cache=tmp_path / name)
+            engine.generate([[5, 9]], SamplingParams(max_new_tokens=3 if name == "first" else 2))
+            assert any((tmp_path / name).iterdir())
+    finally:
+        enable_compilation_cache(before)

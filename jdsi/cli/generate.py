@@ -80,7 +80,7 @@ def generate(
     engine = init_inference(model, dtype=dtype, tokenizer=tokenizer)
     if stream:
         for event in engine.stream(prompts, sampling):
-            sys.stdout.write(event.text)
+            sys.stdout.write(event.text if engine.tokenizer is not None else f"{event.token_id} ")
             sys.stdout.flush()
         sys.stdout.write("\n")
         return

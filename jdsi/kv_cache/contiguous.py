@@ -18,7 +18,7 @@ class ContiguousContext:
     """Keys and values of `B` sequences, slot = position.
 
     A call brings the same number S of new tokens for every row, flattened `[B * S]`. Rows with fewer are right-padded:
-    padding lands in slots past the row's length, which no real query can see before a later token overwrites them.
+    padding writes zeros into slots past the row's length, which no real query sees before a later token fills them.
 
     Attributes:
         keys, values: per layer `[B, K, L, D]`.
@@ -115,6 +115,9 @@ class ContiguousContext:
 
     def _write(self, memory: Float[Array, "B K L D"], new: Float[Array, "T K D"]) -> Float[Array, "B K L D"]:
         rows = new.reshape(self.batch, self.new_tokens, *new.shape[1:]).astype(memory.dtype)
+        # A hidden key has weight zero, but zero times an infinite or NaN value of padding would still be NaN.
+        real = jnp.arange(self.new_tokens) < self.new_lengths[:, None]
+        rows = jnp.where(real[:, :, None, None], rows, jnp.zeros((), memory.dtype))
         index = jnp.arange(self.batch)[:, None]
         # Padding may point past the capacity; it is dropped, never wrapped onto a real key.
         return memory.at[index, :, self._positions].set(rows, mode="drop", unique_indices=True, indices_are_sorted=True)

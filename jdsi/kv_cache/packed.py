@@ -49,20 +49,25 @@ class PackedContext:
         positions = jnp.tile(jnp.arange(length, dtype=jnp.int32), batch)
         owner = jnp.repeat(jnp.arange(batch, dtype=jnp.int32), length)
         per_row = jnp.full(batch, length, jnp.int32) if lengths is None else jnp.asarray(lengths, jnp.int32)
+        if per_row.shape != (batch,):
+            raise ValueError(f"lengths has shape {per_row.shape}; a batch of {batch} rows needs ({batch},)")
         per_token = per_row[owner]
         return cls(positions, jnp.where(positions < per_token, owner, -1), per_token, rows=batch)
 
     def _in_rows(self, x: Array) -> Array:
         return x.reshape(self.rows, -1, *x.shape[1:])
 
-    def _scores_arguments(self, q: Array, k: Array, form: AttentionForm) -> tuple[Array, Array, dict[str, Array]]:
+    def _rows(self, q: Array, k: Array, v: Array, form: AttentionForm) -> tuple[Array, Array, Array, dict[str, Array]]:
+        """Rotated q, k and v of each row as `attention` takes them, and its masks."""
         if form.rotary is not None:
             q = apply_rotary(q, self.positions, self.lengths, form.rotary)
             k = apply_rotary(k, self.positions, self.lengths, form.rotary)
+        # A hidden key has weight zero, but zero times an infinite or NaN value of padding would still be NaN.
+        v = jnp.where((self.segments >= 0)[:, None, None], v, jnp.zeros((), v.dtype))
         segments, positions = self._in_rows(self.segments), self._in_rows(self.positions)
         visible = (segments[:, :, None] == segments[:, None, :]) & (segments[:, None, :] >= 0)
         masks = {"q_positions": positions, "k_positions": positions, "visible": visible}
-        return self._in_rows(q), self._in_rows(k).swapaxes(1, 2), masks
+        return self._in_rows(q), self._in_rows(k).swapaxes(1, 2), self._in_rows(v).swapaxes(1, 2), masks
 
     def attend(
         self,
@@ -73,8 +78,8 @@ class PackedContext:
         form: AttentionForm,
     ) -> tuple[Float[Array, "T H Dv"], Self]:
         """See `AttentionContext.attend`; remembers nothing."""
-        rows_q, rows_k, masks = self._scores_arguments(q, k, form)
-        out = attention(rows_q, rows_k, self._in_rows(v).swapaxes(1, 2), form, **masks)
+        rows_q, rows_k, rows_v, masks = self._rows(q, k, v, form)
+        out = attention(rows_q, rows_k, rows_v, form, **masks)
         return out.reshape(q.shape[0], *out.shape[2:]), self
 
     def commit(self) -> Self:
@@ -102,7 +107,7 @@ class RecordingContext(PackedContext):
         form: AttentionForm,
     ) -> tuple[Float[Array, "T H Dv"], Self]:
         """See `AttentionContext.attend`; remembers the attention weights."""
-        rows_q, rows_k, masks = self._scores_arguments(q, k, form)
+        rows_q, rows_k, _, masks = self._rows(q, k, v, form)
         weights = attention_weights(rows_q, rows_k, form, **masks)
         rows, kv_heads, group, queries, keys = weights.shape
         flat = weights.reshape(rows, kv_heads * group, queries, keys)

@@ -216,6 +216,12 @@ class TransformerSpec:
         return all(layer.attention.causal for layer in self.layers)
 
     @property
+    def position_table(self) -> int | None:
+        """Positions that a learned table has; `None` where positions are computed and have no end."""
+        learned = self.embedding.positions
+        return None if learned is None else learned.entries - learned.offset
+
+    @property
     def kv_heads(self) -> list[tuple[int, int, int]]:
         """Per layer `(num_kv_heads, key dim, value dim)`, what a KV cache is made from."""
         return [(a.num_kv_heads, a.head_dim, a.head_dim) for a in (layer.attention for layer in self.layers)]

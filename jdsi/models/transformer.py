@@ -8,6 +8,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from jdsi.errors import CapacityError
 from jdsi.kv_cache import AttentionContext, PackedContext
 from jdsi.layers import ACTIVATIONS, Embedding, Linear
 from jdsi.pallas_kernels import linear
@@ -161,7 +162,7 @@ class Transformer(nnx.Module):
         """Logits of a dense batch, without a cache; differentiable, for `jax.jit` and `jax.grad`.
 
         Args:
-            tokens: ids, right-padded where `lengths` is given.
+            tokens: ids, right-padded where `lengths` is given; ids outside the vocabulary read its nearest entry.
             lengths: real tokens of each row; what comes after them influences nothing.
             token_types: segment ids (BERT).
 
@@ -197,6 +198,8 @@ class Transformer(nnx.Module):
         self, tokens: Int[Array, "B S"], lengths: Int[Array, " B"] | None, token_types: Int[Array, "B S"] | None
     ) -> Float[Array, "T E"]:
         batch, length = tokens.shape
+        if self.spec.position_table is not None and length > self.spec.position_table:
+            raise CapacityError(f"{length} tokens exceed the {self.spec.position_table} positions of the learned table")
         context = PackedContext.from_dense(batch, length, lengths)
         flat_types = None if token_types is None else token_types.reshape(-1)
         return self.forward(tokens.reshape(-1), context, flat_types)[0]

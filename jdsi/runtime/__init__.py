@@ -4,10 +4,12 @@ from .compilation_cache import compilation_counts, enable_compilation_cache
 from .executor import Epilogue, Executor
 from .resident import ResidentExecutor
 from .shapes import batch_bucket, capacity_bucket, token_bucket
+from .stats import GenerationStats
 
 __all__ = [
     "Epilogue",
     "Executor",
+    "GenerationStats",
     "ResidentExecutor",
     "batch_bucket",
     "capacity_bucket",

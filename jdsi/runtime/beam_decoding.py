@@ -15,6 +15,7 @@ from jdsi.kv_cache import ContiguousContext
 
 from .decoding import PaddedPrompts, new_context
 from .executor import Executor
+from .shapes import batch_bucket
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,12 +41,22 @@ def beam_search(
     params: Sequence[SamplingParams],
     *,
     eos_token_ids: Sequence[int] = (),
+    max_rows: int,
 ) -> list[list[beam.Hypothesis]]:
-    """The hypotheses of every prompt, best first; all `params` have the same `num_beams`."""
-    beams, rows = params[0].num_beams, len(prompts)
+    """The hypotheses of every prompt, best first.
+
+    Args:
+        executor: runs the model.
+        prompts: token ids, at most `max_rows` prompts.
+        params: one per prompt; all have the same `num_beams`.
+        eos_token_ids: end the requests that do not ignore them.
+        max_rows: the prompts are not padded beyond.
+    """
+    beams, rows = params[0].num_beams, min(batch_bucket(len(prompts)), max_rows)
+    idle = rows - len(prompts)
     padded = PaddedPrompts.of(prompts, rows)
     features = beam.BeamFeatures.of(params)
-    state = beam.init(params, prompts, eos_token_ids=eos_token_ids)
+    state = beam.init([*params, *[None] * idle], [*prompts, *[()] * idle], eos_token_ids=eos_token_ids)
     steps = max(p.max_new_tokens for p in params)
     context = new_context(executor, rows, padded.width, steps)
     context = context.extend(jnp.asarray(padded.lengths), padded.width)
@@ -59,4 +70,4 @@ def beam_search(
             break
         (tokens, parents, done), context, state = executor.step(tokens, context, None, epilogue, state)
         context = _follow(context, parents)
-    return beam.finish(state)
+    return beam.finish(state)[: len(prompts)]

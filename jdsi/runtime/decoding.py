@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jdsi.generation import SampledTokens, SamplerFeatures, SamplerState, SamplingParams, init_state, sample
+from jdsi.generation import SampledTokens, SamplerFeatures, SamplerState, SamplingParams, init_state, pad_rows, sample
 from jdsi.kv_cache import ContiguousContext
 
 from .executor import Executor
@@ -47,9 +47,7 @@ class PaddedPrompts:
         filled = [*prompts, *[prompts[0]] * (rows - len(prompts))]
         lengths = np.array([len(p) for p in filled], np.int32)
         width = token_bucket(int(lengths.max()))
-        tokens = np.zeros((rows, width), np.int32)
-        for row, prompt in zip(tokens, filled, strict=True):
-            row[: len(prompt)] = prompt
+        tokens = pad_rows(filled, width)
         last = np.arange(rows, dtype=np.int32) * width + lengths - 1
         return cls(tokens.reshape(-1), lengths, last, width)
 
@@ -66,14 +64,22 @@ def decode(
     params: Sequence[SamplingParams],
     *,
     eos_token_ids: Sequence[int] = (),
+    max_rows: int,
 ) -> Iterator[SampledTokens]:
     """Generates for a batch of prompts, yielding one token per row and step as NumPy arrays.
 
     While a step's tokens are read, the next step is already running, so that reading never holds the device up. Rows
     past `len(prompts)` in the yielded arrays are padding and never valid. The iterator ends when every row has; closing
     it earlier is fine.
+
+    Args:
+        executor: runs the model.
+        prompts: token ids, at most `max_rows` prompts.
+        params: one per prompt.
+        eos_token_ids: end the requests that do not ignore them.
+        max_rows: the batch is not padded beyond.
     """
-    rows = batch_bucket(len(prompts))
+    rows = min(batch_bucket(len(prompts)), max_rows)
     idle = rows - len(prompts)
     padded = PaddedPrompts.of(prompts, rows)
     features = SamplerFeatures.of(params)
