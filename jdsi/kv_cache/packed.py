@@ -107,9 +107,8 @@ class RecordingContext(PackedContext):
         form: AttentionForm,
     ) -> tuple[Float[Array, "T H Dv"], Self]:
         """See `AttentionContext.attend`; remembers the attention weights."""
-        rows_q, rows_k, _, masks = self._rows(q, k, v, form)
+        rows_q, rows_k, rows_v, masks = self._rows(q, k, v, form)
         weights = attention_weights(rows_q, rows_k, form, **masks)
-        rows, kv_heads, group, queries, keys = weights.shape
-        flat = weights.reshape(rows, kv_heads * group, queries, keys)
-        out, _ = super().attend(layer, q, k, v, form)
-        return out, dataclasses.replace(self, weights=(*self.weights, flat))
+        out = jnp.einsum("bkgsl,bkld->bskgd", weights, rows_v.astype(jnp.float32)).astype(q.dtype)
+        by_head = weights.reshape(self.rows, -1, *weights.shape[3:])
+        return out.reshape(*q.shape[:2], -1), dataclasses.replace(self, weights=(*self.weights, by_head))
