@@ -1,13 +1,21 @@
 """Loading a checkpoint's tokenizer and the ids that end its sequences."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
+from jdsi.converters.config import COMPANIONS, read_json
 from jdsi.errors import CheckpointError
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+_NO_TOKENIZER_ALONE = {
+    "generation_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+}
+_TOKENIZER_FILES = tuple(name for name in COMPANIONS if name not in _NO_TOKENIZER_ALONE)
 
 
 def load_tokenizer(source: str | os.PathLike[str], *, required: bool = False) -> Any:
@@ -17,15 +25,18 @@ def load_tokenizer(source: str | os.PathLike[str], *, required: bool = False) ->
         CheckpointError: there is none though required, or it cannot be read.
     """
     folder = Path(source)
-    if folder.is_dir() and not any((folder / name).exists() for name in _TOKENIZER_FILES):
-        if required:
-            raise CheckpointError(f"{folder} has no tokenizer: none of {', '.join(_TOKENIZER_FILES)}")
-        return None
+    if folder.is_dir():
+        if not any((folder / name).exists() for name in _TOKENIZER_FILES):
+            if required:
+                raise CheckpointError(f"{folder} has no tokenizer: none of {', '.join(_TOKENIZER_FILES)}")
+            return None
+        if (folder / "tokenizer_config.json").exists():
+            read_json(folder / "tokenizer_config.json")
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(str(source))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # a damaged file raises nearly anything
         raise CheckpointError(f"the tokenizer of {source} cannot be read: {error}") from error
 
 
@@ -33,16 +44,16 @@ def load_eos_token_ids(folder: Path) -> tuple[int, ...]:
     """Ids that end a sequence: of `generation_config.json` if it names any, else of `config.json`.
 
     Raises:
-        CheckpointError: a file is not JSON.
+        CheckpointError: a file is not a JSON object, or its `eos_token_id` is neither null, an id nor a list of ids.
     """
     for name in ("generation_config.json", "config.json"):
         path = folder / name
         if not path.exists():
             continue
-        try:
-            value = json.loads(path.read_text()).get("eos_token_id")
-        except (ValueError, AttributeError) as error:
-            raise CheckpointError(f"{path} is not a JSON object: {error}") from error
-        if value is not None:
-            return tuple(value) if isinstance(value, list) else (value,)
+        value = read_json(path).get("eos_token_id")
+        ids = [] if value is None else value if isinstance(value, list) else [value]
+        if not all(type(token) is int and 0 <= token < 2**31 for token in ids):
+            raise CheckpointError(f"{path}: eos_token_id is {value!r}; it must be null, a token id or a list of them")
+        if ids:
+            return tuple(ids)
     return ()
