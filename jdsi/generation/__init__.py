@@ -3,17 +3,15 @@
 from jdsi.generation import beam
 from jdsi.generation.completion import Completion, CompletionBuilder, FinishReason, TokenLogprob
 from jdsi.generation.detokenizer import Detokenizer
+from jdsi.generation.padding import pad_rows
 from jdsi.generation.sampler import SampledTokens, process, sample
 from jdsi.generation.sampler_state import (
     FinishCode,
     SamplerFeatures,
     SamplerState,
-    finish_rows,
     init_state,
-    replace_rows,
-    take_rows,
 )
-from jdsi.generation.sampling_params import SamplingParams
+from jdsi.generation.sampling_params import SamplingParams, check_vocabulary
 from jdsi.generation.stopping import StopStrings
 
 __all__ = [
@@ -29,10 +27,9 @@ __all__ = [
     "StopStrings",
     "TokenLogprob",
     "beam",
-    "finish_rows",
+    "check_vocabulary",
     "init_state",
+    "pad_rows",
     "process",
-    "replace_rows",
     "sample",
-    "take_rows",
 ]

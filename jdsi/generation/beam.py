@@ -16,8 +16,9 @@ from jaxtyping import Array, Bool, Float32, Int32
 from jdsi.errors import ConfigError, JdsiError
 from jdsi.generation import processors
 from jdsi.generation.completion import FinishReason
-from jdsi.generation.sampler_state import NO_TOKEN
-from jdsi.generation.sampling_params import SamplingParams
+from jdsi.generation.padding import pad_rows
+from jdsi.generation.sampler_state import stop_rows
+from jdsi.generation.sampling_params import SamplingParams, check_vocabulary
 
 _NEVER = 2
 _OUT = -1.0e9  # added to a score that must not win; finite as in transformers, so that banned tokens (-inf) rank below
@@ -32,12 +33,13 @@ class BeamFeatures:
     min_tokens: bool = False
 
     @classmethod
-    def of(cls, params: Sequence[SamplingParams]) -> "BeamFeatures":
+    def of(cls, params: Sequence[SamplingParams | None]) -> "BeamFeatures":
         """What the requests need together."""
+        live = [p for p in params if p is not None]
         return cls(
-            repetition=any(p.repetition_penalty != 1 for p in params),
-            ngrams=any(p.no_repeat_ngram > 0 for p in params),
-            min_tokens=any(p.min_new_tokens > 0 for p in params),
+            repetition=any(p.repetition_penalty != 1 for p in live),
+            ngrams=any(p.no_repeat_ngram > 0 for p in live),
+            min_tokens=any(p.min_new_tokens > 0 for p in live),
         )
 
 
@@ -46,7 +48,8 @@ class BeamFeatures:
 class BeamState:
     """`B` searches of `K` beams. `running` and `finished` hold prompt and output, `L` tokens at most.
 
-    `scores` are the running beams' log-probabilities; `finished_scores` are already divided by the length penalty.
+    `scores` are the running beams' log-probabilities; `finished_scores` are already divided by the length penalty. An
+    idle search, there to fill the batch up, is done from the start and has `max_new_tokens` 0.
     """
 
     running: Int32[Array, "B K L"]
@@ -78,34 +81,44 @@ class Hypothesis:
 
 
 def init(
-    params: Sequence[SamplingParams], prompts: Sequence[Sequence[int]], *, eos_token_ids: Sequence[int] = ()
+    params: Sequence[SamplingParams | None],
+    prompts: Sequence[Sequence[int]],
+    *,
+    vocab_size: int | None = None,
+    eos_token_ids: Sequence[int] = (),
 ) -> BeamState:
     """The state before the first step.
 
+    Args:
+        params: one per prompt; `None` is an idle search, whose prompt does not matter.
+        prompts: without padding.
+        vocab_size: the `V` of the logits; `None` leaves the parameters unchecked against it.
+        eos_token_ids: end the beams of requests that do not `ignore_eos`.
+
     Raises:
-        ConfigError: the requests differ in `num_beams`, which is the width of the batch.
+        ConfigError: the requests differ in `num_beams`, which is the width of the batch, or do not fit the vocabulary.
     """
-    beams = {p.num_beams for p in params}
+    beams = {p.num_beams for p in params if p is not None}
     if len(beams) != 1:
         raise ConfigError(f"requests of one beam search have num_beams={sorted(beams)}; all must have the same")
     if len(params) != len(prompts):
         raise ConfigError(f"{len(params)} sampling parameters for {len(prompts)} prompts; give one for each")
     shape = (len(params), beams.pop())
-    stops = [(*p.stop_token_ids, *(() if p.ignore_eos else eos_token_ids)) for p in params]
-    stop_tokens = np.full((shape[0], max(1, *map(len, stops))), NO_TOKEN, np.int32)
+    idle = np.array([p is None for p in params])
+    rows = [p or SamplingParams(max_new_tokens=1) for p in params]
+    prompts = [() if p is None else prompt for p, prompt in zip(params, prompts, strict=True)]
+    if vocab_size is not None:
+        for p in rows:
+            check_vocabulary(p, vocab_size)
     lengths = [len(t) for t in prompts]
-    size = max(n + p.max_new_tokens for n, p in zip(lengths, params, strict=True))
+    size = max(n + p.max_new_tokens for n, p in zip(lengths, rows, strict=True))
     size = -(-size // 128) * 128  # few sizes, for the model's step is compiled together with the search
-    tokens = np.zeros((*shape, size), np.int32)
-    for row, (prompt, stop) in enumerate(zip(prompts, stops, strict=True)):
-        tokens[row, :, : len(prompt)] = prompt
-        stop_tokens[row, : len(stop)] = stop
 
     def column(name: str, dtype: type) -> jax.Array:
-        return jnp.asarray(np.array([getattr(p, name) for p in params], dtype))
+        return jnp.asarray(np.array([getattr(p, name) for p in rows], dtype))
 
     return BeamState(
-        running=jnp.asarray(tokens),
+        running=jnp.asarray(np.repeat(pad_rows(prompts, size)[:, None], shape[1], axis=1)),
         # All beams start equal; only the first may give candidates, or every beam would find the same.
         scores=jnp.full(shape, _OUT, jnp.float32).at[:, 0].set(0.0),
         finished=jnp.zeros((*shape, size), jnp.int32),
@@ -113,18 +126,18 @@ def init(
         finished_length=jnp.zeros(shape, jnp.int32),
         is_finished=jnp.zeros(shape, jnp.bool_),
         improvable=jnp.ones(shape[0], jnp.bool_),
-        done=jnp.zeros(shape[0], jnp.bool_),
+        done=jnp.asarray(idle),
         step=jnp.zeros(shape[0], jnp.int32),
         prompt_length=jnp.asarray(np.array(lengths, np.int32)),
-        max_new_tokens=column("max_new_tokens", np.int32),
+        max_new_tokens=jnp.where(idle, 0, column("max_new_tokens", np.int32)),
         min_new_tokens=column("min_new_tokens", np.int32),
         length_penalty=column("length_penalty", np.float32),
         early_stopping=jnp.asarray(
-            np.array([_NEVER if p.early_stopping == "never" else int(p.early_stopping) for p in params], np.int32)
+            np.array([_NEVER if p.early_stopping == "never" else int(p.early_stopping) for p in rows], np.int32)
         ),
         repetition_penalty=column("repetition_penalty", np.float32),
         no_repeat_ngram=column("no_repeat_ngram", np.int32),
-        stop_tokens=jnp.asarray(stop_tokens),
+        stop_tokens=jnp.asarray(stop_rows(rows, eos_token_ids)),
     )
 
 
@@ -172,30 +185,37 @@ def step(
     return next_token.reshape(-1), rows.reshape(-1), state
 
 
-def finish(state: BeamState) -> list[list[Hypothesis]]:
-    """The `num_beams` best hypotheses of every prompt, best first; read to the host.
+def finish(state: BeamState, names: Sequence[str] | None = None) -> list[list[Hypothesis]]:
+    """The `num_beams` best hypotheses of every prompt, best first; none of idle searches. Read to the host.
+
+    Args:
+        state: every search in it done.
+        names: what error messages call the searches; by default their numbers.
 
     Raises:
         JdsiError: a search is not done, or the model's output was not finite.
     """
     host: BeamState = jax.device_get(state)
     if not host.done.all():
-        raise JdsiError(
-            f"beam searches {np.flatnonzero(~host.done).tolist()} are not done; step until all of state.done"
-        )
-    broken = ~np.isfinite(host.finished_scores).all(axis=1)
+        raise JdsiError(f"the beam search of {_marked(~host.done, names)} is not done; step until all of state.done")
+    live = host.max_new_tokens > 0
+    broken = live & ~np.isfinite(host.finished_scores).all(axis=1)
     if broken.any():
-        raise JdsiError(f"beam searches {np.flatnonzero(broken).tolist()} met NaN or infinite logits")
+        raise JdsiError(f"the beam search of {_marked(broken, names)} met NaN or infinite logits")
     found = []
     for row, start in enumerate(host.prompt_length.tolist()):
         hypotheses = []
-        for beam, length in enumerate(host.finished_length[row].tolist()):
+        for beam, length in enumerate(host.finished_length[row].tolist() if live[row] else ()):
             tokens = host.finished[row, beam, start : start + length].tolist()
             stopped = bool(tokens) and tokens[-1] in host.stop_tokens[row]
             score = float(host.finished_scores[row, beam])
             hypotheses.append(Hypothesis(tokens, score, "stop" if stopped else "length"))
         found.append(hypotheses)
     return found
+
+
+def _marked(marked: Bool[Array, " B"] | np.ndarray, names: Sequence[str] | None) -> str:
+    return ", ".join(f"request {row}" if names is None else names[row] for row in np.flatnonzero(marked).tolist())
 
 
 def _processed(log_probs: Float32[Array, "R V"], state: BeamState, features: BeamFeatures) -> Float32[Array, "R V"]:

@@ -48,15 +48,24 @@ class CompletionBuilder:
         params: the request's.
         tokenizer: `None` gives completions without text.
         prompt_ids: as in `Detokenizer`.
+        name: what error messages call the request.
 
     Raises:
         ConfigError: stop strings without a tokenizer.
     """
 
-    def __init__(self, params: SamplingParams, tokenizer: Tokenizer | None = None, prompt_ids: Sequence[int] = ()):
+    def __init__(
+        self,
+        params: SamplingParams,
+        tokenizer: Tokenizer | None = None,
+        prompt_ids: Sequence[int] = (),
+        *,
+        name: str = "the request",
+    ):
         if params.stop and tokenizer is None:
             raise ConfigError(f"sampling parameter stop={params.stop!r} must be left out where there is no tokenizer")
         self._params = params
+        self._name = name
         self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer, prompt_ids)
         self._stop = StopStrings(params.stop)
         self._text: list[str] = []
@@ -76,7 +85,7 @@ class CompletionBuilder:
             return ""
         if finish == FinishCode.ERROR:
             raise JdsiError(
-                f"token {len(self._token_ids)} of a request could not be chosen: its largest logit is not finite. "
+                f"token {len(self._token_ids)} of {self._name} could not be chosen: its largest logit is not finite. "
                 "Either the model's output has NaN or infinity (a damaged checkpoint, or float16 where bfloat16 is "
                 "needed), or no_repeat_ngram and min_new_tokens left no token"
             )

@@ -51,7 +51,8 @@ def ban_ngrams(
         last = jnp.take_along_axis(history, jnp.maximum(length - back, 0)[:, None], axis=1)
         return match & ((back >= n[:, None]) | (shifted == last))
 
-    match = lax.fori_loop(1, jnp.max(n), compare, match)
+    # A row whose history is shorter than one n-gram matches nowhere and must not make the loop longer.
+    match = lax.fori_loop(1, jnp.max(jnp.where(n <= length, n, 0)), compare, match)
     banned = jnp.where(match, history, logits.shape[1])
     return logits.at[jnp.arange(rows)[:, None], banned].set(-jnp.inf, mode="drop")
 

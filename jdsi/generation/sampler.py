@@ -43,7 +43,6 @@ def sample(
     logits: Float32[Array, "B V"],
     state: SamplerState,
     features: SamplerFeatures,
-    active: Bool[Array, " B"] | None = None,
 ) -> tuple[SampledTokens, SamplerState]:
     """Draws the next token of every running row and advances its state. Pure; `features` is static, `state` donatable.
 
@@ -51,13 +50,9 @@ def sample(
         logits: the model's output at each row's last token.
         state: from `init_state`, made for at least these features.
         features: what to compile in; at least what the rows need.
-        active: rows whose logits are meant in this step (a chunked prefill has none until its last chunk); all if
-            `None`. The others behave as if the step had not happened.
     """
     logits = logits.astype(jnp.float32)
     running = state.finish == FinishCode.RUNNING
-    if active is not None:
-        running &= active
 
     scores = process(logits, state, features)
     if features.noise:

@@ -1,11 +1,10 @@
 """The arrays that carry a batch of requests from one sampling step to the next.
 
-Every leaf has one row per request, so rows are moved and replaced without knowing what they mean.
+Every leaf has one row per request.
 """
 
 import dataclasses
 import enum
-import functools
 import secrets
 from collections.abc import Sequence
 from typing import Self
@@ -16,7 +15,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float32, Int32, UInt32
 
 from jdsi.errors import ConfigError
-from jdsi.generation.sampling_params import SamplingParams
+from jdsi.generation.padding import pad_rows, power_of_two
+from jdsi.generation.sampling_params import SamplingParams, check_vocabulary
 
 NO_TOKEN = -1
 
@@ -60,7 +60,7 @@ class SamplerFeatures:
             ngrams=any(p.no_repeat_ngram > 0 for p in live),
             min_tokens=any(p.min_new_tokens > 0 for p in live),
             logprobs=any(p.logprobs is not None for p in live),
-            top_logprobs=_power_of_two(top),
+            top_logprobs=power_of_two(top),
         )
 
     def __or__(self, other: "SamplerFeatures") -> "SamplerFeatures":
@@ -122,8 +122,7 @@ def init_state(
     features = SamplerFeatures.of(params) | (features or SamplerFeatures())
     rows = [p or SamplingParams() for p in params]
     for p in rows:
-        _check_vocabulary(p, vocab_size)
-    stops = [(*p.stop_token_ids, *(() if p.ignore_eos else eos_token_ids)) for p in rows]
+        check_vocabulary(p, vocab_size)
     idle = np.array([p is None for p in params])
 
     def column(name: str, dtype: type) -> jax.Array:
@@ -141,7 +140,7 @@ def init_state(
         min_new_tokens=column("min_new_tokens", np.int32),
         max_new_tokens=column("max_new_tokens", np.int32),
         pad_token=jnp.full(len(rows), pad_token_id, jnp.int32),
-        stop_tokens=jnp.asarray(_padded(stops, NO_TOKEN, _power_of_two(max(4, *map(len, stops))))),
+        stop_tokens=jnp.asarray(stop_rows(rows, eos_token_ids)),
         key=jnp.asarray(np.array([_key(p.seed) for p in rows], np.uint32)),
         num_generated=jnp.zeros(len(rows), jnp.int32),
         finish=jnp.asarray(np.where(idle, FinishCode.STOP, FinishCode.RUNNING).astype(np.int32)),
@@ -157,64 +156,15 @@ def init_state(
     if features.ngrams:
         lengths = [len(t) + p.max_new_tokens if p.no_repeat_ngram else 0 for t, p in zip(prompts, rows, strict=True)]
         tokens = [t if p.no_repeat_ngram else () for t, p in zip(prompts, rows, strict=True)]
-        state.history = jnp.asarray(_padded(tokens, 0, 256 * max(1, -(-max(lengths) // 256))))
+        state.history = jnp.asarray(pad_rows(tokens, 256 * max(1, -(-max(lengths) // 256))))
         state.history_length = jnp.asarray(np.array([len(t) for t in tokens], np.int32))
     return state
 
 
-@jax.jit
-def take_rows(state: SamplerState, rows: Int32[Array, " R"]) -> SamplerState:
-    """The state of `rows`, in that order: to shrink, reorder or (repeating rows) grow a batch."""
-    return jax.tree.map(lambda leaf: leaf[rows], state)
-
-
-def replace_rows(state: SamplerState, rows: Int32[Array, " R"], fresh: SamplerState) -> SamplerState:
-    """Puts the requests of `fresh` into `rows` of `state`; row numbers past the end are dropped.
-
-    A leaf that only one of them has, or that is wider in one, is widened in the other: the rows it is missing from have
-    no use for it. `state` is donated.
-    """
-    widened = [_widened(field.name, state, fresh) for field in dataclasses.fields(SamplerState)]
-    old, new = (SamplerState(*leaves) for leaves in zip(*widened, strict=True))
-    return _put_rows(old, rows, new)
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _put_rows(state: SamplerState, rows: Int32[Array, " R"], fresh: SamplerState) -> SamplerState:
-    return jax.tree.map(lambda old, new: old.at[rows].set(new, mode="drop"), state, fresh)
-
-
-def _widened(name: str, state: SamplerState, fresh: SamplerState) -> tuple[jax.Array | None, jax.Array | None]:
-    old, new = getattr(state, name), getattr(fresh, name)
-    if old is None and new is None:
-        return None, None
-    like = new if old is None else old
-    old, new = (
-        jnp.zeros((s.finish.shape[0], *like.shape[1:]), like.dtype) if leaf is None else leaf
-        for s, leaf in ((state, old), (fresh, new))
-    )
-    if old.shape[1:] != new.shape[1:]:
-        width = max(old.shape[1], new.shape[1])
-        fill = NO_TOKEN if name == "stop_tokens" else 0
-        old, new = (jnp.pad(x, ((0, 0), (0, width - x.shape[1])), constant_values=fill) for x in (old, new))
-    return old, new
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def finish_rows(state: SamplerState, rows: Bool[Array, " B"]) -> SamplerState:
-    """Ends the marked rows, as the host does for stop strings and cancelled requests."""
-    ended = jnp.where(rows & (state.finish == FinishCode.RUNNING), jnp.int32(FinishCode.STOP), state.finish)
-    return dataclasses.replace(state, finish=ended)
-
-
-def _check_vocabulary(params: SamplingParams, vocab_size: int) -> None:
-    if (params.logprobs or 0) > vocab_size:
-        raise ConfigError(
-            f"sampling parameter logprobs={params.logprobs} must be at most the {vocab_size} tokens there are"
-        )
-    for token in params.stop_token_ids:
-        if token >= vocab_size:
-            raise ConfigError(f"sampling parameter stop_token_ids has {token}; the vocabulary ends at {vocab_size - 1}")
+def stop_rows(params: Sequence[SamplingParams], eos_token_ids: Sequence[int]) -> np.ndarray:
+    """`[B, N]`: tokens that end each request, then `NO_TOKEN`. N is a power of two from 4 on, to compile rarely."""
+    stops = [(*p.stop_token_ids, *(() if p.ignore_eos else eos_token_ids)) for p in params]
+    return pad_rows(stops, power_of_two(max(4, *map(len, stops))), NO_TOKEN)
 
 
 def _key(seed: int | None) -> tuple[int, int]:
@@ -229,15 +179,3 @@ def _seen(prompts: Sequence[Sequence[int]], vocab_size: int) -> np.ndarray:
         tokens = np.asarray(prompt, np.int64)
         row[tokens[tokens < vocab_size]] = True
     return seen
-
-
-def _padded(rows: Sequence[Sequence[int]], fill: int, width: int) -> np.ndarray:
-    out = np.full((len(rows), width), fill, np.int32)
-    for line, row in zip(out, rows, strict=True):
-        line[: len(row)] = row
-    return out
-
-
-def _power_of_two(n: int) -> int:
-    """The smallest power of two that is at least `n`; 0 for 0."""
-    return 1 << (n - 1).bit_length() if n else 0

@@ -8,13 +8,15 @@ from typing import Any, Literal, Self
 
 from jdsi.errors import ConfigError, nearest
 
+_INT32_MAX = 2**31 - 1  # what the device counts in
+
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
     """How the tokens of one request are chosen and when it ends. The default is greedy search.
 
     Anything that would have no effect next to the other fields raises instead: truncation needs a temperature, beam
-    options need beams.
+    options need beams. Only a `seed` may be given without effect, since programs pass one whatever the temperature.
 
     Attributes:
         max_new_tokens: the request ends with `"length"` after this many tokens.
@@ -35,7 +37,8 @@ class SamplingParams:
         ignore_eos: the model's end-of-sequence ids neither end the request nor are they held back.
         logprobs: `None` for none, else how many of the most probable tokens to report beside the chosen one. They are
             of the model's own distribution, before penalties, temperature and truncation.
-        seed: makes the tokens a function of the logits; `None` draws a fresh seed per request.
+        seed: makes the tokens a function of the logits; `None` draws a fresh seed per request. Changes nothing at
+            temperature 0.
         num_beams: 1, or the width of a beam search.
         length_penalty: beams are ranked by log-probability divided by length to this power.
         early_stopping: `True` ends a beam search at `num_beams` finished hypotheses, `False` when the best running beam
@@ -71,8 +74,8 @@ class SamplingParams:
             self._set(name, tuple(value))
         if not all(isinstance(s, str) and s for s in self.stop):
             raise self._wrong("stop", "non-empty strings")
-        if not all(_is_int(i) and i >= 0 for i in self.stop_token_ids):
-            raise self._wrong("stop_token_ids", "token ids of at least 0")
+        if not all(_is_int(i) and 0 <= i <= _INT32_MAX for i in self.stop_token_ids):
+            raise self._wrong("stop_token_ids", f"token ids from 0 to {_INT32_MAX}")
         self._set("stop_token_ids", tuple(int(i) for i in self.stop_token_ids))
 
         self._integer("max_new_tokens", 1)
@@ -101,7 +104,7 @@ class SamplingParams:
         if self.min_new_tokens > self.max_new_tokens:
             raise self._wrong("min_new_tokens", f"at most max_new_tokens={self.max_new_tokens}")
         if self.num_beams > 1:
-            unusable = ("temperature", "presence_penalty", "frequency_penalty", "stop", "logprobs")
+            unusable = ("temperature", "presence_penalty", "frequency_penalty", "stop", "logprobs", "seed")
             why = f"left out with num_beams={self.num_beams}: beam search is deterministic and returns whole sequences"
         else:
             unusable = ("length_penalty", "early_stopping")
@@ -132,11 +135,11 @@ class SamplingParams:
     def _wrong(self, name: str, right: str) -> ConfigError:
         return ConfigError(f"sampling parameter {name}={getattr(self, name)!r} must be {right}")
 
-    def _integer(self, name: str, low: int, high: float = math.inf, hint: str = "") -> None:
+    def _integer(self, name: str, low: int, high: int | None = None, hint: str = "") -> None:
         value = getattr(self, name)
-        bounds = f"an integer of at least {low}" if high == math.inf else f"an integer from {low} to {high}"
+        high = _INT32_MAX if high is None else high
         if not _is_int(value) or not low <= value <= high:
-            raise self._wrong(name, bounds + hint)
+            raise self._wrong(name, f"an integer from {low} to {high}{hint}")
         self._set(name, int(value))
 
     def _real(self, name: str, low: float, high: float = math.inf, above: bool = False, hint: str = "") -> None:
@@ -147,6 +150,17 @@ class SamplingParams:
         if not math.isfinite(number) or not low <= number <= high or (above and number == low):
             raise self._wrong(name, bounds + hint)
         self._set(name, number)
+
+
+def check_vocabulary(params: SamplingParams, vocab_size: int) -> None:
+    """Raises `ConfigError` where `logprobs` or `stop_token_ids` ask for more tokens than the `vocab_size` there are."""
+    if (params.logprobs or 0) > vocab_size:
+        raise ConfigError(
+            f"sampling parameter logprobs={params.logprobs} must be at most the {vocab_size} tokens there are"
+        )
+    for token in params.stop_token_ids:
+        if token >= vocab_size:
+            raise ConfigError(f"sampling parameter stop_token_ids has {token}; the vocabulary ends at {vocab_size - 1}")
 
 
 def _is_int(value: object) -> bool:

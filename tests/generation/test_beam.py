@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -61,11 +62,11 @@ def jitted_step(logits, state, features):
     return beam.step(logits, state, features)
 
 
-def search(net: Any, prompts: list[list[int]], params: list[SamplingParams]) -> list[list[beam.Hypothesis]]:
+def search(net: Any, prompts: list[list[int]], params: Sequence[SamplingParams | None]) -> list[list[beam.Hypothesis]]:
     """Recomputes every sequence from its tokens; `parents` reorder the outputs as they would a KV cache."""
-    beams = params[0].num_beams
+    beams = next(p.num_beams for p in params if p is not None)
     features = beam.BeamFeatures.of(params)
-    state = beam.init(params, prompts, eos_token_ids=[EOS])
+    state = beam.init(params, prompts, vocab_size=VOCAB, eos_token_ids=[EOS])
     rows = [list(p) for p in prompts for _ in range(beams)]
     while not state.done.all():
         by_length: dict[int, list[int]] = {}
@@ -149,10 +150,30 @@ def test_a_search_does_not_depend_on_its_neighbours():
         SamplingParams(max_new_tokens=8, num_beams=3, early_stopping="never", stop_token_ids=(7, 2), ignore_eos=True),
     ]
     together = search(net, prompts, params)
+    padded = search(net, [*prompts, [1] * 200], [*params, None])
+    assert padded[:3] == together
+    assert padded[3] == []
     for row, (prompt, p) in enumerate(zip(prompts, params, strict=True)):
         alone = search(net, [prompt], [p])[0]
         assert [h.token_ids for h in alone] == [h.token_ids for h in together[row]]
         np.testing.assert_allclose([h.score for h in alone], [h.score for h in together[row]], rtol=1e-5)
+
+
+def test_few_shapes_are_compiled():
+    params = [SamplingParams(max_new_tokens=4, num_beams=2), SamplingParams(max_new_tokens=90, num_beams=2)]
+    shapes = [
+        jax.tree.map(jnp.shape, beam.init(p, [[1] * n] * 2, eos_token_ids=eos))
+        for p in ([params[0]] * 2, params, [params[1], None])
+        for n in (1, 30)
+        for eos in ([], [EOS], [5, 6, 7, 8])
+    ]
+    assert all(shape == shapes[0] for shape in shapes)
+    assert beam.init(params, [[1]] * 2, eos_token_ids=range(5)).stop_tokens.shape == (2, 8)
+
+
+def test_parameters_that_do_not_fit_the_vocabulary_are_errors():
+    with pytest.raises(ConfigError, match="stop_token_ids has 99"):
+        beam.init([SamplingParams(num_beams=2, stop_token_ids=(99,))], [[1]], vocab_size=VOCAB)
 
 
 def test_unfinished_broken_and_mixed_searches_are_errors():
@@ -164,5 +185,7 @@ def test_unfinished_broken_and_mixed_searches_are_errors():
         _, _, state = jitted_step(jnp.full((2, VOCAB), jnp.nan), state, beam.BeamFeatures())
     with pytest.raises(JdsiError, match="NaN"):
         beam.finish(dataclasses.replace(state, done=jnp.ones_like(state.done)))
+    with pytest.raises(JdsiError, match="the beam search of prompt 7 met"):
+        beam.finish(dataclasses.replace(state, done=jnp.ones_like(state.done)), ["prompt 7"])
     with pytest.raises(ConfigError, match="num_beams"):
         beam.init([params, dataclasses.replace(params, num_beams=3)], [[1], [1]])

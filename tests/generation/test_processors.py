@@ -117,6 +117,22 @@ def test_neutral_rows_come_out_as_they_went_in():
     np.testing.assert_array_equal(jitted_process(logits, state, everything), logits)
 
 
+def test_an_ngram_longer_than_the_history_costs_nothing(monkeypatch):
+    rounds, loop = [], jax.lax.fori_loop
+
+    def counted(low, high, *rest):
+        rounds.append(int(high) - low)
+        return loop(low, high, *rest)
+
+    monkeypatch.setattr(jax.lax, "fori_loop", counted)
+    history = jnp.array([[1, 2, 1, 0], [1, 2, 1, 0], [1, 1, 1, 1]])
+    out = processors.ban_ngrams(jnp.zeros((3, 4)), history, jnp.array([3, 3, 4]), jnp.array([2**31 - 1, 2, 4]))
+    assert rounds == [3]
+    np.testing.assert_array_equal(np.isfinite(out), [[True] * 4, [True, True, False, True], [True, False, True, True]])
+    processors.ban_ngrams(jnp.zeros((1, 4)), history[:1], jnp.array([3]), jnp.array([2**31 - 1]))
+    assert rounds[1] <= 0
+
+
 def test_ties_at_the_threshold_are_all_kept():
     logits = jnp.array([[2.0, 1.0, 1.0, 0.0, -0.0, -1.0]])
     kept = [np.isfinite(processors.keep_top_k(logits, jnp.array([k])))[0].sum() for k in range(1, 7)]

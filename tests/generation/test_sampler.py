@@ -16,11 +16,9 @@ from jdsi.generation import (
     SamplerFeatures,
     SamplerState,
     SamplingParams,
-    finish_rows,
+    check_vocabulary,
     init_state,
-    replace_rows,
     sample,
-    take_rows,
 )
 
 VOCAB = 37
@@ -28,8 +26,8 @@ EVERYTHING = SamplerFeatures(True, True, True, True, True, True, True, True, Tru
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def jitted_sample(logits, state, features, active=None) -> tuple[SampledTokens, SamplerState]:
-    return sample(logits, state, features, active)
+def jitted_sample(logits, state, features) -> tuple[SampledTokens, SamplerState]:
+    return sample(logits, state, features)
 
 
 def model(tokens: list[int]) -> np.ndarray:
@@ -94,7 +92,8 @@ def test_frequencies_follow_the_distribution(options):
     features = SamplerFeatures.of([params])
     state = init_state([params], [[]], vocab_size=size)
     # The draws of one request: its seed with `draws` different token indices.
-    many = dataclasses.replace(take_rows(state, jnp.zeros(draws, jnp.int32)), num_generated=jnp.arange(draws))
+    many = jax.tree.map(lambda leaf: jnp.repeat(leaf, draws, axis=0), state)
+    many = dataclasses.replace(many, num_generated=jnp.arange(draws))
     out, _ = jitted_sample(np.tile(logits, (draws, 1)), many, features)
     order = np.argsort(-logits)
     p = np.exp(logits.astype(np.float64) / 1.3)
@@ -163,13 +162,13 @@ def test_end_of_sequence_wins_over_length():
     assert out.finish.tolist() == [FinishCode.STOP]
 
 
-def test_inactive_and_finished_rows_keep_their_state():
+def test_finished_rows_keep_their_state():
     params = [*REQUESTS[2:], REQUESTS[2]]
     features = SamplerFeatures.of(params)
     before = init_state(params, [*PROMPTS[2:], [1]], vocab_size=VOCAB, features=features)
-    before = finish_rows(before, jnp.array([False, False, False, True]))
+    before = dataclasses.replace(before, finish=jnp.array([0, *[int(FinishCode.STOP)] * 3]))
     logits = np.stack([model([i]) for i in range(4)])
-    out, after = jitted_sample(logits, before, features, jnp.array([True, False, False, True]))
+    out, after = jitted_sample(logits, before, features)
     assert out.valid.tolist() == [True, False, False, False]
     for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
         np.testing.assert_array_equal(np.asarray(old)[1:], np.asarray(new)[1:])
@@ -205,31 +204,11 @@ def test_logprobs_are_of_the_unprocessed_logits():
     np.testing.assert_allclose(out.top_logprobs, np.take_along_axis(expected, order, 1), rtol=1e-5)
 
 
-def test_rows_are_replaced_while_others_run():
-    """A request joins a running batch that lacks its arrays; both go on as if alone."""
-    first, second = [REQUESTS[1], REQUESTS[0]], [REQUESTS[3]]
-    state = init_state(first, PROMPTS[:2], vocab_size=VOCAB)
-    outputs: list[list[int]] = [[], []]
-    prompts = PROMPTS[:2]
-    features = SamplerFeatures.of(first)
-    for step in range(8):
-        if step == 3:
-            features |= SamplerFeatures.of(second)
-            state = replace_rows(state, jnp.array([1]), init_state(second, [PROMPTS[3]], vocab_size=VOCAB))
-            prompts, outputs[1] = [prompts[0], PROMPTS[3]], []
-        out, state = jitted_sample(
-            np.stack([model([*p, *o]) for p, o in zip(prompts, outputs, strict=True)]), state, features
-        )
-        for row in range(2):
-            outputs[row].append(int(out.tokens[row]))
-    assert outputs[0] == generate(first[:1], PROMPTS[:1], 8)[0]
-    assert outputs[1] == generate(second, [PROMPTS[3]], 5)[0]
-
-
 def test_parameters_that_do_not_fit_the_vocabulary_are_errors():
     with pytest.raises(ConfigError, match="stop_token_ids has 99"):
         init_state([SamplingParams(stop_token_ids=(99,))], [[]], vocab_size=VOCAB)
     with pytest.raises(ConfigError, match="logprobs=99"):
-        init_state([SamplingParams(logprobs=99)], [[]], vocab_size=VOCAB)
+        check_vocabulary(SamplingParams(logprobs=99), VOCAB)
+    check_vocabulary(SamplingParams(logprobs=VOCAB, stop_token_ids=[VOCAB - 1]), VOCAB)
     with pytest.raises(ConfigError, match="1 sampling parameters for 2 prompts"):
         init_state([SamplingParams()], [[], []], vocab_size=VOCAB)

@@ -217,5 +217,7 @@ def test_completion_without_tokenizer_has_ids_and_logprobs():
     assert builder.completion() == Completion("", [3, 5], "stop", expected)
     with pytest.raises(ConfigError, match="stop"):
         CompletionBuilder(SamplingParams(stop="x"))
-    with pytest.raises(JdsiError, match="not finite"):
+    with pytest.raises(JdsiError, match=r"token 0 of the request .* not finite"):
         CompletionBuilder(SamplingParams()).add(0, FinishCode.ERROR)
+    with pytest.raises(JdsiError, match=r"token 0 of prompt 7 .* not finite"):
+        CompletionBuilder(SamplingParams(), name="prompt 7").add(0, FinishCode.ERROR)
