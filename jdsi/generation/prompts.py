@@ -1,22 +1,32 @@
 """Prompts as users give them (text, chat messages, token ids) to token ids."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
-
-import numpy as np
 
 from jdsi.errors import PromptError
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 """Text; token ids; or chat messages `{"role": ..., "content": ...}`."""
 
+_PROMPT = "it must be text, a list of token ids or a list of chat messages"
+_ROWS = "forward takes rows of token ids, such as [[5, 9, 2]]"
+
 
 def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """A list of prompts; one prompt becomes a list of one."""
+    """A list of prompts; one prompt becomes a list of one.
+
+    Token ids may be an array of any library, or a list of such scalars; the rows of a 2-D array are prompts.
+
+    Raises:
+        PromptError: `prompts` is neither text nor a sequence.
+    """
     if isinstance(prompts, str):
         return [prompts]
-    items: list[Any] = _plain(prompts)
-    if items and all(_is_id(item) or isinstance(item, Mapping) for item in items):
+    items = _items(prompts)
+    if items is None:
+        raise PromptError(f"the prompt is {_kind(prompts)}; {_PROMPT}, or a list of these")
+    if items and (all(map(_is_id, items)) or all(isinstance(item, Mapping) for item in items)):
         return [items]
     return items
 
@@ -32,55 +42,113 @@ def encode(prompt: Prompt, tokenizer: Any, vocab_size: int, *, name: str = "prom
         name: what error messages call the prompt.
 
     Raises:
-        PromptError: empty prompt, ids out of range, text without a tokenizer, messages without a chat template.
+        PromptError: empty prompt, ids out of range, text without a tokenizer or that it cannot encode, messages without
+            a chat template or that it refuses.
     """
     if isinstance(prompt, str):
-        ids = _need(tokenizer, name)(prompt)["input_ids"]
-        if not ids:
-            raise PromptError(f"{name} is empty; it needs at least one token")
-    elif (
-        isinstance(prompt, Sequence | np.ndarray) and all(isinstance(item, Mapping) for item in prompt) and len(prompt)
-    ):
-        ids = _encode_chat(prompt, _need(tokenizer, name), name)
-    else:
-        ids = _checked_ids(prompt, name)
-    outside = [i for i in ids if not 0 <= i < vocab_size]
-    if outside:
-        raise PromptError(f"{name} has token id {outside[0]}; the vocabulary is 0 to {vocab_size - 1}")
-    return ids
+        return _checked(_tokenize(prompt, tokenizer, name), vocab_size, name)
+    items = _items(prompt)
+    if items is None:
+        raise PromptError(f"{name} is {_kind(prompt)}; {_PROMPT}")
+    if items and all(isinstance(item, Mapping) for item in items):
+        text = _render(items, tokenizer, name)
+        return _checked(_tokenize(text, tokenizer, name, add_special_tokens=False), vocab_size, name)
+    for item in items:
+        if not _is_id(item):
+            raise PromptError(f"{name} is {_kind(prompt)} with {_kind(item)} in it; {_PROMPT}")
+    return _checked(items, vocab_size, name)
 
 
-def _checked_ids(prompt: Any, name: str) -> list[int]:
-    items = _plain(prompt)
-    if not all(_is_id(item) for item in items):
-        raise PromptError(f"{name} is {type(prompt).__name__}; it must be text, a list of token ids or chat messages")
-    if not items:
+def encode_rows(tokens: Any, vocab_size: int) -> list[list[int]]:
+    """Token ids of the rows of a batch, which may differ in length.
+
+    Args:
+        tokens: a 2-D integer array of any library, or a sequence of sequences of ids.
+        vocab_size: ids must be below it.
+
+    Raises:
+        PromptError: not rows of ids, no row, an empty row, or ids out of range.
+    """
+    rows = None if isinstance(tokens, str) else _items(tokens)
+    if rows is None:
+        raise PromptError(f"tokens is {_kind(tokens)}; {_ROWS}")
+    if not rows:
+        raise PromptError(f"tokens has no row; {_ROWS}")
+    checked = []
+    for index, row in enumerate(rows):
+        ids = None if isinstance(row, str) else _items(row)
+        if ids is None or not all(map(_is_id, ids)):
+            raise PromptError(f"row {index} of tokens is {_kind(row)} and not ids; {_ROWS}")
+        checked.append(_checked(ids, vocab_size, f"row {index} of tokens"))
+    return checked
+
+
+def _checked(ids: Sequence[Any], vocab_size: int, name: str) -> list[int]:
+    if not ids:
         raise PromptError(f"{name} is empty; it needs at least one token")
-    return [int(item) for item in items]
+    for token in ids:
+        if not 0 <= token < vocab_size:
+            raise PromptError(f"{name} has token id {token}; the vocabulary is 0 to {vocab_size - 1}")
+    return [int(token) for token in ids]
 
 
-def _encode_chat(messages: Any, tokenizer: Any, name: str) -> list[int]:
+def _tokenize(text: str, tokenizer: Any, name: str, **options: Any) -> list[int]:
+    if tokenizer is None:
+        raise PromptError(f"{name} is text, and the model came without a tokenizer; give token ids or `tokenizer=`")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = f"U+{ord(text[error.start]):04X}"
+        raise PromptError(f"{name} has half a surrogate pair, {code}, at character {error.start}") from error
+    with _refusals(f"{name} cannot be encoded by the tokenizer"):
+        return tokenizer(text, **options)["input_ids"]
+
+
+def _render(messages: list[Any], tokenizer: Any, name: str) -> str:
+    if tokenizer is None:
+        raise PromptError(f"{name} is a chat, and the model came without a tokenizer; give token ids or `tokenizer=`")
     if not getattr(tokenizer, "chat_template", None):
         raise PromptError(f"{name} is a chat, and this model's tokenizer has no chat template; give text instead")
     for message in messages:
         if "role" not in message or "content" not in message:
-            raise PromptError(f"{name} has a message with keys {sorted(message)}; each needs 'role' and 'content'")
-    text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+            keys = sorted(map(str, message))
+            raise PromptError(f"{name} has a message with keys {keys}; each needs 'role' and 'content'")
+    with _refusals(f"{name} is a chat that the model's chat template refuses"):
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
 
 
-def _plain(items: Any) -> list[Any]:
-    """A list of the items of a sequence or of an array of any library; what is neither becomes its only item."""
-    if hasattr(items, "tolist"):
-        items = items.tolist()
-    return list(items) if isinstance(items, Sequence) else [items]
+@contextlib.contextmanager
+def _refusals(what: str) -> Iterator[None]:
+    """Turns what a tokenizer or a template raises, which is of any type, into a `PromptError`."""
+    try:
+        yield
+    except ImportError:  # says what to install
+        raise
+    except Exception as error:
+        raise PromptError(f"{what}: {error}") from error
 
 
-def _need(tokenizer: Any, name: str) -> Any:
-    if tokenizer is None:
-        raise PromptError(f"{name} is text, and the model came without a tokenizer; give token ids or `tokenizer=`")
-    return tokenizer
+def _items(value: Any) -> list[Any] | None:
+    """The items of a sequence or of an array of any library, scalars as Python's own; `None` if it is neither."""
+    value = _plain(value)
+    if isinstance(value, str | bytes | bytearray | memoryview) or not isinstance(value, Sequence):
+        return None
+    return [_plain(item) for item in value]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, str | memoryview) or not hasattr(value, "tolist"):
+        return value
+    return value.tolist()
 
 
 def _is_id(item: object) -> bool:
-    return isinstance(item, int | np.integer) and not isinstance(item, bool)
+    return isinstance(item, int) and not isinstance(item, bool)
+
+
+def _kind(value: object) -> str:
+    """The type of a value with its article, for messages."""
+    if value is None:
+        return "None"
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeioAEIO' else 'a'} {name}"
