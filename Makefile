@@ -30,7 +30,7 @@ venv-runtime:
 
 demo: venv-runtime
 	$(BIN)/jdsi convert examples/tiny-python-lm $(DEMO_MODEL) --to orbax --overwrite
-	$(BIN)/jdsi generate $(DEMO_MODEL) --prompt "def " --max-new-tokens 64 --temperature 0
+	$(BIN)/jdsi generate $(DEMO_MODEL) --prompt "def " --max-new-tokens 120 --temperature 0.6 --top-p 0.9 --seed 6
 
 # JAX is pinned to the CPU: the CUDA libraries that PyTorch brings must not make it look for a GPU.
 test: venv
