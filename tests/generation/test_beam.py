@@ -159,6 +159,13 @@ def test_a_search_does_not_depend_on_its_neighbours():
         np.testing.assert_allclose([h.score for h in alone], [h.score for h in together[row]], rtol=1e-5)
 
 
+def test_an_idle_search_is_done_from_the_start():
+    state = beam.init([SamplingParams(num_beams=2), None], [[1], []], eos_token_ids=[EOS])
+    assert state.done.tolist() == [False, True]
+    with pytest.raises(JdsiError, match="of request 0 is not done"):
+        beam.finish(state)
+
+
 def test_few_shapes_are_compiled():
     params = [SamplingParams(max_new_tokens=4, num_beams=2), SamplingParams(max_new_tokens=90, num_beams=2)]
     shapes = [
