@@ -11,6 +11,7 @@ from .rotary import Rotary
 
 _MASKED = np.float32(-1e30)  # finite, so that a row with no visible key gives numbers and never NaN
 _QUERY_BLOCK = 256
+_DIAGONAL_BLOCK, _DIAGONAL_PARTS = 128, 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +86,7 @@ def attention(
     q_positions: Int[Array, "B S"],
     k_positions: Int[Array, "B L"],
     visible: Bool[Array, "B S L"] | None = None,
+    aligned: bool = False,
 ) -> Float[Array, "B S H Dv"]:
     """Attention of `q` to `k` and `v` with grouped query heads; scores and softmax in float32.
 
@@ -93,11 +95,24 @@ def attention(
         form: scale, mask kind, bias.
         q_positions, k_positions: positions that `causal`, `window` and ALiBi compare.
         visible: a further mask; `False` hides the key.
+        aligned: query i and key i are of the same token and later tokens stand behind earlier ones, so that causal
+            attention need not compute what lies behind the diagonal.
 
     Returns:
         The weighted values in the dtype of `q`. A query that sees no key gets the mean of all values.
     """
-    if q.shape[1] <= 2 * _QUERY_BLOCK:
+    length = q.shape[1]
+    if aligned and form.causal and length > _DIAGONAL_BLOCK:
+        # Each part of the queries meets only the keys up to its own end; few parts, for each is compiled.
+        size = max(_DIAGONAL_BLOCK, -(-length // _DIAGONAL_PARTS))
+        parts = []
+        for start in range(0, length, size):
+            stop = min(start + size, length)
+            seen = None if visible is None else visible[:, start:stop, :stop]
+            at = {"q_positions": q_positions[:, start:stop], "k_positions": k_positions[:, :stop]}
+            parts.append(attention(q[:, start:stop], k[:, :, :stop], v[:, :, :stop], form, **at, visible=seen))
+        return jnp.concatenate(parts, axis=1)
+    if length <= 2 * _QUERY_BLOCK:
         return _attention_block(q, k, v, form, q_positions, k_positions, visible)
     # Long prompts go block by block, so that scores take S/block times less memory.
     blocks = -(-q.shape[1] // _QUERY_BLOCK)

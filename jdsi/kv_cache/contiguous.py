@@ -25,6 +25,7 @@ class ContiguousContext:
         lengths: tokens each row held before this call.
         new_lengths: real tokens among each row's S new ones.
         new_tokens: S, static.
+        empty: no row held a token before this call, static; a prompt then attends to itself alone.
     """
 
     keys: tuple[Float[Array, "B K L D"], ...]
@@ -32,6 +33,7 @@ class ContiguousContext:
     lengths: Int[Array, " B"]
     new_lengths: Int[Array, " B"]
     new_tokens: int = dataclasses.field(default=1, metadata={"static": True})
+    empty: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @classmethod
     def create(
@@ -47,7 +49,7 @@ class ContiguousContext:
         """
         keys = tuple(jnp.zeros((batch, kv_heads, capacity, dim), dtype) for kv_heads, dim, _ in heads)
         values = tuple(jnp.zeros((batch, kv_heads, capacity, dim), dtype) for kv_heads, _, dim in heads)
-        return cls(keys, values, jnp.zeros(batch, jnp.int32), jnp.zeros(batch, jnp.int32))
+        return cls(keys, values, jnp.zeros(batch, jnp.int32), jnp.zeros(batch, jnp.int32), empty=True)
 
     @property
     def batch(self) -> int:
@@ -65,7 +67,7 @@ class ContiguousContext:
 
     def commit(self) -> Self:
         """See `AttentionContext.commit`; the next call continues behind this call's real tokens."""
-        return dataclasses.replace(self, lengths=self.lengths + self.new_lengths)
+        return dataclasses.replace(self, lengths=self.lengths + self.new_lengths, empty=False)
 
     def select(self, rows: Int[Array, " N"]) -> Self:
         """A context whose row i is a copy of row `rows[i]` (beam search)."""
@@ -95,29 +97,27 @@ class ContiguousContext:
             lengths = jnp.repeat(self.lengths + self.new_lengths, self.new_tokens)
             q = apply_rotary(q, self.positions, lengths, form.rotary)
             k = apply_rotary(k, self.positions, lengths, form.rotary)
-        keys = self._write(self.keys[layer], k)
-        values = self._write(self.values[layer], v)
-        slots = jnp.broadcast_to(jnp.arange(self.capacity, dtype=jnp.int32), (self.batch, self.capacity))
+        q, k, v = (x.reshape(self.batch, self.new_tokens, *x.shape[1:]) for x in (q, k, v))
+        # A hidden key has weight zero, but zero times an infinite or NaN value of padding would still be NaN.
+        real = (jnp.arange(self.new_tokens) < self.new_lengths[:, None])[:, :, None, None]
+        k, v = (jnp.where(real, x, jnp.zeros((), x.dtype)).astype(self.keys[layer].dtype) for x in (k, v))
+        keys, values = self._write(self.keys[layer], k), self._write(self.values[layer], v)
+        if self.empty and self.new_tokens > 1:
+            seen_k, seen_v, k_positions = k.swapaxes(1, 2), v.swapaxes(1, 2), self._positions
+        else:
+            slots = jnp.arange(self.capacity, dtype=jnp.int32)
+            seen_k, seen_v, k_positions = keys, values, jnp.broadcast_to(slots, (self.batch, self.capacity))
         out = attention(
-            q.reshape(self.batch, self.new_tokens, *q.shape[1:]),
-            keys,
-            values,
-            form,
-            q_positions=self._positions,
-            k_positions=slots,
+            q, seen_k, seen_v, form, q_positions=self._positions, k_positions=k_positions, aligned=self.empty
         )
         context = dataclasses.replace(
             self,
             keys=(*self.keys[:layer], keys, *self.keys[layer + 1 :]),
             values=(*self.values[:layer], values, *self.values[layer + 1 :]),
         )
-        return out.reshape(q.shape[0], *out.shape[2:]), context
+        return out.reshape(-1, *out.shape[2:]), context
 
-    def _write(self, memory: Float[Array, "B K L D"], new: Float[Array, "T K D"]) -> Float[Array, "B K L D"]:
-        rows = new.reshape(self.batch, self.new_tokens, *new.shape[1:]).astype(memory.dtype)
-        # A hidden key has weight zero, but zero times an infinite or NaN value of padding would still be NaN.
-        real = jnp.arange(self.new_tokens) < self.new_lengths[:, None]
-        rows = jnp.where(real[:, :, None, None], rows, jnp.zeros((), memory.dtype))
-        index = jnp.arange(self.batch)[:, None]
+    def _write(self, memory: Float[Array, "B K L D"], new: Float[Array, "B S K D"]) -> Float[Array, "B K L D"]:
+        rows = jnp.arange(self.batch)[:, None]
         # Padding may point past the capacity; it is dropped, never wrapped onto a real key.
-        return memory.at[index, :, self._positions].set(rows, mode="drop", unique_indices=True, indices_are_sorted=True)
+        return memory.at[rows, :, self._positions].set(new, mode="drop", unique_indices=True, indices_are_sorted=True)

@@ -16,7 +16,7 @@ class PackedContext:
     """Tokens of several sequences on one axis; each attends within its own sequence.
 
     Attributes:
-        positions: position of each token in its sequence.
+        positions: position of each token in its sequence; the tokens of a sequence stand in order.
         segments: which sequence a token belongs to; negative marks padding, which nothing attends to.
         lengths: length of the sequence each token belongs to.
         rows: the packed axis consists of `rows` equal parts that no sequence crosses, so attention costs
@@ -79,7 +79,7 @@ class PackedContext:
     ) -> tuple[Float[Array, "T H Dv"], Self]:
         """See `AttentionContext.attend`; remembers nothing."""
         rows_q, rows_k, rows_v, masks = self._rows(q, k, v, form)
-        out = attention(rows_q, rows_k, rows_v, form, **masks)
+        out = attention(rows_q, rows_k, rows_v, form, **masks, aligned=True)
         return out.reshape(q.shape[0], *out.shape[2:]), self
 
     def commit(self) -> Self:

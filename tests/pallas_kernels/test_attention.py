@@ -73,6 +73,21 @@ def test_long_prompts_in_blocks_equal_one_block() -> None:
     np.testing.assert_allclose(attention(q, k, v, form, **arguments), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("length", [1, 130, 300, 1100])
+def test_skipping_what_lies_behind_the_diagonal_changes_nothing(length: int) -> None:
+    rng = np.random.default_rng(length)
+    q, k, v = (
+        jnp.asarray(rng.standard_normal((2, *shape)), jnp.float32) for shape in [(length, 2, 4)] + [(1, length, 4)] * 2
+    )
+    positions = jnp.tile(jnp.arange(length), (2, 1))
+    segments = jnp.asarray(np.sort(rng.integers(0, 3, (2, length))))
+    visible = segments[:, :, None] == segments[:, None, :]
+    at = {"q_positions": positions, "k_positions": positions, "visible": visible}
+    for form in (AttentionForm(0.5), AttentionForm(0.5, window=50), AttentionForm(0.5, causal=False)):
+        expected = attention(q, k, v, form, **at)
+        np.testing.assert_allclose(attention(q, k, v, form, **at, aligned=True), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_a_query_that_sees_nothing_gives_numbers() -> None:
     q, k = jnp.ones((1, 1, 1, 2)), jnp.ones((1, 1, 3, 2))
     at = {"q_positions": jnp.zeros((1, 1), int), "k_positions": jnp.zeros((1, 3), int)}
