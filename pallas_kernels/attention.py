@@ -141,6 +141,12 @@ def attention_weights(
     visible: Bool[Array, "B S L"] | None = None,
 ) -> Float[Array, "B K G S L"]:
     """The softmax of the masked scores, float32, query heads grouped by the KV head they share (`G = H // K`)."""
+    return jax.nn.softmax(_masked_scores(q, k, form, q_positions, k_positions, visible), axis=-1)
+
+
+def _masked_scores(
+    q: Array, k: Array, form: AttentionForm, q_positions: Array, k_positions: Array, visible: Array | None
+) -> Float[Array, "B K G S L"]:
     batch, length, heads, dim = q.shape
     kv_heads = k.shape[1]
     if heads % kv_heads:
@@ -159,14 +165,18 @@ def attention_weights(
         mask = _both(mask, jnp.abs(distance) < form.window)
     if mask is not None:
         scores = jnp.where(mask[:, None, None], scores, _MASKED)
-    return jax.nn.softmax(scores, axis=-1)
+    return scores
 
 
 def _attention_block(
     q: Array, k: Array, v: Array, form: AttentionForm, q_positions: Array, k_positions: Array, visible: Array | None
 ) -> Array:
-    weights = attention_weights(q, k, form, q_positions=q_positions, k_positions=k_positions, visible=visible)
-    out = _weighted_sum(weights.astype(v.dtype), v).transpose(0, 3, 1, 2, 4)
+    scores = _masked_scores(q, k, form, q_positions, k_positions, visible)
+    # The softmax's division comes after the sum over keys, where there is less to divide.
+    top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    weights = jnp.exp(scores - top)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    out = (_weighted_sum(weights.astype(v.dtype), v) / total).transpose(0, 3, 1, 2, 4)
     return out.reshape(*q.shape[:3], v.shape[-1]).astype(q.dtype)
 
 
