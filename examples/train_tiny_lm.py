@@ -37,7 +37,6 @@ from jdsi.kv_cache import PackedContext
 from jdsi.models import Transformer, TransformerSpec
 from jdsi.models import parameters as parameters_of
 from jdsi.models.families import family_for
-from jdsi.pallas_kernels import AttentionForm, apply_rotary, attention
 
 BOS, EOS = "<s>", "</s>"
 Parameters = dict[str, jax.Array]
@@ -201,52 +200,6 @@ def batches(
 # --------------------------------------------------------------------------------------------------------------- model
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class CausalRows(PackedContext):
-    """A packed context of equal rows in position order that skips the keys no query of a block can see.
-
-    The general context computes all scores of a row and masks half of them. Here queries go in blocks and each block
-    meets only the keys up to its own end, which at 1024 tokens makes a whole training step 1.6 times faster.
-    """
-
-    def attend(
-        self,
-        layer: int,
-        q: Float[Array, "T H D"],
-        k: Float[Array, "T K D"],
-        v: Float[Array, "T K Dv"],
-        form: AttentionForm,
-        block: int = 256,
-    ) -> tuple[Float[Array, "T H Dv"], "CausalRows"]:
-        """See `AttentionContext.attend`."""
-        if not form.causal:
-            raise ValueError("CausalRows is for causal models only")
-        if form.rotary is not None:
-            q = apply_rotary(q, self.positions, self.lengths, form.rotary)
-            k = apply_rotary(k, self.positions, self.lengths, form.rotary)
-        q, k, v, positions, segments = (
-            x.reshape(self.rows, -1, *x.shape[1:]) for x in (q, k, v, self.positions, self.segments)
-        )
-        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-        out = []
-        for start in range(0, q.shape[1], block):
-            stop = min(start + block, q.shape[1])
-            out.append(
-                attention(
-                    q[:, start:stop],
-                    k[:, :, :stop],
-                    v[:, :, :stop],
-                    form,
-                    q_positions=positions[:, start:stop],
-                    k_positions=positions[:, :stop],
-                    visible=segments[:, start:stop, None] == segments[:, None, :stop],
-                )
-            )
-        joined = jnp.concatenate(out, axis=1)
-        return joined.reshape(-1, *joined.shape[2:]), self
-
-
 def initial_parameters(spec: TransformerSpec, seed: int) -> Parameters:
     """Random weights whose blocks start as the identity: what each adds to the residual stream begins at zero."""
     from flax import nnx
@@ -264,7 +217,7 @@ def initial_parameters(spec: TransformerSpec, seed: int) -> Parameters:
 def token_losses(spec: TransformerSpec, values: Parameters, batch: dict[str, Array], rows: int) -> Float[Array, " T"]:
     """Cross-entropy of each target in nats, zero where there is no target."""
     model = Transformer.from_parameters(spec, values)
-    context = CausalRows(batch["positions"], batch["segments"], batch["lengths"], rows=rows)
+    context = PackedContext(batch["positions"], batch["segments"], batch["lengths"], rows=rows)
     hidden, _ = model.forward(batch["tokens"], context)
     targets = batch["targets"]
     losses = optax.softmax_cross_entropy_with_integer_labels(model.logits(hidden), jnp.maximum(targets, 0))

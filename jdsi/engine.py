@@ -270,7 +270,9 @@ class InferenceEngine:
         start = time.perf_counter()
         prompts, params = [r.prompt for r in batch], [r.params for r in batch]
         most = self._most_rows(params[0])
-        found = beam_search(self._executor, prompts, params, eos_token_ids=self.eos_token_ids, max_rows=most)
+        names = [f"prompt {r.index}" for r in batch]
+        ends = self.eos_token_ids
+        found = beam_search(self._executor, prompts, params, eos_token_ids=ends, max_rows=most, names=names)
         done = {}
         for request, hypotheses in zip(batch, found, strict=True):
             best = hypotheses[0]
@@ -376,8 +378,9 @@ def init_inference(
         ends = load_eos_token_ids(folder)
         loaded = load_model(folder, dtype=parsed.dtype)
         chosen = load_tokenizer(folder) if chosen is None else chosen
-    if not ends and getattr(chosen, "eos_token_id", None) is not None:
-        ends = (chosen.eos_token_id,)
+    end = getattr(chosen, "eos_token_id", None)
+    if not ends and end is not None:
+        ends = (end,)
     if eos_token_ids is not None:
         ends = tuple(eos_token_ids)
     return InferenceEngine(ResidentExecutor(loaded), parsed, tokenizer=chosen, eos_token_ids=ends)

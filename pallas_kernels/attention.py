@@ -109,8 +109,17 @@ def attention(
         for start in range(0, length, size):
             stop = min(start + size, length)
             seen = None if visible is None else visible[:, start:stop, :stop]
-            at = {"q_positions": q_positions[:, start:stop], "k_positions": k_positions[:, :stop]}
-            parts.append(attention(q[:, start:stop], k[:, :, :stop], v[:, :, :stop], form, **at, visible=seen))
+            parts.append(
+                attention(
+                    q[:, start:stop],
+                    k[:, :, :stop],
+                    v[:, :, :stop],
+                    form,
+                    q_positions=q_positions[:, start:stop],
+                    k_positions=k_positions[:, :stop],
+                    visible=seen,
+                )
+            )
         return jnp.concatenate(parts, axis=1)
     if length <= 2 * _QUERY_BLOCK:
         return _attention_block(q, k, v, form, q_positions, k_positions, visible)

@@ -84,7 +84,7 @@ def init(
     params: Sequence[SamplingParams | None],
     prompts: Sequence[Sequence[int]],
     *,
-    vocab_size: int | None = None,
+    vocab_size: int,
     eos_token_ids: Sequence[int] = (),
 ) -> BeamState:
     """The state before the first step.
@@ -92,7 +92,7 @@ def init(
     Args:
         params: one per prompt; `None` is an idle search, whose prompt does not matter.
         prompts: without padding.
-        vocab_size: the `V` of the logits; `None` leaves the parameters unchecked against it.
+        vocab_size: the `V` of the logits.
         eos_token_ids: end the beams of requests that do not `ignore_eos`.
 
     Raises:
@@ -107,9 +107,8 @@ def init(
     idle = np.array([p is None for p in params])
     rows = [p or SamplingParams(max_new_tokens=1) for p in params]
     prompts = [() if p is None else prompt for p, prompt in zip(params, prompts, strict=True)]
-    if vocab_size is not None:
-        for p in rows:
-            check_vocabulary(p, vocab_size)
+    for p in rows:
+        check_vocabulary(p, vocab_size)
     lengths = [len(t) for t in prompts]
     size = max(n + p.max_new_tokens for n, p in zip(lengths, rows, strict=True))
     size = -(-size // 128) * 128  # few sizes, for the model's step is compiled together with the search

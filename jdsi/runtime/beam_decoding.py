@@ -42,6 +42,7 @@ def beam_search(
     *,
     eos_token_ids: Sequence[int] = (),
     max_rows: int,
+    names: Sequence[str],
 ) -> list[list[beam.Hypothesis]]:
     """The hypotheses of every prompt, best first.
 
@@ -51,12 +52,18 @@ def beam_search(
         params: one per prompt; all have the same `num_beams`.
         eos_token_ids: end the requests that do not ignore them.
         max_rows: the prompts are not padded beyond.
+        names: what error messages call each prompt.
     """
     beams, rows = params[0].num_beams, min(batch_bucket(len(prompts)), max_rows)
     idle = rows - len(prompts)
     padded = PaddedPrompts.of(prompts, rows)
     features = beam.BeamFeatures.of(params)
-    state = beam.init([*params, *[None] * idle], [*prompts, *[()] * idle], eos_token_ids=eos_token_ids)
+    state = beam.init(
+        [*params, *[None] * idle],
+        [*prompts, *[()] * idle],
+        vocab_size=executor.spec.vocab_size,
+        eos_token_ids=eos_token_ids,
+    )
     steps = max(p.max_new_tokens for p in params)
     context = new_context(executor, rows, padded.width, steps)
     context = context.extend(jnp.asarray(padded.lengths), padded.width)
@@ -70,4 +77,4 @@ def beam_search(
             break
         (tokens, parents, done), context, state = executor.step(tokens, context, None, epilogue, state)
         context = _follow(context, parents)
-    return beam.finish(state)[: len(prompts)]
+    return beam.finish(state, [*names, *["padding"] * idle])[: len(prompts)]

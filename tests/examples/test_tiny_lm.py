@@ -18,10 +18,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from flax import nnx
 
 import jdsi
-from jdsi.kv_cache import PackedContext
 from parity import ATOL, RTOL
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -173,20 +171,6 @@ def test_windows_hold_every_token_once_and_keep_documents_apart(
         if i % 64 != 63 and batch.targets[i] >= 0:
             assert batch.targets[i] == batch.tokens[i + 1]
     np.testing.assert_array_equal(np.bincount(batch.segments)[batch.segments], batch.lengths)
-
-
-def test_skipping_unseen_keys_changes_nothing(script: ModuleType, corpus: ModuleType, tiny: object) -> None:
-    tokenizer = script.train_tokenizer([UNSEEN], 300)
-    batch = next(script.batches(documents(corpus), tokenizer, 64, tiny, np.random.default_rng(0)))
-    rng = np.random.default_rng(0)
-    heads = (rng.standard_normal((256, count, 8)).astype(np.float32) for count in (4, 2, 2))
-    q, k, v = map(jnp.asarray, heads)
-    form = nnx.eval_shape(lambda: jdsi.Transformer(tiny.spec())).layers[0].attention.form
-    arguments = (jnp.asarray(batch.positions), jnp.asarray(batch.segments), jnp.asarray(batch.lengths))
-    expected = jax.jit(lambda: PackedContext(*arguments, rows=4).attend(0, q, k, v, form)[0])()
-    for block in (16, 24):
-        out = jax.jit(lambda block=block: script.CausalRows(*arguments, rows=4).attend(0, q, k, v, form, block)[0])()
-        np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_short_run_learns_stops_resumes_and_exports(

@@ -160,7 +160,7 @@ def test_a_search_does_not_depend_on_its_neighbours():
 
 
 def test_an_idle_search_is_done_from_the_start():
-    state = beam.init([SamplingParams(num_beams=2), None], [[1], []], eos_token_ids=[EOS])
+    state = beam.init([SamplingParams(num_beams=2), None], [[1], []], vocab_size=VOCAB, eos_token_ids=[EOS])
     assert state.done.tolist() == [False, True]
     with pytest.raises(JdsiError, match="of request 0 is not done"):
         beam.finish(state)
@@ -169,13 +169,13 @@ def test_an_idle_search_is_done_from_the_start():
 def test_few_shapes_are_compiled():
     params = [SamplingParams(max_new_tokens=4, num_beams=2), SamplingParams(max_new_tokens=90, num_beams=2)]
     shapes = [
-        jax.tree.map(jnp.shape, beam.init(p, [[1] * n] * 2, eos_token_ids=eos))
+        jax.tree.map(jnp.shape, beam.init(p, [[1] * n] * 2, vocab_size=VOCAB, eos_token_ids=eos))
         for p in ([params[0]] * 2, params, [params[1], None])
         for n in (1, 30)
         for eos in ([], [EOS], [5, 6, 7, 8])
     ]
     assert all(shape == shapes[0] for shape in shapes)
-    assert beam.init(params, [[1]] * 2, eos_token_ids=range(5)).stop_tokens.shape == (2, 8)
+    assert beam.init(params, [[1]] * 2, vocab_size=VOCAB, eos_token_ids=range(5)).stop_tokens.shape == (2, 8)
 
 
 def test_parameters_that_do_not_fit_the_vocabulary_are_errors():
@@ -185,7 +185,7 @@ def test_parameters_that_do_not_fit_the_vocabulary_are_errors():
 
 def test_unfinished_broken_and_mixed_searches_are_errors():
     params = SamplingParams(max_new_tokens=2, num_beams=2)
-    state = beam.init([params], [[1]], eos_token_ids=[EOS])
+    state = beam.init([params], [[1]], vocab_size=VOCAB, eos_token_ids=[EOS])
     with pytest.raises(JdsiError, match="not done"):
         beam.finish(state)
     for _ in range(2):
@@ -195,4 +195,4 @@ def test_unfinished_broken_and_mixed_searches_are_errors():
     with pytest.raises(JdsiError, match="the beam search of prompt 7 met"):
         beam.finish(dataclasses.replace(state, done=jnp.ones_like(state.done)), ["prompt 7"])
     with pytest.raises(ConfigError, match="num_beams"):
-        beam.init([params, dataclasses.replace(params, num_beams=3)], [[1], [1]])
+        beam.init([params, dataclasses.replace(params, num_beams=3)], [[1], [1]], vocab_size=VOCAB)
