@@ -9,9 +9,10 @@ Load and generate in three lines:
 
 from jdsi.config import InferenceConfig
 from jdsi.converters import load_model
-from jdsi.engine import InferenceEngine, StreamEvent, init_inference
+from jdsi.engine import InferenceEngine, StreamEvent
 from jdsi.errors import CapacityError, CheckpointError, ConfigError, JdsiError, PromptError
 from jdsi.generation import Completion, SamplingParams, TokenLogprob
+from jdsi.inference import init_inference
 from jdsi.models import Transformer, TransformerSpec
 from jdsi.runtime import GenerationStats
 

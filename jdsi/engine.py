@@ -1,19 +1,15 @@
 """The inference engine: a model, its tokenizer, and `generate`."""
 
 import dataclasses
-import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jdsi.config import InferenceConfig
-from jdsi.converters import load_model, resolve
 from jdsi.errors import CapacityError, ConfigError, PromptError
 from jdsi.generation import (
     Completion,
@@ -26,9 +22,8 @@ from jdsi.generation import (
     pad_rows,
 )
 from jdsi.generation.prompts import Prompt, as_list, encode, encode_rows
-from jdsi.generation.tokenizer import load_eos_token_ids, load_tokenizer
-from jdsi.models import Transformer, TransformerSpec, parameters
-from jdsi.runtime import Executor, GenerationStats, ResidentExecutor, enable_compilation_cache, token_bucket
+from jdsi.models import TransformerSpec
+from jdsi.runtime import Executor, GenerationStats, token_bucket
 from jdsi.runtime.beam_decoding import beam_search
 from jdsi.runtime.decoding import decode
 
@@ -337,64 +332,3 @@ def _integers(name: str, values: Any, shape: tuple[int, ...]) -> np.ndarray:
             f"{name} has shape {array.shape} and type {array.dtype}; it must be integers of shape {shape}"
         )
     return array.astype(np.int32)
-
-
-def init_inference(
-    model: str | os.PathLike[str] | Transformer | None = None,
-    config: InferenceConfig | Mapping[str, Any] | str | os.PathLike[str] | None = None,
-    *,
-    tokenizer: Any = None,
-    eos_token_ids: Sequence[int] | None = None,
-    **overrides: Any,
-) -> InferenceEngine:
-    """An engine for a model.
-
-    Args:
-        model: a folder (Hugging Face or converted by `jdsi convert`), a hub id, or a `Transformer`; by default what
-            the config names as `checkpoint`.
-        config: an `InferenceConfig`, a mapping in our keys or DeepSpeed's, or a JSON file with one.
-        tokenizer: a tokenizer object, or where to load it from; by default the model's own.
-        eos_token_ids: ids that end a sequence; by default those the checkpoint names, or the tokenizer's.
-        **overrides: single settings, over `config`.
-
-    Raises:
-        ConfigError, CheckpointError: naming what is wrong and what would be right.
-    """
-    parsed = _parse_config(config, overrides)
-    source = parsed.checkpoint if model is None else model
-    if not isinstance(source, str | os.PathLike | Transformer):
-        what = "no model was given" if source is None else f"the model is a {type(source).__name__}"
-        raise ConfigError(f"{what}; give a folder, a hub id or a jdsi Transformer")
-    if parsed.compilation_cache:
-        enable_compilation_cache(None if parsed.compilation_cache is True else parsed.compilation_cache)
-    chosen = tokenizer if tokenizer is not None else parsed.tokenizer
-    if isinstance(chosen, str | os.PathLike):
-        chosen = load_tokenizer(chosen, required=True)
-    ends: tuple[int, ...] = ()
-    if isinstance(source, Transformer):
-        loaded = source if parsed.dtype == "auto" else _cast(source, parsed.dtype)
-    else:
-        folder = resolve(source if isinstance(source, str) else Path(source))
-        ends = load_eos_token_ids(folder)
-        loaded = load_model(folder, dtype=parsed.dtype)
-        chosen = load_tokenizer(folder) if chosen is None else chosen
-    end = getattr(chosen, "eos_token_id", None)
-    if not ends and end is not None:
-        ends = (end,)
-    if eos_token_ids is not None:
-        ends = tuple(eos_token_ids)
-    return InferenceEngine(ResidentExecutor(loaded), parsed, tokenizer=chosen, eos_token_ids=ends)
-
-
-def _parse_config(config: Any, overrides: dict[str, Any]) -> InferenceConfig:
-    if isinstance(config, str | os.PathLike):
-        return InferenceConfig.read(config, **overrides)
-    if isinstance(config, InferenceConfig):
-        config = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    if config is not None and not isinstance(config, Mapping):
-        raise ConfigError(f"config is a {type(config).__name__}; give an InferenceConfig, a mapping or a JSON file")
-    return InferenceConfig.from_dict(config or {}, **overrides)
-
-
-def _cast(model: Transformer, dtype: str) -> Transformer:
-    return Transformer.from_parameters(model.spec, jax.tree.map(lambda a: a.astype(dtype), parameters(model)))

@@ -24,6 +24,7 @@ FLOORS = {
     "jdsi.bench": 7,
     "jdsi": 6,  # the public API: `from jdsi import ...` is for the floor above; what it gathers is not held against it
     "jdsi.engine": 6,
+    "jdsi.inference": 6,
     "jdsi.serving": 6,
     "jdsi.training": 6,
     "jdsi.profiler": 6,

@@ -18,7 +18,7 @@ from jdsi.models import Transformer, parameters
 from jdsi.models.families import family_for
 from parity import check_causal, check_encoder, check_names, random_torch_model
 
-SMALL = dict(  # noqa: C408 - reads as a config
+SMALL = dict(
     vocab_size=97,
     hidden_size=60,
     num_attention_heads=5,

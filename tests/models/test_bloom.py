@@ -6,7 +6,7 @@ from jdsi.models.families import family_for
 from jdsi.models.families.alibi import alibi_slopes
 from parity import check_causal, check_names
 
-SMALL = dict(  # noqa: C408 - reads as a config
+SMALL = dict(
     vocab_size=97,
     hidden_size=60,
     n_head=5,

@@ -5,7 +5,7 @@ from jdsi.errors import ConfigError
 from jdsi.models.families import family_for
 from parity import check_causal, check_names
 
-SMALL = dict(  # noqa: C408 - reads as a config
+SMALL = dict(
     vocab_size=97,
     n_embd=60,
     n_head=5,

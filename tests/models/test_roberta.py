@@ -11,7 +11,7 @@ from jdsi.errors import ConfigError
 from jdsi.models.families import family_for
 from parity import check_encoder, check_names
 
-SMALL = dict(  # noqa: C408 - reads as a config
+SMALL = dict(
     vocab_size=97,
     hidden_size=60,
     num_attention_heads=5,
