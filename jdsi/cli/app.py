@@ -27,6 +27,8 @@ app.add_typer(bench)
 
 def main() -> None:
     """Runs the command; a mistake of the user's ends in one line on stderr and exit code 1, never in a traceback."""
+    # transformers would advise on every start to install PyTorch, which only its own models need.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         app()
     except JdsiError as error:
