@@ -44,7 +44,7 @@ def check_destination(target: Path, *, overwrite: bool, source: Path | None = No
     if not any(target.iterdir()):
         return
     if not overwrite:
-        raise CheckpointError(f"{target}: exists; choose another destination or ask to overwrite it")
+        raise CheckpointError(f"{target}: exists; choose another destination, or --overwrite it (overwrite=True)")
     if not is_checkpoint(target):
         raise CheckpointError(f"{target}: not a checkpoint, so it is not overwritten; remove it yourself")
 
@@ -70,15 +70,19 @@ def new_folder(target: Path, *, overwrite: bool, needed_bytes: int) -> Iterator[
         target.parent.mkdir(parents=True, exist_ok=True)
         _clean(target)
         check_destination(target, overwrite=overwrite)
+        partial = target.with_name(f"{target.name}.partial-{secrets.token_hex(4)}")
+        partial.mkdir()
         free = shutil.disk_usage(target.parent).free
         if free < needed_bytes + _SLACK:
+            partial.rmdir()
             raise CheckpointError(
                 f"{target}: the disk is too full: {needed_bytes + _SLACK:,} bytes needed, {free:,} free"
             )
-        partial = target.with_name(f"{target.name}.partial-{secrets.token_hex(4)}")
-        partial.mkdir()
     except OSError as error:
-        raise _explain(error, target, needed_bytes) from error
+        told = _explain(error, target, needed_bytes)
+        raise (
+            told if told is not error else CheckpointError(f"{target}: cannot be written: {error.strerror}")
+        ) from error
     # The lock tells a folder being written from one that a killed process left.
     lock = os.open(partial, os.O_RDONLY)
     try:

@@ -84,7 +84,9 @@ class InferenceConfig:
             name = _DEEPSPEED_NAMES.get(key, key)
             if name not in own:
                 hint = nearest(str(key), [*own, *_DEEPSPEED_NAMES, *_DEEPSPEED_ONLY])
-                raise ConfigError(f"unknown config key {key!r}{hint}; valid are {', '.join(sorted(own))}")
+                raise ConfigError(
+                    f"unknown config key {key!r}{hint}; valid are {', '.join(sorted(own))}, and DeepSpeed's"
+                )
             if name in settings and settings[name] != value:
                 raise ConfigError(f"config key {key!r}={value!r} contradicts {name}={settings[name]!r}")
             settings[name] = value
@@ -95,7 +97,9 @@ def _one_device(key: str, value: Any) -> None:
     degrees = value if isinstance(value, Mapping) else {key: value}
     for name in (key, "tp_size", "ep_size", "mp_size", "world_size", "replica_num"):
         if degrees.get(name, 1) not in (1, None):
-            raise ConfigError(f"config key {key!r} asks for {name}={degrees[name]}; this engine runs on one device")
+            raise ConfigError(
+                f"config key {key!r} asks for {name}={degrees[name]}; it knows one device; for a mesh see load_model"
+            )
 
 
 def _no_experts(key: str, value: Any) -> None:

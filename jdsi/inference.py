@@ -33,7 +33,7 @@ def init_inference(
         config: an `InferenceConfig`, a mapping in our keys or DeepSpeed's, or a JSON file with one.
         tokenizer: a tokenizer object, or where to load it from; by default the model's own.
         eos_token_ids: ids that end a sequence; by default those the checkpoint names, or the tokenizer's.
-        **overrides: single settings, over `config`.
+        **overrides: single settings, over `config`: the fields of `InferenceConfig`.
 
     Raises:
         ConfigError, CheckpointError: naming what is wrong and what would be right.

@@ -37,7 +37,17 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.stderr.write("jdsi: interrupted\n")
         sys.exit(130)
+    except ImportError as error:
+        if not _interrupted(error):  # a module that was being imported reports Ctrl-C as its own failure
+            raise
+        sys.exit(130)
     except BrokenPipeError:
         # The reader (head, a pager) has what it wanted; Python must not complain while closing stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+
+
+def _interrupted(error: BaseException | None) -> bool:
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None

@@ -197,6 +197,8 @@ class Transformer(nnx.Module):
     def _dense(
         self, tokens: Int[Array, "B S"], lengths: Int[Array, " B"] | None, token_types: Int[Array, "B S"] | None
     ) -> Float[Array, "T E"]:
+        if len(jnp.shape(tokens)) != 2:
+            raise ValueError(f"tokens must be an array [B, S] of token ids, not one of shape {jnp.shape(tokens)}")
         batch, length = tokens.shape
         if self.spec.position_table is not None and length > self.spec.position_table:
             raise CapacityError(f"{length} tokens exceed the {self.spec.position_table} positions of the learned table")
