@@ -1,7 +1,7 @@
 """Rotary position embedding (Su et al. 2021), reference form."""
 
 import dataclasses
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,11 +11,8 @@ from jaxtyping import Array, Float, Int
 class RotaryScaling(Protocol):
     """How a family stretches the rotary frequencies past the length it was trained on. Hashable.
 
-    `depends_on_length` says whether a key's rotation depends on the length of its sequence. Where it does, keys of one
-    prompt cannot serve another that merely starts with the same tokens.
+    Where `frequencies` read `lengths`, keys of one prompt cannot serve another that merely starts with the same tokens.
     """
-
-    depends_on_length: ClassVar[bool]
 
     @property
     def attention_factor(self) -> float:
@@ -44,11 +41,6 @@ class Rotary:
     theta: float = 10000.0
     interleaved: bool = False
     scaling: RotaryScaling | None = None
-
-    @property
-    def depends_on_length(self) -> bool:
-        """See `RotaryScaling`."""
-        return self.scaling is not None and self.scaling.depends_on_length
 
 
 def base_frequencies(dim: int, theta: float) -> np.ndarray:

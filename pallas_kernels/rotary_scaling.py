@@ -7,7 +7,6 @@ position + 1 for a token that was generated. Nothing else in the batch, and noth
 
 import dataclasses
 import math
-from typing import ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +19,6 @@ from .rotary import base_frequencies
 class LinearScaling:
     """Position interpolation (Chen et al. 2023): every position is divided by `factor`."""
 
-    depends_on_length: ClassVar[bool] = False
     factor: float
     attention_factor: float = 1.0
 
@@ -45,7 +43,6 @@ class DynamicNtkScaling:
         max_positions: length up to which nothing changes.
     """
 
-    depends_on_length: ClassVar[bool] = True
     factor: float
     max_positions: int
     attention_factor: float = 1.0
@@ -72,7 +69,6 @@ class YarnScaling:
         attention_factor: multiplies the rotated queries and keys; see `yarn_attention_factor`.
     """
 
-    depends_on_length: ClassVar[bool] = False
     factor: float
     original_length: int
     beta_fast: float = 32.0
@@ -122,7 +118,6 @@ class LongRopeScaling:
         attention_factor: multiplies the rotated queries and keys; see `longrope_attention_factor`.
     """
 
-    depends_on_length: ClassVar[bool] = True
     short_factors: tuple[float, ...]
     long_factors: tuple[float, ...]
     original_length: int
@@ -150,7 +145,6 @@ class Llama3Scaling:
         original_length: length the model was first trained on.
     """
 
-    depends_on_length: ClassVar[bool] = False
     factor: float
     low_freq_factor: float
     high_freq_factor: float

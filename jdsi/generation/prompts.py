@@ -124,7 +124,7 @@ def _refusals(what: str) -> Iterator[None]:
         yield
     except ImportError:  # says what to install
         raise
-    except Exception as error:
+    except Exception as error:  # tokenizers and templates raise types of their own
         raise PromptError(f"{what}: {error}") from error
 
 

@@ -64,7 +64,6 @@ def test_frequencies(name: str, length: int) -> None:
     frequencies = np.asarray(ours.scaling.frequencies(16, ours.theta, jnp.asarray([length])))
     np.testing.assert_allclose(frequencies.reshape(-1), expected.numpy(), rtol=1e-6)
     assert ours.scaling.attention_factor == pytest.approx(factor, rel=1e-12)
-    assert ours.depends_on_length == (config.rope_parameters["rope_type"] in ("dynamic", "longrope"))
     hash(ours)
 
 
