@@ -12,6 +12,10 @@ class ConfigError(JdsiError, ValueError):
     """An option or a combination of options that cannot be honoured."""
 
 
+class UnsupportedError(JdsiError, ValueError):
+    """An operator's implementation that was named and cannot take the arguments; the message gives the reason."""
+
+
 class CheckpointError(JdsiError):
     """A checkpoint that is missing, damaged, or does not fit the model it is read for."""
 

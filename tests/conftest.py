@@ -12,6 +12,8 @@ ON_GPU = os.environ.get("JDSI_TEST_GPU") == "1"
 if not ON_GPU:
     # The CUDA libraries that PyTorch brings must not make JAX look for a GPU.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    # The CUDA plugin is here only to compile with: it must not look for a driver.
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 # Most of the time goes into compiling the same small programs; a second run reads them back. The size limit also turns
 # on the file lock that keeps parallel workers from reading half-written entries.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))

@@ -44,7 +44,7 @@ FLOORS = {
 # On these floors one package may import another; import cycles stay forbidden.
 SHARED_FLOORS = {5, 6, 7}
 # The bottom packages are useful on their own, so they need no more than this.
-BOTTOM_LIBRARIES = {"jax", "jaxtyping", "numpy"}
+BOTTOM_LIBRARIES = {"jax", "jax_triton", "jaxtyping", "numpy", "triton"}
 
 
 def modules_on_disk() -> dict[str, Path]:

@@ -1,7 +1,6 @@
 """The few building blocks every family is made of."""
 
-from .activations import ACTIVATIONS
 from .linear import Embedding, Linear
 from .norm import LayerNorm, RMSNorm
 
-__all__ = ["ACTIVATIONS", "Embedding", "LayerNorm", "Linear", "RMSNorm"]
+__all__ = ["Embedding", "LayerNorm", "Linear", "RMSNorm"]

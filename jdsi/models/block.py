@@ -9,8 +9,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jdsi.kv_cache import AttentionContext
-from jdsi.layers import ACTIVATIONS, LayerNorm, Linear, RMSNorm
-from jdsi.pallas_kernels import AttentionForm
+from jdsi.layers import LayerNorm, Linear, RMSNorm
+from jdsi.pallas_kernels import ACTIVATIONS, AttentionForm
 
 from .spec import (
     AttentionSpec,

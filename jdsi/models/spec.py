@@ -2,8 +2,8 @@
 
 import dataclasses
 
-from jdsi.layers.activations import known_activation
 from jdsi.pallas_kernels import Alibi, Rotary
+from jdsi.pallas_kernels.activations import known_activation
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,8 +10,8 @@ from jaxtyping import Array, Float, Int
 
 from jdsi.errors import CapacityError
 from jdsi.kv_cache import AttentionContext, PackedContext
-from jdsi.layers import ACTIVATIONS, Embedding, Linear
-from jdsi.pallas_kernels import linear
+from jdsi.layers import Embedding, Linear
+from jdsi.pallas_kernels import ACTIVATIONS, linear
 
 from .block import BLOCKS, make_norm
 from .spec import ClassifierSpec, EmbeddingSpec, HeadSpec, HeadTransform, TransformerSpec

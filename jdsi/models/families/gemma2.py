@@ -4,9 +4,9 @@ import dataclasses
 from typing import Any
 
 from jdsi.errors import ConfigError
-from jdsi.layers.activations import known_activation
 from jdsi.models.spec import LayerSpec, MlpSpec, RmsNormSpec, SandwichNorm, TransformerSpec
 from jdsi.models.weight_map import WeightMap
+from jdsi.pallas_kernels.activations import known_activation
 
 from .family import Family
 from .llama_like import causal_attention, decoder_spec, llama_like_weight_map, windows_by_layer_type, with_windows

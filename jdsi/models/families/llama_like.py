@@ -6,7 +6,6 @@ from types import MappingProxyType
 from typing import Any
 
 from jdsi.errors import ConfigError
-from jdsi.layers.activations import known_activation
 from jdsi.models.spec import (
     AttentionSpec,
     EmbeddingSpec,
@@ -18,6 +17,7 @@ from jdsi.models.spec import (
     TransformerSpec,
 )
 from jdsi.models.weight_map import Entry, WeightMap, fused_linear, linear, tensor
+from jdsi.pallas_kernels.activations import known_activation
 
 from .architecture import decoder_head, head_weight
 from .rope import rotary, rotary_dim

@@ -6,7 +6,7 @@ from typing import Any
 
 from jdsi.errors import ConfigError, nearest
 from jdsi.pallas_kernels import Rotary, RotaryScaling
-from jdsi.pallas_kernels.rotary_scaling import (
+from jdsi.pallas_kernels.rotary.scaling import (
     DynamicNtkScaling,
     LinearScaling,
     Llama3Scaling,

@@ -1,80 +1,15 @@
 """Scaled dot-product attention, reference form: every variant the families use, in plain JAX."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from .rotary import Rotary
+from .form import AttentionForm
 
 _MASKED = np.float32(-1e30)  # finite, so that a row with no visible key gives numbers and never NaN
 _QUERY_BLOCK = 256
 _DIAGONAL_BLOCK, _DIAGONAL_PARTS = 128, 8
-
-
-@dataclasses.dataclass(frozen=True)
-class Alibi:
-    """Biases that grow linearly with distance (Press et al. 2022): `slope * (key position - query position)`.
-
-    Attributes:
-        slopes: one per query head.
-    """
-
-    slopes: tuple[float, ...]
-
-    def bias(self, q_positions: Int[Array, "B S"], k_positions: Int[Array, "B L"]) -> Float[Array, "B H S L"]:
-        """What is added to the scaled scores, float32."""
-        distance = (k_positions[:, None, None, :] - q_positions[:, None, :, None]).astype(jnp.float32)
-        return jnp.asarray(self.slopes, jnp.float32)[:, None, None] * distance
-
-
-@dataclasses.dataclass(frozen=True)
-class RoundedAlibi(Alibi):
-    """ALiBi as Falcon has it: `scale * bfloat16(slope * key position)`, whatever the dtype of the model.
-
-    The softmax would not notice that the query position is missing, but it does notice the rounding, which at position
-    1000 is in steps of up to 4; so this is not a function of the distance.
-
-    Attributes:
-        scale: multiplies the rounded bias.
-    """
-
-    scale: float = 1.0
-
-    def bias(self, q_positions: Int[Array, "B S"], k_positions: Int[Array, "B L"]) -> Float[Array, "B H S L"]:
-        """See `Alibi.bias`; the same for every query."""
-        slopes = _to_bfloat16(jnp.asarray(self.slopes, jnp.float32))[:, None, None]
-        positions = _to_bfloat16(k_positions.astype(jnp.float32))[:, None, None, :]
-        bias = self.scale * _to_bfloat16(slopes * positions)
-        return jnp.broadcast_to(bias, (*bias.shape[:2], q_positions.shape[1], bias.shape[3]))
-
-
-def _to_bfloat16(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    # A pair of casts would not do: XLA may leave both out.
-    return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
-
-
-@dataclasses.dataclass(frozen=True)
-class AttentionForm:
-    """The static part of one layer's attention: what is computed from q, k and v. Hashable.
-
-    Attributes:
-        scale: multiplies the scores.
-        causal: a query sees only keys at its own position or earlier.
-        window: a query at position i sees only keys at positions > i - window.
-        softcap: scores become `softcap * tanh(scores / softcap)` before the mask.
-        alibi: linear biases, added to the scores before the mask.
-        rotary: rotary embedding of q and k. Whoever owns the KV memory applies it, for only it knows the positions.
-    """
-
-    scale: float
-    causal: bool = True
-    window: int | None = None
-    softcap: float | None = None
-    alibi: Alibi | None = None
-    rotary: Rotary | None = None
 
 
 def attention(

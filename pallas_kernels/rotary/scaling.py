@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from .rotary import base_frequencies
+from .reference import base_frequencies
 
 
 @dataclasses.dataclass(frozen=True)

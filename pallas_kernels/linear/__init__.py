@@ -1,0 +1,5 @@
+"""Matrix products of a few rows."""
+
+from .reference import linear
+
+__all__ = ["linear"]

@@ -1,0 +1,156 @@
+"""The contract of every operator: one reference, any number of kernels, one choice among them."""
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal, Protocol, cast
+
+import jax
+
+from jdsi.errors import UnsupportedError
+
+from . import tuning
+from .device import Device, current_device, has_target
+
+Implementation = Literal["xla", "pallas", "triton"]
+Arrays = tuple[Any, ...]  # pytrees of arrays, `None` for those left out
+Config = Mapping[str, Any]
+
+
+class KernelModule(Protocol):
+    """What the module of a kernel defines. `arrays` and `static` are those of the operator's reference."""
+
+    @staticmethod
+    def why_not(*arrays: Any, device: Device, **static: Any) -> str | None:
+        """Why the kernel cannot take these arguments on `device`, or `None`; looks at shapes and dtypes only."""
+        ...
+
+    @staticmethod
+    def run(*arrays: Any, device: Device, config: Config | None, **static: Any) -> Any:
+        """What the reference returns; `config` holds tile sizes and the like, by default the kernel's own choice."""
+        ...
+
+    @staticmethod
+    def candidates(*arrays: Any, device: Device, **static: Any) -> Sequence[Config]:
+        """The configurations worth timing for these arguments."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Operator:
+    """An operator: what it computes, and the kernels that compute it.
+
+    Calling it runs the implementation asked for, or the fastest known one that takes the arguments.
+
+    Attributes:
+        name: also the key of the tuning table.
+        reference: the plain JAX form, which every device runs and every derivative uses.
+        bucket: arguments that share a key share a tuning; takes what the reference takes.
+        kernels: names of the other implementations, the first that takes the arguments is preferred; each is the
+            module `package.name`, imported when it is first asked about.
+        package: the package whose modules the kernels are.
+    """
+
+    name: str
+    package: str
+    reference: Callable[..., Any]
+    bucket: Callable[..., str]
+    kernels: tuple[Implementation, ...] = ("pallas",)
+
+    @property
+    def implementations(self) -> tuple[Implementation, ...]:
+        """All that can be named."""
+        return ("xla", *self.kernels)
+
+    def module(self, kernel: Implementation) -> KernelModule:
+        """The module of one kernel."""
+        return cast(KernelModule, importlib.import_module(f"{self.package}.{kernel}"))
+
+    def why_not(self, kernel: Implementation, *arrays: Any, device: Device, **static: Any) -> str | None:
+        """Why `kernel` cannot take the arguments on `device`, or `None`."""
+        if device.platform != "cuda":
+            return f"it needs an NVIDIA GPU, not {device.kind}"
+        return self.module(kernel).why_not(*arrays, device=device, **static)
+
+    def __call__(self, *arrays: Any, implementation: Implementation | None = None, **static: Any) -> Any:
+        """The operator on `arrays`; `static` arguments are hashable.
+
+        Raises:
+            UnsupportedError: the named implementation cannot take the arguments, or does not exist.
+        """
+        if implementation == "xla":
+            return self.reference(*arrays, **static)
+        device = current_device()
+        if implementation is None:
+            return self._automatic(arrays, device, static)
+        if implementation not in self.kernels:
+            raise UnsupportedError(
+                f"{self.name}: no implementation {implementation!r}; there are {', '.join(self.implementations)}"
+            )
+        if reason := self.why_not(implementation, *arrays, device=device, **static):
+            raise UnsupportedError(f"{self.name}: implementation={implementation!r} cannot take this: {reason}")
+        return _differentiable(self._kernel(implementation, device, static, arrays), self._xla(static), arrays)
+
+    def _automatic(self, arrays: Arrays, device: Device, static: Mapping[str, Any]) -> Any:
+        if device.platform != "cuda":  # before any kernel's module is imported
+            return self.reference(*arrays, **static)
+        tuned = tuning.lookup(device.kind, self.name, self.bucket(*arrays, **static))
+        first = None if tuned is None else tuned.get("implementation")
+        if first == "xla":
+            return self.reference(*arrays, **static)
+        for name in sorted(self.kernels, key=lambda name: name != first):
+            if self.why_not(name, *arrays, device=device, **static) is None:
+                kernel = self._kernel(name, device, static, arrays)
+                # The default device says what there is, not where this call will run: lowering settles that.
+                run = kernel if has_target() else partial(_on_cuda, kernel, self._xla(static))
+                return _differentiable(run, self._xla(static), arrays)
+        return self.reference(*arrays, **static)
+
+    def _xla(self, static: Mapping[str, Any]) -> Callable[..., Any]:
+        return partial(self.reference, **static)
+
+    def _kernel(
+        self, name: Implementation, device: Device, static: Mapping[str, Any], arrays: Arrays
+    ) -> Callable[..., Any]:
+        tuned = tuning.lookup(device.kind, self.name, self.bucket(*arrays, **static))
+        config = tuned["config"] if tuned is not None and tuned.get("implementation") == name else None
+        return partial(self.module(name).run, device=device, config=config, **static)
+
+
+def _on_cuda(kernel: Callable[..., Any], reference: Callable[..., Any], *arrays: Any) -> Any:
+    return jax.lax.platform_dependent(*arrays, cuda=kernel, default=reference)
+
+
+def _differentiable(kernel: Callable[..., Any], reference: Callable[..., Any], arrays: Arrays) -> Any:
+    """`kernel(*arrays)`, differentiated as the reference is: no kernel has a derivative of its own."""
+    run = jax.custom_jvp(kernel)
+
+    @run.defjvp
+    def _(primals: Arrays, tangents: Arrays) -> tuple[Any, Any]:
+        return jax.jvp(reference, primals, tangents)
+
+    return run(*arrays)
+
+
+@dataclasses.dataclass(frozen=True)
+class ArgumentSpec:
+    """Arguments that an operator is compiled, timed and tuned on.
+
+    Attributes:
+        name: model, layer and size, as "llama-8b qkv T=1 bfloat16".
+        make: random arrays from a key, in the order of the reference; run under `jax.jit`.
+        static: the other arguments.
+        bytes: least traffic with the device's memory: every operand read once, every result written once.
+        flops: floating-point operations.
+    """
+
+    name: str
+    make: Callable[[jax.Array], Arrays]
+    bytes: int
+    flops: int
+    static: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def abstract(self) -> Arrays:
+        """Shapes and dtypes of the arrays."""
+        return jax.eval_shape(self.make, jax.random.key(0))
