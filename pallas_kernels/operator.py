@@ -74,7 +74,7 @@ class Operator:
         return self.module(kernel).why_not(*arrays, device=device, **static)
 
     def __call__(self, *arrays: Any, implementation: Implementation | None = None, **static: Any) -> Any:
-        """The operator on `arrays`; `static` arguments are hashable.
+        """The operator on `arrays`; `static` arguments are hashable. Under differentiation the reference runs.
 
         Raises:
             UnsupportedError: the named implementation cannot take the arguments, or does not exist.
@@ -123,7 +123,7 @@ def _on_cuda(kernel: Callable[..., Any], reference: Callable[..., Any], *arrays:
 
 
 def _differentiable(kernel: Callable[..., Any], reference: Callable[..., Any], arrays: Arrays) -> Any:
-    """`kernel(*arrays)`, differentiated as the reference is: no kernel has a derivative of its own."""
+    """`kernel(*arrays)`; where a derivative is taken the reference runs instead, for it holds what that needs."""
     run = jax.custom_jvp(kernel)
 
     @run.defjvp
