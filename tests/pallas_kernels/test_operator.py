@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kernels import interpreted
 
 from jdsi.errors import ConfigError, UnsupportedError
 from jdsi.pallas_kernels import tuning
 from jdsi.pallas_kernels.device import H200, Device, current_device, target
 from jdsi.pallas_kernels.operator import Operator
+from kernels import interpreted
 
 
 def reference(x: jax.Array, scale: jax.Array | None, *, power: int) -> jax.Array:
@@ -42,7 +42,7 @@ def operator(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Operat
     monkeypatch.setitem(sys.modules, "made_up.pallas", fake_kernel("made_up.pallas", 100, limit=4))
     monkeypatch.setitem(sys.modules, "made_up.triton", fake_kernel("made_up.triton", 1000, limit=8))
     monkeypatch.setenv("JDSI_TUNING", str(tmp_path / "tuning.json"))
-    yield Operator("cube", "made_up", reference, lambda x, scale, *, power: f"n={x.size}", ("pallas", "triton"))
+    return Operator("cube", "made_up", reference, lambda x, scale, *, power: f"n={x.size}", ("pallas", "triton"))
 
 
 def ones(n: int) -> jax.Array:

@@ -1,0 +1,1 @@
+"""Attention of one or few queries to a long KV memory, contiguous or paged."""

@@ -1,0 +1,1 @@
+"""Rotary embedding of q and k together with the write of k and v into the KV memory."""

@@ -1,0 +1,1 @@
+"""Attention of many queries: prompts, packed batches, continuations."""
