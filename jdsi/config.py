@@ -27,6 +27,8 @@ class InferenceConfig:
         tokenizer: folder or hub id of the tokenizer; by default the model's own.
         compilation_cache: keep compiled programs on disk: `True` (see `jdsi.runtime.enable_compilation_cache` for
             where), a folder, or `False`, which leaves JAX as it is.
+        kernels: run hand-written GPU kernels where the device has them; without, XLA's own. Also spelt
+            `replace_with_kernel_inject`.
     """
 
     dtype: str = "auto"
@@ -35,6 +37,7 @@ class InferenceConfig:
     checkpoint: str | os.PathLike[str] | None = None
     tokenizer: str | os.PathLike[str] | None = None
     compilation_cache: bool | str | os.PathLike[str] = True
+    kernels: bool = True
 
     def __post_init__(self) -> None:
         if self.dtype != "auto":
@@ -46,12 +49,14 @@ class InferenceConfig:
             if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
                 raise ConfigError(f"{field}={value!r} must be an integer of at least 1")
             object.__setattr__(self, field, int(value))
+        if not isinstance(self.kernels, bool):
+            raise ConfigError(f"kernels={self.kernels!r} must be true or false")
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any], **overrides: Any) -> Self:
         """A config from keys of this class or of DeepSpeed's `init_inference`; `overrides` win over `options`.
 
-        DeepSpeed keys that only say how DeepSpeed goes about it (kernel injection, CUDA graphs) are accepted and have
+        DeepSpeed keys that only say how DeepSpeed goes about it (CUDA graphs) are accepted and have
         nothing to change here. Keys that ask for something this engine does not do raise.
 
         Raises:
@@ -132,14 +137,19 @@ def _only(right: Any) -> Callable[[str, Any], None]:
     return check
 
 
-_DEEPSPEED_NAMES: Mapping[str, str] = MappingProxyType({"max_out_tokens": "max_tokens", "max_seq_length": "max_tokens"})
+_DEEPSPEED_NAMES: Mapping[str, str] = MappingProxyType(
+    {
+        "kernel_inject": "kernels",
+        "max_out_tokens": "max_tokens",
+        "max_seq_length": "max_tokens",
+        "replace_with_kernel_inject": "kernels",
+    }
+)
 _DEEPSPEED_HOW = frozenset(
     (
         "enable_cuda_graph",
         "keep_module_on_host",
-        "kernel_inject",
         "replace_method",
-        "replace_with_kernel_inject",
         "return_tuple",
         "set_empty_params",
         "transposed_mode",

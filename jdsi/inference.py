@@ -61,7 +61,9 @@ def init_inference(
         ends = (end,)
     if eos_token_ids is not None:
         ends = tuple(eos_token_ids)
-    return InferenceEngine(ResidentExecutor(loaded), parsed, tokenizer=chosen, eos_token_ids=ends)
+    return InferenceEngine(
+        ResidentExecutor(loaded, None if parsed.kernels else "xla"), parsed, tokenizer=chosen, eos_token_ids=ends
+    )
 
 
 def _parse_config(config: Any, overrides: dict[str, Any]) -> InferenceConfig:

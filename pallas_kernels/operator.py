@@ -1,19 +1,21 @@
 """The contract of every operator: one reference, any number of kernels, one choice among them."""
 
+import contextlib
 import dataclasses
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, Protocol, cast, get_args
 
 import jax
 
-from jdsi.errors import UnsupportedError
+from jdsi.errors import ConfigError, UnsupportedError, nearest
 
 from . import tuning
 from .device import Device, current_device, has_target
 
 Implementation = Literal["xla", "pallas", "triton"]
+IMPLEMENTATIONS: tuple[Implementation, ...] = get_args(Implementation)
 Arrays = tuple[Any, ...]  # pytrees of arrays, `None` for those left out
 Config = Mapping[str, Any]
 
@@ -35,6 +37,26 @@ class KernelModule(Protocol):
     def candidates(*arrays: Any, device: Device, **static: Any) -> Sequence[Config]:
         """The configurations worth timing for these arguments."""
         ...
+
+
+_default = jax.make_user_context(None)
+
+
+@contextlib.contextmanager
+def default_implementation(name: Implementation | None) -> Iterator[None]:
+    """What operators called without an implementation run: `None` leaves the choice to each.
+
+    "xla" is the one to name where arrays are sharded under plain `jax.jit`: XLA cannot split a kernel, so it would
+    gather whole weights for it. Inside `jax.shard_map` kernels see their own shard and need no such care. Jitted
+    functions remember it.
+
+    Raises:
+        ConfigError: an unknown name.
+    """
+    if name is not None and name not in IMPLEMENTATIONS:
+        raise ConfigError(f"unknown implementation {name!r}{nearest(str(name), IMPLEMENTATIONS)}; known: {', '.join(IMPLEMENTATIONS)}")
+    with _default(name):
+        yield
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +101,7 @@ class Operator:
         Raises:
             UnsupportedError: the named implementation cannot take the arguments, or does not exist.
         """
+        implementation = _default.value if implementation is None else implementation
         if implementation == "xla":
             return self.reference(*arrays, **static)
         device = current_device()

@@ -53,6 +53,7 @@ def test_dtype_names(name: str, dtype: str) -> None:
         ({"min_out_tokens": 7}, "min_out_tokens"),
         ({"triangular_masking": False}, "triangular_masking"),
         ({1: 2}, "unknown config key 1"),
+        ({"kernels": "pallas"}, "kernels='pallas' must be true or false"),
         ({"mp_size": 4}, "mp_size=4"),
         ({"moe": {"enabled": True}}, "moe"),
         ({"quant": {"enabled": True}}, "quant"),
@@ -63,6 +64,11 @@ def test_dtype_names(name: str, dtype: str) -> None:
 def test_what_cannot_be_honoured_is_named(options: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         InferenceConfig.from_dict(options)
+
+
+def test_kernel_injection_is_a_choice_of_ours() -> None:
+    assert InferenceConfig.from_dict({"replace_with_kernel_inject": True}).kernels
+    assert not InferenceConfig.from_dict({"kernel_inject": False}).kernels
 
 
 def test_overrides_win_whatever_their_spelling() -> None:

@@ -11,14 +11,20 @@ from jaxtyping import Array, Float, Int
 
 from jdsi.kv_cache import AttentionContext
 from jdsi.models import Transformer, TransformerSpec
+from jdsi.pallas_kernels.operator import Implementation, default_implementation
 
 from .executor import Epilogue
 
 
 class ResidentExecutor:
-    """See `Executor`. The module is taken apart once; steps are jitted over its flat leaves, not over the module."""
+    """See `Executor`. The module is taken apart once; steps are jitted over its flat leaves, not over the module.
 
-    def __init__(self, model: Transformer) -> None:
+    Args:
+        model: its arrays are used where they are.
+        implementation: what operators run, see `default_implementation`.
+    """
+
+    def __init__(self, model: Transformer, implementation: Implementation | None = None) -> None:
         self._spec = model.spec
         graph, state = nnx.split(model)
         self._leaves, structure = jax.tree.flatten(state)
@@ -36,15 +42,17 @@ class ResidentExecutor:
             carry: Any,
         ) -> tuple[Any, AttentionContext, Any]:
             model = rebuild(leaves)
-            hidden, context = model.forward(tokens, context)
-            if last is not None:
-                hidden = hidden[last]
-            result, carry = epilogue(model.logits(hidden), carry)
+            with default_implementation(implementation):
+                hidden, context = model.forward(tokens, context)
+                if last is not None:
+                    hidden = hidden[last]
+                result, carry = epilogue(model.logits(hidden), carry)
             return result, context, carry
 
         @jax.jit
         def logits(leaves: list[Array], tokens: Array, lengths: Array, token_types: Array | None) -> Array:
-            return rebuild(leaves)(tokens, lengths, token_types)
+            with default_implementation(implementation):
+                return rebuild(leaves)(tokens, lengths, token_types)
 
         self._step, self._logits = step, logits
 

@@ -14,7 +14,7 @@ import pytest
 from jdsi.errors import ConfigError, UnsupportedError
 from jdsi.pallas_kernels import tuning
 from jdsi.pallas_kernels.device import H200, Device, current_device, target
-from jdsi.pallas_kernels.operator import Operator
+from jdsi.pallas_kernels.operator import Operator, default_implementation
 from kernels import interpreted
 
 
@@ -110,6 +110,17 @@ def test_a_jitted_function_follows_the_target(operator: Operator) -> None:
     with target(H200):
         assert run(ones(2))[0] == 101
     assert run(ones(2))[0] == 1
+
+
+def test_the_default_can_be_set(operator: Operator) -> None:
+    run = jax.jit(lambda x: operator(x, None, power=3))
+    with target(H200):
+        assert run(ones(2))[0] == 101
+        with default_implementation("xla"):
+            assert run(ones(2))[0] == 1
+            assert operator(ones(2), None, power=3, implementation="triton")[0] == 1001
+        with pytest.raises(ConfigError, match="did you mean 'triton'"), default_implementation("tritton"):
+            pass
 
 
 def test_device_follows_target_and_interpreter() -> None:
