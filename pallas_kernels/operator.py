@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -54,7 +55,9 @@ def default_implementation(name: Implementation | None) -> Iterator[None]:
         ConfigError: an unknown name.
     """
     if name is not None and name not in IMPLEMENTATIONS:
-        raise ConfigError(f"unknown implementation {name!r}{nearest(str(name), IMPLEMENTATIONS)}; known: {', '.join(IMPLEMENTATIONS)}")
+        raise ConfigError(
+            f"unknown implementation {name!r}{nearest(str(name), IMPLEMENTATIONS)}; known: {', '.join(IMPLEMENTATIONS)}"
+        )
     with _default(name):
         yield
 
@@ -113,47 +116,80 @@ class Operator:
             )
         if reason := self.why_not(implementation, *arrays, device=device, **static):
             raise UnsupportedError(f"{self.name}: implementation={implementation!r} cannot take this: {reason}")
-        return _differentiable(self._kernel(implementation, device, static, arrays), self._xla(static), arrays)
+        tuned = self._tuned(arrays, device, static)
+        return self._run(implementation, arrays, device, static, tuned, wherever=True)
 
     def _automatic(self, arrays: Arrays, device: Device, static: Mapping[str, Any]) -> Any:
         if device.platform != "cuda":  # before any kernel's module is imported
             return self.reference(*arrays, **static)
-        tuned = tuning.lookup(device.kind, self.name, self.bucket(*arrays, **static))
-        first = None if tuned is None else tuned.get("implementation")
-        if first == "xla":
-            return self.reference(*arrays, **static)
-        for name in sorted(self.kernels, key=lambda name: name != first):
-            if self.why_not(name, *arrays, device=device, **static) is None:
-                kernel = self._kernel(name, device, static, arrays)
-                # The default device says what there is, not where this call will run: lowering settles that.
-                run = kernel if has_target() else partial(_on_cuda, kernel, self._xla(static))
-                return _differentiable(run, self._xla(static), arrays)
+        tuned = self._tuned(arrays, device, static)
+        first = tuned.get("implementation")
+        if first != "xla":
+            for name in sorted(self.kernels, key=lambda name: name != first):
+                if self.why_not(name, *arrays, device=device, **static) is None:
+                    # The default device says what there is, not where this call will run: lowering settles that.
+                    return self._run(name, arrays, device, static, tuned, wherever=has_target())
         return self.reference(*arrays, **static)
 
-    def _xla(self, static: Mapping[str, Any]) -> Callable[..., Any]:
-        return partial(self.reference, **static)
+    def _tuned(self, arrays: Arrays, device: Device, static: Mapping[str, Any]) -> Mapping[str, Any]:
+        return tuning.lookup(device.kind, self.name, self.bucket(*arrays, **static)) or {}
 
-    def _kernel(
-        self, name: Implementation, device: Device, static: Mapping[str, Any], arrays: Arrays
-    ) -> Callable[..., Any]:
-        tuned = tuning.lookup(device.kind, self.name, self.bucket(*arrays, **static))
-        config = tuned["config"] if tuned is not None and tuned.get("implementation") == name else None
-        return partial(self.module(name).run, device=device, config=config, **static)
+    def _run(
+        self,
+        name: Implementation,
+        arrays: Arrays,
+        device: Device,
+        static: Mapping[str, Any],
+        tuned: Mapping[str, Any],
+        *,
+        wherever: bool,
+    ) -> Any:
+        config = tuned["config"] if tuned.get("implementation") == name else None
+        choice = _Choice(
+            self, name, device, _items(static), None if config is None else _items(config), wherever=wherever
+        )
+        return _traced_once(choice)(*arrays)
 
 
-def _on_cuda(kernel: Callable[..., Any], reference: Callable[..., Any], *arrays: Any) -> Any:
-    return jax.lax.platform_dependent(*arrays, cuda=kernel, default=reference)
+@dataclasses.dataclass(frozen=True)
+class _Choice:
+    """One kernel with everything but its arrays; without `wherever` it runs on CUDA only, the reference elsewhere."""
+
+    operator: Operator
+    kernel: Implementation
+    device: Device
+    static: tuple[tuple[str, Any], ...]
+    config: tuple[tuple[str, Any], ...] | None
+    wherever: bool
 
 
-def _differentiable(kernel: Callable[..., Any], reference: Callable[..., Any], arrays: Arrays) -> Any:
-    """`kernel(*arrays)`; where a derivative is taken the reference runs instead, for it holds what that needs."""
-    run = jax.custom_jvp(kernel)
+def _items(mapping: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    return tuple(sorted(mapping.items()))
+
+
+@functools.cache
+def _traced_once(choice: _Choice) -> Callable[..., Any]:
+    """The kernel as a jitted function: the layers of a model share one trace and one lowering of it.
+
+    Where a derivative is taken the reference runs instead, for it holds what that needs.
+    """
+    static = dict(choice.static)
+    config = None if choice.config is None else dict(choice.config)
+    reference = partial(choice.operator.reference, **static)
+    kernel = partial(choice.operator.module(choice.kernel).run, device=choice.device, config=config, **static)
+
+    @jax.custom_jvp
+    def run(*arrays: Any) -> Any:
+        if choice.wherever:
+            return kernel(*arrays)
+        return jax.lax.platform_dependent(*arrays, cuda=kernel, default=reference)
 
     @run.defjvp
     def _(primals: Arrays, tangents: Arrays) -> tuple[Any, Any]:
         return jax.jvp(reference, primals, tangents)
 
-    return run(*arrays)
+    run.__name__ = f"{choice.operator.name}_{choice.kernel}"
+    return jax.jit(run)
 
 
 @dataclasses.dataclass(frozen=True)
