@@ -202,6 +202,8 @@ class ArgumentSpec:
         static: the other arguments.
         bytes: least traffic with the device's memory: every operand read once, every result written once.
         flops: floating-point operations.
+        in_place: positions of the arrays that come back updated, such as caches: to be donated where it is timed, or
+            the copy would be what is measured.
     """
 
     name: str
@@ -209,6 +211,7 @@ class ArgumentSpec:
     bytes: int
     flops: int
     static: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    in_place: tuple[int, ...] = ()
 
     def abstract(self) -> Arrays:
         """Shapes and dtypes of the arrays."""
