@@ -20,7 +20,11 @@ def _bucket(
 
 
 RAGGED_PAGED_ATTENTION = Operator(
-    "ragged_paged_attention", "jdsi.pallas_kernels.ragged_paged_attention", reference, _bucket
+    "ragged_paged_attention",
+    "jdsi.pallas_kernels.ragged_paged_attention",
+    reference,
+    _bucket,
+    ("pallas", "triton"),
 )
 
 

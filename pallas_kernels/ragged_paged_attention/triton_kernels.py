@@ -14,10 +14,7 @@ def ragged(
     tables,  # [B, N]
     q_offsets,  # [B + 1]
     k_lengths,  # [B]
-    k_scales,
-    v_scales,
     slopes,  # [H] or None
-    sinks,  # [H] or None
     T,
     B,
     N,
@@ -74,14 +71,13 @@ def ragged(
     q_rows = (begin + query).to(tl.int64) * HEADS + heads
     shift = length - queries  # the last query is the last key's token
     last = tl.minimum(first + QUERIES, queries) - 1
-    start, stop = key_range(shift + first, shift + last, length, 0, tl.minimum(length, N * PAGE), CAUSAL, WINDOW)
-    start = tl.maximum(start, 0)
+    start, stop = key_range(shift + first, shift + last, length, 0, N * PAGE, CAUSAL, WINDOW, 0)
     slope = tl.zeros([BLOCK_M], tl.float32)
     if slopes is not None:
         slope = tl.load(slopes + heads, mask=exists, other=0.0)
     values, top, total = attend(
-        q, q_rows, exists, shift + query, slope, k_pages, v_pages, k_scales, v_scales, tables + sequence * N, 0, head,
+        q, q_rows, exists, shift + query, slope, k_pages, v_pages, None, None, tables + sequence * N, 0, head,
         pages, start, stop, PAGE, KV_HEADS, D, D_MAIN, D_TAIL, DV, DV_MAIN,
-        SCALE, CAUSAL, WINDOW, SOFTCAP, ALIBI, ALIBI_SCALE, BLOCK_M, BLOCK_N,
+        SCALE, CAUSAL, WINDOW, 0, SOFTCAP, ALIBI, ALIBI_SCALE, BLOCK_M, BLOCK_N,
     )  # fmt: skip
-    finish(values, top, total, sinks, heads, q_rows, exists, out, lse, DV, DV_MAIN)
+    finish(values, top, total, q_rows, exists, out, lse, DV, DV_MAIN)
