@@ -11,6 +11,7 @@ from .bench import bench
 from .convert import convert
 from .generate import generate
 from .inspect import inspect
+from .tune import tune
 
 app = typer.Typer(
     name="jdsi",
@@ -22,6 +23,7 @@ app = typer.Typer(
 app.command()(generate)
 app.command()(convert)
 app.command()(inspect)
+app.command()(tune)
 app.add_typer(bench)
 
 

@@ -116,3 +116,34 @@ def start(
     from jdsi.bench.report import show
 
     show(bench_start(model, shape=shape, prompt=prompt, rounds=rounds, dtype=dtype), as_json=as_json)
+
+
+Operators = Annotated[list[str] | None, typer.Option("--op", help="Name of an operator; may be repeated.")]
+Match = Annotated[str, typer.Option(help="Only arguments whose name contains this, as 'llama-8b' or 'T=1'.")]
+MaxBytes = Annotated[
+    int | None, typer.Option(help="Skip arguments that take more; an eighth of a GPU's memory, 256 MB on a CPU.")
+]
+
+
+@bench.command()
+def kernels(
+    op: Operators = None,
+    match: Match = "",
+    implementation: Annotated[
+        list[str] | None, typer.Option(help="xla, pallas, triton or cudnn; may be repeated; by default all.")
+    ] = None,
+    rounds: Rounds = 5,
+    dtype: Annotated[str | None, typer.Option(help="Only arguments with an array of this, as bfloat16.")] = None,
+    max_bytes: MaxBytes = None,
+    as_json: AsJson = False,
+) -> None:
+    """Time of every operator by XLA and by kernels, and the share of the device's limit. Ctrl-C shows what there is."""
+    from jdsi.bench import Selection, bench_kernels
+    from jdsi.bench.report import show
+
+    report = bench_kernels(
+        Selection(op or (), match, dtype), implementations=implementation or (), rounds=rounds, max_bytes=max_bytes
+    )
+    show(report, as_json=as_json)
+    if report.settings["interrupted"]:
+        raise typer.Exit(130)
