@@ -1,0 +1,387 @@
+"""Flash attention for Hopper GPUs (Dao et al. 2022; Shah et al. 2024), written with Mosaic GPU.
+
+One block computes 128 queries of one head. Its first two warpgroups compute, 64 queries each, the third brings keys
+and values into shared memory ahead of them. The computing warpgroups take turns: while one has the tensor cores for
+its matrix products, the other does its exponentials. Key blocks that no query of the block sees are never read.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int
+
+from ..attention.form import AttentionForm
+from ..attention.tile import Softmax, finish, start, tile_scores, update, why_not_form, within_form
+from ..device import Device
+from ..operator import Config
+from .spans import Span, geometric_span, segment_spans
+
+_COMPUTING = 2  # warpgroups
+_ROWS = 64  # queries of a warpgroup, the height of its matrix products
+_QUERY_BLOCK = _COMPUTING * _ROWS
+# Of the 168 registers a thread that three warpgroups share, the two that compute get what the third can spare.
+_COMPUTE_REGISTERS, _COPY_REGISTERS = 232, 40
+_RESERVED = 1024  # bytes of shared memory for barriers
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """How keys go through shared memory.
+
+    Attributes:
+        key_block: keys of one step, a multiple of 64.
+        stages: steps whose keys and values are in shared memory at a time.
+    """
+
+    key_block: int
+    stages: int
+
+
+class _Arrays(NamedTuple):
+    """What the kernel reads: `None` where the call has no such argument."""
+
+    q: Any
+    k: Any
+    v: Any
+    q_start: Any
+    k_lengths: Any
+    q_segments: Any
+    k_segments: Any
+    spans: Any
+    slopes: Any
+
+
+class _Scratch(NamedTuple):
+    """Shared memory and barriers of one block. Barriers of keys and values: one of each per stage."""
+
+    q: Any
+    k: Any
+    v: Any
+    lse: Any
+    q_segments: Any
+    k_segments: Any
+    q_ready: Any
+    k_ready: Any
+    v_ready: Any
+    k_free: Any
+    v_free: Any
+    turn: Any
+
+
+def _transforms(columns: int) -> tuple[Any, ...]:
+    """The layout that matrix products read: the widest swizzle whose rows divide `columns` two-byte numbers.
+
+    Head dims of 80 and 96 thus get narrower swizzles instead of copies padded to 128.
+    """
+    width = next(w for w in (64, 32, 16) if columns % w == 0)
+    return plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(2 * width)
+
+
+def run(
+    q: Float[Array, "B S H D"],
+    k: Float[Array, "B K L D"],
+    v: Float[Array, "B K L Dv"],
+    q_start: Int[Array, " B"] | None,
+    k_lengths: Int[Array, " B"] | None,
+    q_segments: Int[Array, "B S"] | None,
+    k_segments: Int[Array, "B L"] | None,
+    *,
+    form: AttentionForm,
+    return_lse: bool,
+    device: Device,
+    config: Config | None,
+) -> Any:
+    """See `prefill_attention`."""
+    queries, keys = q.shape[1], k.shape[2]
+    tiling = _tiling(q, k, v, device, config)
+    if queries > 8 and queries % 8:
+        q = _padded(q, 1, 8, 0)
+    if keys > 8 and keys % 8:
+        k_lengths = jnp.full(q.shape[0], keys, jnp.int32) if k_lengths is None else jnp.minimum(k_lengths, keys)
+        k, v = _padded(k, 2, 8, 0), _padded(v, 2, 8, 0)
+    spans = None
+    if q_segments is not None and k_segments is not None:
+        # Padding of queries and padding of keys must not be one segment.
+        q_segments = _padded(jnp.maximum(q_segments, -1).astype(jnp.int32), 1, _QUERY_BLOCK, -1)
+        k_segments = _padded(jnp.where(k_segments < 0, -2, k_segments).astype(jnp.int32), 1, tiling.key_block, -2)
+        spans = segment_spans(q_segments, k_segments, _QUERY_BLOCK, tiling.key_block)
+    slopes = None if form.alibi is None else jnp.asarray(form.alibi.slopes, jnp.float32)
+    arrays = _Arrays(q, k, v, q_start, k_lengths, q_segments, k_segments, spans, slopes)
+    out, lse = _call(arrays, form, queries, tiling, return_lse=return_lse)
+    out = out[:, :queries]
+    return (out, lse[:, :, :queries].swapaxes(1, 2)) if return_lse else out
+
+
+def _padded(x: Array, axis: int, multiple: int, value: int) -> Array:
+    extra = -x.shape[axis] % multiple
+    widths = [(0, extra if i == axis else 0) for i in range(x.ndim)]
+    return jnp.pad(x, widths, constant_values=value) if extra else x
+
+
+def _call(arrays: _Arrays, form: AttentionForm, queries: int, tiling: Tiling, *, return_lse: bool) -> tuple[Any, Any]:
+    batch, rows, heads, dim = arrays.q.shape
+    dtype, value_dim = arrays.q.dtype, arrays.v.shape[-1]
+    blocks = pl.cdiv(queries, _QUERY_BLOCK)
+    present = [i for i, array in enumerate(arrays) if array is not None]
+    out_type = [jax.ShapeDtypeStruct((batch, rows, heads, value_dim), dtype)]
+    if return_lse:
+        out_type.append(jax.ShapeDtypeStruct((batch, heads, blocks * _QUERY_BLOCK), jnp.float32))
+
+    def entry(*refs: Any) -> None:
+        inputs = _Arrays(*(refs[present.index(i)] if i in present else None for i in range(len(arrays))))
+        out, lse = refs[len(present)], refs[len(present) + 1] if return_lse else None
+        segmented, stages = inputs.q_segments is not None, tiling.stages
+        ready = plgpu.Barrier(num_arrivals=1 + segmented, num_barriers=_COMPUTING)
+        free = plgpu.Barrier(num_arrivals=_COMPUTING, num_barriers=stages)
+
+        def copies(count: int, size: int, columns: int) -> Any:
+            return plgpu.SMEM((count, size, columns), dtype, transforms=_transforms(columns))
+
+        scratch = _Scratch(
+            # The result takes the place of the queries.
+            plgpu.RefUnion(copies(_COMPUTING, _ROWS, dim), copies(_COMPUTING, _ROWS, value_dim)),
+            copies(stages, tiling.key_block, dim),
+            copies(stages, tiling.key_block, value_dim),
+            plgpu.SMEM((_COMPUTING, _ROWS), jnp.float32) if return_lse else None,
+            plgpu.SMEM((_COMPUTING, _ROWS), jnp.int32) if segmented else None,
+            plgpu.SMEM((stages, tiling.key_block), jnp.int32) if segmented else None,
+            ready,
+            plgpu.Barrier(num_arrivals=1 + segmented, num_barriers=stages),
+            plgpu.Barrier(num_barriers=stages),
+            free,
+            free,
+            plgpu.Barrier(num_arrivals=_COMPUTING),
+        )
+        pl.run_scoped(
+            lambda *scratch: _block(inputs, out, lse, _Scratch(*scratch), form, queries, tiling),
+            *scratch,
+            collective_axes="warpgroup",
+        )
+
+    results = plgpu.kernel(
+        entry,
+        out_type=out_type,
+        # Blocks with the most keys start first, so that short ones fill the end; heads that share keys run together.
+        grid=(heads, batch, blocks),
+        grid_names=("head", "row", "block"),
+        num_threads=_COMPUTING + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
+    )(*(arrays[i] for i in present))
+    return (results[0], results[1]) if return_lse else (results[0], None)
+
+
+def _block(
+    inputs: _Arrays, out: Any, lse: Any, scratch: _Scratch, form: AttentionForm, queries: int, tiling: Tiling
+) -> None:
+    """What each warpgroup of one block does."""
+    heads, kv_heads, keys = inputs.q.shape[2], inputs.k.shape[1], inputs.k.shape[2]
+    head, row, warpgroup = lax.axis_index("head"), lax.axis_index("row"), lax.axis_index("warpgroup")
+    block = pl.cdiv(queries, _QUERY_BLOCK) - 1 - lax.axis_index("block")
+    kv_head = lax.div(head, jnp.int32(heads // kv_heads))
+    stages, size = tiling.stages, tiling.key_block
+
+    offset = jnp.int32(0) if inputs.q_start is None else inputs.q_start[row]
+    limit = jnp.int32(keys)
+    if inputs.k_lengths is not None:
+        limit = lax.clamp(jnp.int32(0), inputs.k_lengths[row], limit)
+    low = offset + block * _QUERY_BLOCK
+    high = offset + lax.min(block * _QUERY_BLOCK + _QUERY_BLOCK, jnp.int32(queries))
+    span = geometric_span(form, low, high, limit, size)
+    if inputs.spans is not None:
+        span = span.within(Span(*(inputs.spans[row, block, i] for i in range(4))))
+    steps = span.last - span.first
+
+    @pl.when(warpgroup == _COMPUTING)
+    def _() -> None:
+        plgpu.set_max_registers(_COPY_REGISTERS, action="decrease")
+
+        for i in range(_COMPUTING):
+            at = pl.ds(block * _QUERY_BLOCK + i * _ROWS, _ROWS)
+            q_s, _ = scratch.q
+            plgpu.copy_gmem_to_smem(inputs.q.at[row, at, head], q_s.at[i], scratch.q_ready.at[i])
+            if scratch.q_segments is not None:
+                plgpu.copy_gmem_to_smem(
+                    inputs.q_segments.at[row, at], scratch.q_segments.at[i], scratch.q_ready.at[i]
+                )
+
+        def copy(step: Any, carry: None) -> None:
+            slot = lax.rem(step, jnp.int32(stages))
+            at = pl.ds((span.first + step) * size, size)
+
+            @pl.when(step >= stages)
+            def _() -> None:
+                plgpu.barrier_wait(scratch.k_free.at[slot])
+
+            plgpu.copy_gmem_to_smem(inputs.k.at[row, kv_head, at], scratch.k.at[slot], scratch.k_ready.at[slot])
+            if scratch.k_segments is not None:
+                plgpu.copy_gmem_to_smem(
+                    inputs.k_segments.at[row, at], scratch.k_segments.at[slot], scratch.k_ready.at[slot]
+                )
+
+            @pl.when(step >= stages)
+            def _() -> None:
+                plgpu.barrier_wait(scratch.v_free.at[slot])
+
+            plgpu.copy_gmem_to_smem(inputs.v.at[row, kv_head, at], scratch.v.at[slot], scratch.v_ready.at[slot])
+
+        lax.fori_loop(0, steps, copy, None)
+
+    @pl.when(warpgroup < _COMPUTING)
+    def _() -> None:
+        plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
+        q_s, out_s = (ref.at[warpgroup] for ref in scratch.q)
+        q_segments = None
+        plgpu.barrier_wait(scratch.q_ready.at[warpgroup])
+        if scratch.q_segments is not None:
+            q_segments = plgpu.load(scratch.q_segments.at[warpgroup], layout=plgpu.Layout.WGMMA.reduce(1))
+        first_query = low + warpgroup * _ROWS
+        slope = None if inputs.slopes is None else inputs.slopes[head]
+
+        def hide(scores: Array, step: Any) -> Array:
+            slot, key = lax.rem(step, jnp.int32(stages)), (span.first + step) * size
+            column, line = (
+                plgpu.broadcasted_iota(jnp.int32, scores.shape, axis, layout=plgpu.Layout.WGMMA) for axis in (1, 0)
+            )
+            visible = within_form(form, column - line + (key - first_query))
+            if inputs.k_lengths is not None or keys % size:
+                visible = _both(visible, column < limit - key)
+            if q_segments is not None:
+                k_segments = plgpu.load(scratch.k_segments.at[slot], layout=plgpu.Layout.WGMMA.reduce(0))
+                same = _down(q_segments, scores.shape) == lax.broadcast_in_dim(k_segments, scores.shape, [1])
+                visible = _both(visible, same)
+            return scores if visible is None else jnp.where(visible, scores, -jnp.inf)
+
+        def step(index: Any, carry: tuple[Array, Softmax]) -> tuple[Array, Softmax]:
+            values, softmax = carry
+            slot = lax.rem(index, jnp.int32(stages))
+            plgpu.barrier_wait(scratch.k_ready.at[slot])
+
+            def products(scores: Any) -> Array:
+                plgpu.wgmma(scores, q_s, scratch.k.at[slot].T)
+                take_turns()
+                return scores[...]
+
+            raw = pl.run_scoped(products, plgpu.ACC((_ROWS, size), jnp.float32))
+            scores, factor = tile_scores(raw, form, None, slope=slope, masked=False)
+            clean = (span.first + index >= span.clean_from) & (span.first + index < span.clean_to)
+            scores = lax.cond(clean, lambda scores: scores, lambda scores: hide(scores, index), scores)
+            plgpu.barrier_arrive(scratch.k_free.at[slot])
+            weights, rescale, softmax = update(softmax, scores, factor)
+            values = values * _down(rescale, values.shape)
+            weights = weights.astype(inputs.v.dtype)
+            values, weights, softmax = lax.optimization_barrier((values, weights, softmax))
+            plgpu.barrier_arrive(scratch.turn)
+            plgpu.barrier_wait(scratch.v_ready.at[slot])
+            plgpu.barrier_wait(scratch.turn)
+            values = pl.run_state(lambda values: plgpu.wgmma(values, weights, scratch.v.at[slot]))(
+                plgpu.ACC.init(values)
+            )
+            plgpu.barrier_arrive(scratch.v_free.at[slot])
+            return values, softmax
+
+        def take_turns() -> None:
+            plgpu.barrier_arrive(scratch.turn)
+            plgpu.barrier_wait(scratch.turn)
+
+        softmax = Softmax(*(plgpu.layout_cast(x, plgpu.Layout.WGMMA.reduce(1)) for x in start(_ROWS)))
+        values = plgpu.layout_cast(jnp.zeros((_ROWS, inputs.v.shape[-1]), jnp.float32), plgpu.Layout.WGMMA)
+        pl.when(warpgroup == 1)(take_turns)
+        values, softmax = lax.fori_loop(0, steps, step, (values, softmax))
+        pl.when(warpgroup == 0)(take_turns)
+
+        reciprocal, logarithm = finish(softmax)
+        out_s[...] = (values * _down(reciprocal, values.shape)).astype(out_s.dtype)
+        if lse is not None:
+            scratch.lse[warpgroup] = logarithm
+        plgpu.commit_smem()
+        start_row = block * _QUERY_BLOCK + warpgroup * _ROWS
+        plgpu.copy_smem_to_gmem(out_s, out.at[row, pl.ds(start_row, _ROWS), head])
+        if lse is not None:
+            plgpu.copy_smem_to_gmem(scratch.lse.at[warpgroup], lse.at[row, head, pl.ds(start_row, _ROWS)])
+        plgpu.wait_smem_to_gmem(0)
+
+
+def _down(rows: Array, shape: tuple[int, ...]) -> Array:
+    """One number per row, repeated along the row."""
+    return lax.broadcast_in_dim(rows, shape, [0])
+
+
+def _both(mask: Array | None, other: Array) -> Array:
+    return other if mask is None else mask & other
+
+
+def why_not(
+    q: Float[Array, "B S H D"],
+    k: Float[Array, "B K L D"],
+    v: Float[Array, "B K L Dv"],
+    q_start: Int[Array, " B"] | None,
+    k_lengths: Int[Array, " B"] | None,
+    q_segments: Int[Array, "B S"] | None,
+    k_segments: Int[Array, "B L"] | None,
+    *,
+    form: AttentionForm,
+    return_lse: bool,
+    device: Device,
+) -> str | None:
+    """See `KernelModule.why_not`."""
+    dtypes = {str(x.dtype) for x in (q, k, v)}
+    dim, value_dim = q.shape[-1], v.shape[-1]
+    if device.capability[0] != 9:
+        return f"it needs a Hopper GPU (compute capability 9.x), not {device.kind}"
+    if len(dtypes) > 1 or not dtypes <= {"bfloat16", "float16"}:
+        return f"q, k and v must all be bfloat16 or all float16, not {', '.join(sorted(dtypes))}"
+    if dim % 16 or value_dim % 16 or not (16 <= dim <= 256 and 16 <= value_dim <= 256):
+        return f"head dims must be multiples of 16 up to 256, not {dim} for keys and {value_dim} for values"
+    if 0 in (*q.shape, k.shape[2]):
+        return f"there is nothing to compute for q of shape {q.shape} and k of shape {k.shape}"
+    return why_not_form(form, q.shape[2])
+
+
+def candidates(
+    q: Float[Array, "B S H D"],
+    k: Float[Array, "B K L D"],
+    v: Float[Array, "B K L Dv"],
+    q_start: Int[Array, " B"] | None,
+    k_lengths: Int[Array, " B"] | None,
+    q_segments: Int[Array, "B S"] | None,
+    k_segments: Int[Array, "B L"] | None,
+    *,
+    form: AttentionForm,
+    return_lse: bool,
+    device: Device,
+) -> Sequence[Config]:
+    """See `KernelModule.candidates`."""
+    return [dataclasses.asdict(tiling) for tiling in _tilings(q.shape[-1], v.shape[-1], device)]
+
+
+def _tilings(dim: int, value_dim: int, device: Device) -> list[Tiling]:
+    """Every tiling that fits, the default first."""
+    queries = _QUERY_BLOCK * (max(dim, value_dim) * 2 + 8)
+    fitting = []
+    for key_block in (128, 64):
+        # Scores and accumulated values share a thread's registers: half a register a number each, and the weights.
+        if value_dim / 2 + key_block / 2 + key_block / 4 > 176:
+            continue
+        for stages in (2, 3, 4):
+            keys = stages * key_block * ((dim + value_dim) * 2 + 4)
+            if queries + keys + _RESERVED <= device.shared_memory:
+                fitting.append(Tiling(key_block, stages))
+    return fitting
+
+
+def _tiling(
+    q: Float[Array, "B S H D"],
+    k: Float[Array, "B K L D"],
+    v: Float[Array, "B K L Dv"],
+    device: Device,
+    config: Config | None,
+) -> Tiling:
+    default = _tilings(q.shape[-1], v.shape[-1], device)[0]
+    return dataclasses.replace(default, **(config or {}))
