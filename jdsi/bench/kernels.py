@@ -25,6 +25,7 @@ _NOTES = (
     "time: of one call among many in one compiled program, each on operands of its own.",
     "limit: the least traffic (operands read once, results written once) at the rate of a device copy, or the"
     " arithmetic at the rate of one large matrix product, whichever takes longer.",
+    "A share above 1 is possible: reading alone can be faster than copying, and small operands stay in the cache.",
     "error: the larger of the relative norm of the difference from XLA's result and the largest difference over the"
     " largest value.",
 )
@@ -218,11 +219,15 @@ def _table(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 
 def _left_out(results: Sequence[Mapping[str, Any]]) -> list[str]:
-    """One line for each reason and the arguments it holds for."""
-    names: dict[str, list[str]] = collections.defaultdict(list)
+    """One line for each reason, with the arguments it holds for."""
+    names: dict[tuple[str, str], list[str]] = collections.defaultdict(list)
+    of_operator = collections.Counter(result["operator"] for result in results)
     for result in results:
         reasons = {**result.get("left_out", {})}
         reasons |= {word: result[word] for word in ("skipped", "failed") if word in result}
         for who, why in reasons.items():
-            names[f"{result['operator']}, {who}: {why}"].append(result["arguments"])
-    return [f"{why} ({', '.join(arguments)})" for why, arguments in names.items()]
+            names[result["operator"], f"{who}: {why}"].append(result["arguments"])
+    return [
+        f"{operator}, {why} ({'all arguments' if len(found) == of_operator[operator] else ', '.join(found)})"
+        for (operator, why), found in names.items()
+    ]
