@@ -1,5 +1,6 @@
-"""Matrix products of a few rows."""
+"""Matrix products of a few rows, with norm, bias, activation, gate and residual fused."""
 
-from .reference import linear
+from .api import gated_linear, linear
+from .form import LinearForm
 
-__all__ = ["linear"]
+__all__ = ["LinearForm", "gated_linear", "linear"]

@@ -2,8 +2,11 @@
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float
+
+from ..activations import ACTIVATIONS
+from ..normalization import normalise
+from .form import PLAIN, LinearForm
 
 _CONTRACT_LAST = (((1,), (1,)), ((), ()))
 # Rows up to which XLA's CPU backend is faster with the weight as its left operand.
@@ -12,23 +15,35 @@ _SKINNY_FLOAT32, _SKINNY_NARROW = 16, 64
 
 def linear(
     x: Float[Array, "T in"],
-    weight: Float[Array, "out in"],
-    bias: Float[Array, " out"] | None = None,
+    weight: Float[Array, "rows in"],
+    bias: Float[Array, " rows"] | None = None,
+    residual: Float[Array, "T out"] | None = None,
+    norm_weight: Float[Array, " in"] | None = None,
+    norm_bias: Float[Array, " in"] | None = None,
     *,
-    out_dtype: DTypeLike | None = None,
+    form: LinearForm = PLAIN,
 ) -> Float[Array, "T out"]:
-    """`x weight^T + bias`, accumulated in float32 (full float32 products, never TF32).
+    """`residual + act(norm(x) weight^T + bias)`, or gated; see `LinearForm`.
 
-    Returns:
-        The product in `out_dtype`, by default the dtype of `x`.
+    Rounds where a model made of single operators does: the norm to the dtype of `x`, the product with bias, activation
+    and gate (all float32, never TF32) to the dtype of the result, and then the sum with the residual.
     """
+    if form.norm is not None:
+        x = normalise(x, norm_weight, norm_bias, form.norm)
     if x.shape[0] <= (_SKINNY_FLOAT32 if x.dtype == jnp.float32 else _SKINNY_NARROW):
         y = jax.lax.platform_dependent(x, weight, cpu=_skinny_cpu, default=_product)
     else:
         y = _product(x, weight)
     if bias is not None:
         y += bias.astype(jnp.float32)
-    return y.astype(out_dtype or x.dtype)
+    if form.gated:
+        y, up = jnp.split(y, 2, axis=-1)
+    if form.activation is not None:
+        y = ACTIVATIONS[form.activation](y)
+    if form.gated:
+        y *= up
+    y = y.astype(form.result_dtype(x.dtype))
+    return y if residual is None else residual + y
 
 
 def _product(x: Array, weight: Array) -> Array:

@@ -1,0 +1,175 @@
+"""How a skinny product is cut into blocks: rows of weights, splits of the inputs, depth of the pipeline.
+
+One block of the kernel owns `rows` output rows (twice that many weight rows where gate and up are two) and one split of
+the inputs, and streams its weights through shared memory. The operator is memory-bound, so what counts is that every
+multiprocessor loads the same number of bytes and always has enough of them in flight. Independent of the width of the
+stored weights, so quantised weights are cut by the same rules.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ..device import Device
+
+MMA_ROWS = 64  # rows of wgmma's A operand; a tile of fewer rows leaves the rest of the operand unused
+BUFFER_ALIGNMENT = 1024  # of every buffer in shared memory
+MAX_ACCUMULATORS = 128  # registers per thread for sums, of 255: the epilogue needs about as many again
+
+# Little's law at 4.3 TB/s over 132 multiprocessors and a little over a microsecond of latency.
+_IN_FLIGHT = 40 * 1024
+# A second launch takes about two microseconds, in which a multiprocessor loads about this many bytes.
+_LAUNCH = 64 * 1024
+# Below this the work of a step (a wait, a few wgmma, one more copy) does not hide behind the bytes it brings.
+_STEP = 16 * 1024
+_SLOT = 40 * 1024
+_STAGES = 16  # more would only lengthen the code that fills the pipeline
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """The shape of a skinny product, as the partition sees it.
+
+    Attributes:
+        tokens: rows of `x`, a multiple of 8 or fewer than 8.
+        outputs: columns of the result.
+        inputs: the contracted dimension.
+        operands: weight rows per output: 2 where gate and up are computed together.
+        weight_bits: bits of one stored weight; scales and the like are small and not counted.
+        resident: `x` stays in shared memory as a whole (a norm is fused), else it streams beside the weights; steps
+            then divide the inputs.
+        tile: the inner dimension of the shared-memory tiles: a step is a multiple of it.
+        result_bytes: of one element of the result.
+        second_pass: a second pass finishes the result even if the inputs are not split.
+    """
+
+    tokens: int
+    outputs: int
+    inputs: int
+    operands: int = 1
+    weight_bits: int = 16
+    resident: bool = False
+    tile: int = 64
+    result_bytes: int = 2
+    second_pass: bool = False
+
+    @property
+    def columns(self) -> int:
+        """Columns of wgmma's B operand: tokens rounded up to 8."""
+        return -(-self.tokens // 8) * 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """One way to cut a product.
+
+    Attributes:
+        rows: output rows of a block, a multiple of 8.
+        step: inputs of a pipeline step.
+        stages: pipeline steps in shared memory.
+        splits: parts of the inputs computed by different blocks and summed by a second pass.
+    """
+
+    rows: int
+    step: int
+    stages: int
+    splits: int = 1
+
+    @property
+    def padded_rows(self) -> int:
+        """`rows` rounded up to whole wgmma operands."""
+        return -(-self.rows // MMA_ROWS) * MMA_ROWS
+
+    def override(self, config: Mapping[str, Any] | None) -> "Tiling":
+        """This tiling with some fields replaced."""
+        return dataclasses.replace(self, **(config or {}))
+
+
+def steps_per_split(problem: Problem, tiling: Tiling) -> int:
+    """Pipeline steps of each block; those past the end of the inputs bring zeros."""
+    total = -(-problem.inputs // tiling.step)
+    return -(-total // tiling.splits)
+
+
+def units(problem: Problem, tiling: Tiling) -> int:
+    """Pieces of work: tiles of rows times splits."""
+    return -(-problem.outputs // tiling.rows) * tiling.splits
+
+
+def slot_bytes(problem: Problem, rows: int, step: int) -> int:
+    """Shared memory of one pipeline stage."""
+    padded = -(-rows // MMA_ROWS) * MMA_ROWS
+    weights = aligned(problem.operands * padded * step * problem.weight_bits // 8)
+    return weights + (0 if problem.resident else aligned(problem.columns * step * 2))
+
+
+def direct(problem: Problem, tiling: Tiling) -> bool:
+    """Whether the kernel writes the result itself, else float32 parts of it for a second pass."""
+    return tiling.splits == 1 and not problem.second_pass
+
+
+def staging_bytes(problem: Problem, tiling: Tiling) -> int:
+    """Shared memory through which a block writes its tile."""
+    element = problem.result_bytes if direct(problem, tiling) else 4 * problem.operands
+    return aligned(tiling.padded_rows * problem.columns * element)
+
+
+def aligned(size: int) -> int:
+    """`size` rounded up to what a buffer in shared memory takes."""
+    return -(-size // BUFFER_ALIGNMENT) * BUFFER_ALIGNMENT
+
+
+def load_per_core(problem: Problem, tiling: Tiling, device: Device) -> float:
+    """Bytes that the busiest multiprocessor loads, and what a second pass costs in the same currency."""
+    inputs = min(problem.inputs, steps_per_split(problem, tiling) * tiling.step)
+    weights = problem.operands * min(tiling.rows, problem.outputs) * problem.weight_bits / 8
+    x = 0 if problem.resident else 2 * problem.tokens
+    load = -(-units(problem, tiling) // device.cores) * inputs * (weights + x)
+    in_flight = tiling.stages * tiling.step * problem.operands * tiling.rows * problem.weight_bits / 8
+    load *= max(1.0, _IN_FLIGHT / in_flight)
+    if tiling.splits > 1:  # float32 partial sums are written and read once
+        partials = 8 * tiling.splits * problem.tokens * problem.operands * problem.outputs
+        load += _LAUNCH + partials / device.cores
+    return load
+
+
+def tilings(problem: Problem, shared_memory: int) -> Iterator[Tiling]:
+    """All sensible ways to cut `problem` with `shared_memory` bytes for the pipeline, deepest pipelines only."""
+    # While x is small beside a tile of weights, more than 64 rows only shorten the runs of bytes that a step reads.
+    most = MMA_ROWS if problem.columns <= 16 else 256
+    for rows in range(8, most + 1, 8):
+        padded = -(-rows // MMA_ROWS) * MMA_ROWS
+        if problem.operands * padded * problem.columns > MAX_ACCUMULATORS * 128:
+            continue
+        step = _step(problem, rows)
+        total = -(-problem.inputs // step)
+        for splits in (1, 2, 3, 4, 5, 6, 8):
+            per_split = -(-total // splits)
+            # No split empty, and each worth its second pass.
+            if splits == 1 or (per_split >= 4 and -(-total // per_split) == splits):
+                if problem.resident and per_split * splits != total:
+                    continue
+                tiling = Tiling(rows, step, 2, splits)
+                stages = (shared_memory - staging_bytes(problem, tiling)) // slot_bytes(problem, rows, step)
+                if stages >= 2:
+                    yield dataclasses.replace(tiling, stages=min(stages, _STAGES))
+
+
+def best(problem: Problem, shared_memory: int, device: Device, count: int = 1) -> tuple[Tiling, ...]:
+    """The `count` tilings that should load fastest, the best first; none where shared memory is too small."""
+
+    def cost(tiling: Tiling) -> tuple[float, int]:
+        return load_per_core(problem, tiling, device), -tiling.rows  # of equals the fewest blocks
+
+    return tuple(sorted(tilings(problem, shared_memory), key=cost)[:count])
+
+
+def _step(problem: Problem, rows: int) -> int:
+    """Inputs of a step: enough bytes to be worth it, few enough for a deep pipeline."""
+    per_input = problem.operands * rows * problem.weight_bits / 8
+    step = problem.tile
+    while step < 256 and step * per_input < _STEP and slot_bytes(problem, rows, 2 * step) <= _SLOT:
+        if problem.resident and problem.inputs % (2 * step):
+            break
+        step *= 2
+    return step
