@@ -1,0 +1,82 @@
+"""The sum of a token's parts, where its sequence's keys were split."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int
+
+from ..attention.tile import LOWEST
+
+_ROWS = 64
+
+
+def part_weights(
+    lses: Float[Array, "splits T H"],
+) -> tuple[Float[Array, "splits T H"], Float[Array, "T H"]]:
+    """What to multiply each part with, and the logarithm of the whole denominator; parts that are not there have -inf."""
+    top = jnp.maximum(jnp.max(lses, axis=0), LOWEST)
+    weights = jnp.exp(lses - top)
+    total = jnp.sum(weights, axis=0)
+    seen = total > 0
+    safe = jnp.where(seen, total, 1.0)
+    return weights / safe, jnp.where(seen, top + jnp.log(safe), -jnp.inf)
+
+
+def combine_parts(
+    whole: Float[Array, "T H Dv"],
+    parts: Float[Array, "splits T H Dv"],
+    weights: Float[Array, "splits T H"],
+    splits: Int[Array, " T"],
+) -> Float[Array, "T H Dv"]:
+    """The weighted sum of the parts of tokens with several, `whole` for the others.
+
+    A kernel, because it reads only the parts that are there: most of `parts` is memory that nobody wrote.
+    """
+    tokens, heads, width = whole.shape
+    rows = tokens * heads
+    splits = jnp.where(splits > 1, splits, 0)  # of tokens whose parts are to be summed
+    if rows < _ROWS:
+        more = -(-_ROWS // heads)
+        whole, splits = _longer(whole, 0, more), _longer(splits, 0, more)
+        parts, weights = _longer(parts, 1, more), _longer(weights, 1, more)
+        return combine_parts(whole, parts, weights, splits)[:tokens]
+    blocks = pl.cdiv(rows, _ROWS)
+    # The last block starts early enough to be full; what it shares with the one before is computed twice, alike.
+    starts = jnp.minimum(jnp.arange(blocks, dtype=jnp.int32) * _ROWS, rows - _ROWS)
+    of_row = jnp.broadcast_to(splits[:, None], (tokens, heads)).reshape(rows)
+    most = of_row[starts[:, None] + jnp.arange(_ROWS)].max(axis=1)
+    # A token without parts has its whole result in place of the first part, all of it.
+    alone = (of_row == 0).astype(jnp.float32)
+    weights = jnp.where(alone > 0, 0.0, weights.reshape(-1, rows))
+
+    def body(starts: Any, most: Any, alone: Any, weights: Any, whole: Any, parts: Any, out: Any) -> None:
+        block = lax.axis_index("block")
+        at = pl.ds(starts[block], _ROWS)
+
+        def weigh(weights: Any, values: Any) -> Array:
+            weight = plgpu.load(weights, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+            weight = lax.broadcast_in_dim(weight, values.shape, [0])
+            values = plgpu.load(values, layout=plgpu.Layout.WGMMA, optimized=False).astype(jnp.float32)
+            return jnp.where(weight > 0, values * weight, 0.0)  # what nobody wrote may be NaN
+
+        def add(split: Array, total: Array) -> Array:
+            return total + weigh(weights.at[split, at], parts.at[split, at])
+
+        total = lax.fori_loop(0, most[block], add, weigh(alone.at[at], whole.at[at]))
+        plgpu.store(out.at[at], total.astype(out.dtype), optimized=False)
+
+    return plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((rows, width), whole.dtype),
+        grid=(blocks,),
+        grid_names=("block",),
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+    )(starts, most, alone, weights, whole.reshape(rows, width), parts.reshape(-1, rows, width)).reshape(whole.shape)
+
+
+def _longer(x: Array, axis: int, size: int) -> Array:
+    return jnp.pad(x, [(0, size - n if i == axis else 0) for i, n in enumerate(x.shape)])

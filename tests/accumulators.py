@@ -1,0 +1,33 @@
+"""Teaches Pallas' GPU interpreter what flash attention needs: weights in registers and accumulators that carry on."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import jax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from register_operands import register_operands
+
+
+@contextlib.contextmanager
+def accumulators() -> Iterator[None]:
+    """Within it kernels may use `pl.run_state(body)(plgpu.ACC.init(array))`: the products are summed apart, then added.
+
+    Also takes a `wgmma` whose left operand is an array.
+    """
+    with register_operands(), mock.patch.object(pl, "run_state", _run_state):
+        yield
+
+
+def _run_state(body: Callable[[Any], None]) -> Callable[[Any], jax.Array]:
+    def run(initial: Any) -> jax.Array:
+        def scope(accumulator: Any) -> jax.Array:
+            body(accumulator)
+            return accumulator[...]
+
+        return initial._init + pl.run_scoped(scope, plgpu.ACC(initial.shape, initial.dtype))
+
+    return run
