@@ -1,12 +1,14 @@
 """Flash attention for Hopper GPUs (Dao et al. 2022; Shah et al. 2024), written with Mosaic GPU.
 
-One block computes 128 queries of one head. Its first two warpgroups compute, 64 queries each, the third brings keys
-and values into shared memory ahead of them. The computing warpgroups take turns: while one has the tensor cores for
-its matrix products, the other does its exponentials. Key blocks that no query of the block sees are never read.
+One block computes 128 queries of one head with two warpgroups of 64 queries each. They take turns: while one has the
+tensor cores for its matrix products, the other does its exponentials. Keys and values arrive in shared memory a few
+steps ahead, fetched by the first warpgroup; the turns also tell it when a place is free. There is no warpgroup that
+only fetches: a block of two can have 255 registers a thread, whereas three rely on `setmaxnreg`, which is ignored
+where XLA assembles kernels with nvJitLink. Key blocks that no query of the block sees are never read.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,11 +24,9 @@ from ..device import Device
 from ..operator import Config
 from .spans import Span, geometric_span, segment_spans
 
-_COMPUTING = 2  # warpgroups
+_WARPGROUPS = 2
 _ROWS = 64  # queries of a warpgroup, the height of its matrix products
-_QUERY_BLOCK = _COMPUTING * _ROWS
-# Of the 168 registers a thread that three warpgroups share, the two that compute get what the third can spare.
-_COMPUTE_REGISTERS, _COPY_REGISTERS = 232, 40
+_QUERY_BLOCK = _WARPGROUPS * _ROWS
 _RESERVED = 1024  # bytes of shared memory for barriers
 
 
@@ -69,8 +69,6 @@ class _Scratch(NamedTuple):
     q_ready: Any
     k_ready: Any
     v_ready: Any
-    k_free: Any
-    v_free: Any
     turn: Any
 
 
@@ -137,26 +135,23 @@ def _call(arrays: _Arrays, form: AttentionForm, queries: int, tiling: Tiling, *,
         inputs = _Arrays(*(refs[present.index(i)] if i in present else None for i in range(len(arrays))))
         out, lse = refs[len(present)], refs[len(present) + 1] if return_lse else None
         segmented, stages = inputs.q_segments is not None, tiling.stages
-        ready = plgpu.Barrier(num_arrivals=1 + segmented, num_barriers=_COMPUTING)
-        free = plgpu.Barrier(num_arrivals=_COMPUTING, num_barriers=stages)
+        ready = plgpu.Barrier(num_arrivals=1 + segmented, num_barriers=_WARPGROUPS)
 
         def copies(count: int, size: int, columns: int) -> Any:
             return plgpu.SMEM((count, size, columns), dtype, transforms=_transforms(columns))
 
         scratch = _Scratch(
             # The result takes the place of the queries.
-            plgpu.RefUnion(copies(_COMPUTING, _ROWS, dim), copies(_COMPUTING, _ROWS, value_dim)),
+            plgpu.RefUnion(copies(_WARPGROUPS, _ROWS, dim), copies(_WARPGROUPS, _ROWS, value_dim)),
             copies(stages, tiling.key_block, dim),
             copies(stages, tiling.key_block, value_dim),
-            plgpu.SMEM((_COMPUTING, _ROWS), jnp.float32) if return_lse else None,
-            plgpu.SMEM((_COMPUTING, _ROWS), jnp.int32) if segmented else None,
+            plgpu.SMEM((_WARPGROUPS, _ROWS), jnp.float32) if return_lse else None,
+            plgpu.SMEM((_WARPGROUPS, _ROWS), jnp.int32) if segmented else None,
             plgpu.SMEM((stages, tiling.key_block), jnp.int32) if segmented else None,
             ready,
             plgpu.Barrier(num_arrivals=1 + segmented, num_barriers=stages),
             plgpu.Barrier(num_barriers=stages),
-            free,
-            free,
-            plgpu.Barrier(num_arrivals=_COMPUTING),
+            plgpu.Barrier(num_arrivals=_WARPGROUPS),
         )
         pl.run_scoped(
             lambda *scratch: _block(inputs, out, lse, _Scratch(*scratch), form, queries, tiling),
@@ -170,7 +165,7 @@ def _call(arrays: _Arrays, form: AttentionForm, queries: int, tiling: Tiling, *,
         # Blocks with the most keys start first, so that short ones fill the end; heads that share keys run together.
         grid=(heads, batch, blocks),
         grid_names=("head", "row", "block"),
-        num_threads=_COMPUTING + 1,
+        num_threads=_WARPGROUPS,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
     )(*(arrays[i] for i in present))
@@ -198,114 +193,117 @@ def _block(
         span = span.within(Span(*(inputs.spans[row, block, i] for i in range(4))))
     steps = span.last - span.first
 
-    @pl.when(warpgroup == _COMPUTING)
+    q_s, out_s = (ref.at[warpgroup] for ref in scratch.q)
+    first_query = low + warpgroup * _ROWS
+    slope = None if inputs.slopes is None else inputs.slopes[head]
+
+    def fetch_queries() -> None:
+        at = pl.ds(block * _QUERY_BLOCK + warpgroup * _ROWS, _ROWS)
+        ready = scratch.q_ready.at[warpgroup]
+        plgpu.copy_gmem_to_smem(inputs.q.at[row, at, head], q_s, ready)
+        if inputs.q_segments is not None:
+            plgpu.copy_gmem_to_smem(inputs.q_segments.at[row, at], scratch.q_segments.at[warpgroup], ready)
+        plgpu.barrier_wait(ready)
+
+    def fetch_keys(step: Any) -> None:
+        slot, at = lax.rem(step, jnp.int32(stages)), pl.ds((span.first + step) * size, size)
+        ready = scratch.k_ready.at[slot]
+        plgpu.copy_gmem_to_smem(inputs.k.at[row, kv_head, at], scratch.k.at[slot], ready)
+        if inputs.k_segments is not None:
+            plgpu.copy_gmem_to_smem(inputs.k_segments.at[row, at], scratch.k_segments.at[slot], ready)
+
+    def fetch_values(step: Any) -> None:
+        slot, at = lax.rem(step, jnp.int32(stages)), pl.ds((span.first + step) * size, size)
+        plgpu.copy_gmem_to_smem(inputs.v.at[row, kv_head, at], scratch.v.at[slot], scratch.v_ready.at[slot])
+
+    def in_place_of(step: Any, fetch: Callable[[Any], None]) -> None:
+        pl.when((warpgroup == 0) & (step >= 0) & (step + stages < steps))(lambda: fetch(step + stages))
+
+    def hide(scores: Array, step: Any) -> Array:
+        slot, key = lax.rem(step, jnp.int32(stages)), (span.first + step) * size
+        column, line = (
+            plgpu.broadcasted_iota(jnp.int32, scores.shape, axis, layout=plgpu.Layout.WGMMA) for axis in (1, 0)
+        )
+        visible = within_form(form, column - line + (key - first_query))
+        if inputs.k_lengths is not None or keys % size:
+            visible = _both(visible, column < limit - key)
+        if q_segments is not None:
+            k_segments = plgpu.load(scratch.k_segments.at[slot], layout=plgpu.Layout.WGMMA.reduce(0))
+            plgpu.commit_smem()  # the copy that comes next to this place must not overtake the load
+            same = _down(q_segments, scores.shape) == lax.broadcast_in_dim(k_segments, scores.shape, [1])
+            visible = _both(visible, same)
+        return scores if visible is None else jnp.where(visible, scores, -jnp.inf)
+
+    def give_turn() -> None:
+        plgpu.barrier_arrive(scratch.turn)
+
+    def await_turn() -> None:
+        plgpu.barrier_wait(scratch.turn)
+
+    def step(index: Any, carry: tuple[Array, Softmax]) -> tuple[Array, Softmax]:
+        values, softmax = carry
+        slot = lax.rem(index, jnp.int32(stages))
+        plgpu.barrier_wait(scratch.k_ready.at[slot])
+
+        def products(scores: Any) -> Array:
+            plgpu.wgmma(scores, q_s, scratch.k.at[slot].T)
+            give_turn()
+            await_turn()
+            # The other warpgroup has weighed the keys of the step before, and this one long ago.
+            in_place_of(index - 1, fetch_keys)
+            return scores[...]
+
+        raw = pl.run_scoped(products, plgpu.ACC((_ROWS, size), jnp.float32))
+        scores, factor = tile_scores(raw, form, None, slope=slope, masked=False)
+        clean = (span.first + index >= span.clean_from) & (span.first + index < span.clean_to)
+        scores = lax.cond(clean, lambda scores: scores, lambda scores: hide(scores, index), scores)
+        weights, rescale, softmax = update(softmax, scores, factor)
+        values = values * _down(rescale, values.shape)
+        values, weights, softmax = lax.optimization_barrier((values, weights.astype(inputs.v.dtype), softmax))
+        give_turn()
+        plgpu.barrier_wait(scratch.v_ready.at[slot])
+        await_turn()
+        # The other warpgroup has started this step, so it is done with the values of the step before.
+        in_place_of(index - 1, fetch_values)
+        values = pl.run_state(lambda values: plgpu.wgmma(values, weights, scratch.v.at[slot]))(plgpu.ACC.init(values))
+        return values, softmax
+
+    for ahead in range(stages):
+
+        @pl.when((warpgroup == 0) & (ahead < steps))
+        def _(step: int = ahead) -> None:
+            fetch_keys(jnp.int32(step))
+            fetch_values(jnp.int32(step))
+
+    fetch_queries()
+    q_segments = None
+    if inputs.q_segments is not None:
+        q_segments = plgpu.load(scratch.q_segments.at[warpgroup], layout=plgpu.Layout.WGMMA.reduce(1))
+    softmax = Softmax(*(plgpu.layout_cast(x, plgpu.Layout.WGMMA.reduce(1)) for x in start(_ROWS)))
+    values = plgpu.layout_cast(jnp.zeros((_ROWS, inputs.v.shape[-1]), jnp.float32), plgpu.Layout.WGMMA)
+
+    @pl.when(warpgroup == 1)
     def _() -> None:
-        plgpu.set_max_registers(_COPY_REGISTERS, action="decrease")
+        give_turn()
+        await_turn()
 
-        for i in range(_COMPUTING):
-            at = pl.ds(block * _QUERY_BLOCK + i * _ROWS, _ROWS)
-            q_s, _ = scratch.q
-            plgpu.copy_gmem_to_smem(inputs.q.at[row, at, head], q_s.at[i], scratch.q_ready.at[i])
-            if scratch.q_segments is not None:
-                plgpu.copy_gmem_to_smem(
-                    inputs.q_segments.at[row, at], scratch.q_segments.at[i], scratch.q_ready.at[i]
-                )
+    values, softmax = lax.fori_loop(0, steps, step, (values, softmax))
 
-        def copy(step: Any, carry: None) -> None:
-            slot = lax.rem(step, jnp.int32(stages))
-            at = pl.ds((span.first + step) * size, size)
-
-            @pl.when(step >= stages)
-            def _() -> None:
-                plgpu.barrier_wait(scratch.k_free.at[slot])
-
-            plgpu.copy_gmem_to_smem(inputs.k.at[row, kv_head, at], scratch.k.at[slot], scratch.k_ready.at[slot])
-            if scratch.k_segments is not None:
-                plgpu.copy_gmem_to_smem(
-                    inputs.k_segments.at[row, at], scratch.k_segments.at[slot], scratch.k_ready.at[slot]
-                )
-
-            @pl.when(step >= stages)
-            def _() -> None:
-                plgpu.barrier_wait(scratch.v_free.at[slot])
-
-            plgpu.copy_gmem_to_smem(inputs.v.at[row, kv_head, at], scratch.v.at[slot], scratch.v_ready.at[slot])
-
-        lax.fori_loop(0, steps, copy, None)
-
-    @pl.when(warpgroup < _COMPUTING)
+    @pl.when(warpgroup == 0)
     def _() -> None:
-        plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
-        q_s, out_s = (ref.at[warpgroup] for ref in scratch.q)
-        q_segments = None
-        plgpu.barrier_wait(scratch.q_ready.at[warpgroup])
-        if scratch.q_segments is not None:
-            q_segments = plgpu.load(scratch.q_segments.at[warpgroup], layout=plgpu.Layout.WGMMA.reduce(1))
-        first_query = low + warpgroup * _ROWS
-        slope = None if inputs.slopes is None else inputs.slopes[head]
+        give_turn()
+        await_turn()
 
-        def hide(scores: Array, step: Any) -> Array:
-            slot, key = lax.rem(step, jnp.int32(stages)), (span.first + step) * size
-            column, line = (
-                plgpu.broadcasted_iota(jnp.int32, scores.shape, axis, layout=plgpu.Layout.WGMMA) for axis in (1, 0)
-            )
-            visible = within_form(form, column - line + (key - first_query))
-            if inputs.k_lengths is not None or keys % size:
-                visible = _both(visible, column < limit - key)
-            if q_segments is not None:
-                k_segments = plgpu.load(scratch.k_segments.at[slot], layout=plgpu.Layout.WGMMA.reduce(0))
-                same = _down(q_segments, scores.shape) == lax.broadcast_in_dim(k_segments, scores.shape, [1])
-                visible = _both(visible, same)
-            return scores if visible is None else jnp.where(visible, scores, -jnp.inf)
-
-        def step(index: Any, carry: tuple[Array, Softmax]) -> tuple[Array, Softmax]:
-            values, softmax = carry
-            slot = lax.rem(index, jnp.int32(stages))
-            plgpu.barrier_wait(scratch.k_ready.at[slot])
-
-            def products(scores: Any) -> Array:
-                plgpu.wgmma(scores, q_s, scratch.k.at[slot].T)
-                take_turns()
-                return scores[...]
-
-            raw = pl.run_scoped(products, plgpu.ACC((_ROWS, size), jnp.float32))
-            scores, factor = tile_scores(raw, form, None, slope=slope, masked=False)
-            clean = (span.first + index >= span.clean_from) & (span.first + index < span.clean_to)
-            scores = lax.cond(clean, lambda scores: scores, lambda scores: hide(scores, index), scores)
-            plgpu.barrier_arrive(scratch.k_free.at[slot])
-            weights, rescale, softmax = update(softmax, scores, factor)
-            values = values * _down(rescale, values.shape)
-            weights = weights.astype(inputs.v.dtype)
-            values, weights, softmax = lax.optimization_barrier((values, weights, softmax))
-            plgpu.barrier_arrive(scratch.turn)
-            plgpu.barrier_wait(scratch.v_ready.at[slot])
-            plgpu.barrier_wait(scratch.turn)
-            values = pl.run_state(lambda values: plgpu.wgmma(values, weights, scratch.v.at[slot]))(
-                plgpu.ACC.init(values)
-            )
-            plgpu.barrier_arrive(scratch.v_free.at[slot])
-            return values, softmax
-
-        def take_turns() -> None:
-            plgpu.barrier_arrive(scratch.turn)
-            plgpu.barrier_wait(scratch.turn)
-
-        softmax = Softmax(*(plgpu.layout_cast(x, plgpu.Layout.WGMMA.reduce(1)) for x in start(_ROWS)))
-        values = plgpu.layout_cast(jnp.zeros((_ROWS, inputs.v.shape[-1]), jnp.float32), plgpu.Layout.WGMMA)
-        pl.when(warpgroup == 1)(take_turns)
-        values, softmax = lax.fori_loop(0, steps, step, (values, softmax))
-        pl.when(warpgroup == 0)(take_turns)
-
-        reciprocal, logarithm = finish(softmax)
-        out_s[...] = (values * _down(reciprocal, values.shape)).astype(out_s.dtype)
-        if lse is not None:
-            scratch.lse[warpgroup] = logarithm
-        plgpu.commit_smem()
-        start_row = block * _QUERY_BLOCK + warpgroup * _ROWS
-        plgpu.copy_smem_to_gmem(out_s, out.at[row, pl.ds(start_row, _ROWS), head])
-        if lse is not None:
-            plgpu.copy_smem_to_gmem(scratch.lse.at[warpgroup], lse.at[row, head, pl.ds(start_row, _ROWS)])
-        plgpu.wait_smem_to_gmem(0)
+    reciprocal, logarithm = finish(softmax)
+    out_s[...] = (values * _down(reciprocal, values.shape)).astype(out_s.dtype)
+    if lse is not None:
+        scratch.lse[warpgroup] = logarithm
+    plgpu.commit_smem()
+    at = pl.ds(block * _QUERY_BLOCK + warpgroup * _ROWS, _ROWS)
+    plgpu.copy_smem_to_gmem(out_s, out.at[row, at, head])
+    if lse is not None:
+        plgpu.copy_smem_to_gmem(scratch.lse.at[warpgroup], lse.at[row, head, at])
+    plgpu.wait_smem_to_gmem(0)
 
 
 def _down(rows: Array, shape: tuple[int, ...]) -> Array:
