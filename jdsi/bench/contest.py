@@ -28,9 +28,9 @@ class Outcome:
         calls: made by each program, on so many sets of operands.
     """
 
-    seconds: Mapping[str, list[float]]
-    errors: Mapping[str, float]
-    left_out: Mapping[str, str]
+    seconds: dict[str, list[float]]
+    errors: dict[str, float]
+    left_out: dict[str, str]
     calls: int
 
 
