@@ -1,5 +1,6 @@
 """The sum of a token's parts, where its sequence's keys were split."""
 
+import math
 from typing import Any
 
 import jax
@@ -12,6 +13,12 @@ from jaxtyping import Array, Float, Int
 from ..attention.tile import LOWEST
 
 _ROWS = 64
+
+
+def whole_blocks(tokens: int, heads: int) -> int:
+    """`tokens`, or a few more, so that their heads fill blocks of 64 rows."""
+    multiple = _ROWS // math.gcd(_ROWS, heads)
+    return -(-tokens // multiple) * multiple
 
 
 def part_weights(
@@ -32,30 +39,22 @@ def combine_parts(
     weights: Float[Array, "splits T H"],
     splits: Int[Array, " T"],
 ) -> Float[Array, "T H Dv"]:
-    """The weighted sum of the parts of tokens with several, `whole` for the others.
+    """The weighted sum of the parts of tokens with several, `whole` for those with one; `T * H` is a multiple of 64.
 
     A kernel, because it reads only the parts that are there: most of `parts` is memory that nobody wrote.
     """
     tokens, heads, width = whole.shape
     rows = tokens * heads
-    splits = jnp.where(splits > 1, splits, 0)  # of tokens whose parts are to be summed
-    if rows < _ROWS:
-        more = -(-_ROWS // heads)
-        whole, splits = _longer(whole, 0, more), _longer(splits, 0, more)
-        parts, weights = _longer(parts, 1, more), _longer(weights, 1, more)
-        return combine_parts(whole, parts, weights, splits)[:tokens]
-    blocks = pl.cdiv(rows, _ROWS)
-    # The last block starts early enough to be full; what it shares with the one before is computed twice, alike.
-    starts = jnp.minimum(jnp.arange(blocks, dtype=jnp.int32) * _ROWS, rows - _ROWS)
+    blocks = rows // _ROWS
     of_row = jnp.broadcast_to(splits[:, None], (tokens, heads)).reshape(rows)
-    most = of_row[starts[:, None] + jnp.arange(_ROWS)].max(axis=1)
     # A token without parts has its whole result in place of the first part, all of it.
-    alone = (of_row == 0).astype(jnp.float32)
+    alone = (of_row == 1).astype(jnp.float32)
     weights = jnp.where(alone > 0, 0.0, weights.reshape(-1, rows))
+    most = jnp.where(of_row > 1, of_row, 0).reshape(blocks, _ROWS).max(axis=1)
 
-    def body(starts: Any, most: Any, alone: Any, weights: Any, whole: Any, parts: Any, out: Any) -> None:
+    def body(most: Any, alone: Any, weights: Any, whole: Any, parts: Any, out: Any) -> None:
         block = lax.axis_index("block")
-        at = pl.ds(starts[block], _ROWS)
+        at = pl.ds(block * _ROWS, _ROWS)
 
         def weigh(weights: Any, values: Any) -> Array:
             weight = plgpu.load(weights, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
@@ -75,8 +74,5 @@ def combine_parts(
         grid=(blocks,),
         grid_names=("block",),
         compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(starts, most, alone, weights, whole.reshape(rows, width), parts.reshape(-1, rows, width)).reshape(whole.shape)
+    )(most, alone, weights, whole.reshape(rows, width), parts.reshape(-1, rows, width)).reshape(whole.shape)
 
-
-def _longer(x: Array, axis: int, size: int) -> Array:
-    return jnp.pad(x, [(0, size - n if i == axis else 0) for i, n in enumerate(x.shape)])

@@ -7,7 +7,7 @@ of work items, the others compute. Keys of long sequences are split; a second sm
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +21,7 @@ from ..attention.form import AttentionForm
 from ..attention.tile import Softmax, finish, start, tile_scores, update, why_not_form, within_form
 from ..device import Device
 from ..operator import Config
-from .combine import combine_parts, part_weights
+from .combine import combine_parts, part_weights, whole_blocks
 from .schedule import BEGIN, END, POSITION, SEQUENCE, SPLIT, SPLITS, TOKEN, TOKENS, Schedule, make_schedule, most_splits
 from .tiling import ROWS, Tiling, default_tiling, head_blocks, padded, shared_memory, tilings
 
@@ -67,8 +67,10 @@ def run(
         lse = _by_token(lse, schedule, heads // kv_heads, tiling, splits)
         weights, lse = part_weights(lse)
         if parts is not None:
-            out = combine_parts(out, parts, weights, schedule.splits)
-    out = out[:, :, :v_dim]
+            extra = out.shape[0] - tokens
+            weights = jnp.pad(weights, ((0, 0), (0, extra), (0, 0)))
+            out = combine_parts(out, parts, weights, jnp.pad(schedule.splits, (0, extra)))
+    out = out[:tokens, :, :v_dim]
     return (out, lse) if return_lse else out
 
 
@@ -128,6 +130,7 @@ def _call(
         arrays = arrays._replace(q=jnp.pad(arrays.q, ((0, 0), (0, 0), (0, padded(dim) - dim))))
     present = [i for i, x in enumerate(arrays) if x is not None]
     units = kv_heads * head_blocks(heads // kv_heads, tiling)
+    tokens = whole_blocks(tokens, heads) if splits > 1 else tokens
     out_type = _Results(
         jax.ShapeDtypeStruct((tokens, heads, width), dtype),
         jax.ShapeDtypeStruct((len(arrays.items), units, tiling.warpgroups, ROWS), jnp.float32) if lse else None,
@@ -259,6 +262,25 @@ def _load_piece(source: Any, target: Any, ready: Any, there: Array) -> None:
         plgpu.barrier_arrive(ready)
 
 
+class _Heads(NamedTuple):
+    """The query heads of a unit: a block of those that share a key/value head, the last block may have fewer."""
+
+    unit: Array
+    group: int
+    tiling: Tiling
+
+    def each(self, copy: Callable[[Any, int], None]) -> None:
+        """Runs `copy(heads, how many)`, a number that must be static."""
+        blocks, most = head_blocks(self.group, self.tiling), self.tiling.heads
+        block = lax.rem(self.unit, blocks)
+        first, rest = lax.div(self.unit, blocks) * self.group + block * most, self.group - (blocks - 1) * most
+        if rest == most:
+            copy(pl.ds(first, most), most)
+            return
+        pl.when(block < blocks - 1)(lambda: copy(pl.ds(first, most), most))
+        pl.when(block == blocks - 1)(lambda: copy(pl.ds(first, rest), rest))
+
+
 def _compute_item(
     i: Array,
     done: Array,
@@ -276,12 +298,11 @@ def _compute_item(
     warpgroup = lax.axis_index("warpgroup")
     item, unit = lax.div(i, kv_heads * blocks), lax.rem(i, kv_heads * blocks)
     first, stop = inputs.items[item, BEGIN], inputs.items[item, END]
-    # The last block of a group starts early enough to be full: heads in two blocks are computed twice, alike.
-    head = lax.div(unit, blocks) * group + jnp.minimum(lax.rem(unit, blocks) * tiling.heads, group - tiling.heads)
+    own = _Heads(unit, group, tiling)
     before = warpgroup * tiling.tokens
     token, position = inputs.items[item, TOKEN] + before, inputs.items[item, POSITION] + before
     count = jnp.clip(inputs.items[item, TOKENS] - before, 0, tiling.tokens)
-    queries = _load_queries(inputs.q, scratch, token, head, tiling, dim)
+    queries = _load_queries(inputs.q, scratch, token, own, tiling, dim)
     slope = None
     if inputs.slopes is not None:
         slope = plgpu.load(inputs.slopes.at[unit], layout=_WGMMA.reduce(1), optimized=False)
@@ -335,7 +356,7 @@ def _compute_item(
     values = values * lax.broadcast_in_dim(reciprocal, values.shape, [0])
     if results.lse is not None:
         plgpu.store(results.lse.at[item, unit, warpgroup], lse, optimized=False)
-    at = token, count, head, tiling
+    at = token, count, own, tiling
     rows = scratch.q if scratch.out is None else scratch.out
     if results.parts is None:
         _store(values, rows, results.out, *at)
@@ -347,35 +368,36 @@ def _compute_item(
     return done + tiles
 
 
-def _load_queries(q: Any, scratch: _Scratch, token: Array, head: Array, tiling: Tiling, dim: int) -> Array:
+def _load_queries(q: Any, scratch: _Scratch, token: Array, heads: _Heads, tiling: Tiling, dim: int) -> Array:
     """The rows of one warpgroup; those of tokens past the block's end are other tokens' and never stored."""
     warpgroup, tokens = lax.axis_index("warpgroup"), q.shape[0]
 
     def load(t: Array, _: None) -> None:
-        plgpu.copy_gmem_to_smem(
-            q.at[jnp.minimum(token + t, tokens - 1), pl.ds(head, tiling.heads)],
-            scratch.q.at[warpgroup, pl.ds(t * tiling.heads, tiling.heads)],
-            scratch.q_ready.at[warpgroup],
-        )
+        def copy(at: Any, count: int) -> None:
+            plgpu.copy_gmem_to_smem(
+                q.at[jnp.minimum(token + t, tokens - 1), at],
+                scratch.q.at[warpgroup, pl.ds(t * tiling.heads, count)],
+                scratch.q_ready.at[warpgroup],
+            )
+
+        heads.each(copy)
 
     lax.fori_loop(0, tiling.tokens, load, None)
     plgpu.barrier_wait(scratch.q_ready.at[warpgroup])
     return plgpu.load(scratch.q.at[warpgroup, :, pl.ds(0, dim)], layout=_WGMMA, optimized=False)
 
 
-def _store(
-    values: Array, rows: Any, target: Any, token: Array, count: Array, head: Array, tiling: Tiling
-) -> None:
+def _store(values: Array, rows: Any, target: Any, token: Array, count: Array, heads: _Heads, tiling: Tiling) -> None:
     """Writes the block's own tokens, one copy each: the rows behind them are another sequence's."""
     warpgroup = lax.axis_index("warpgroup")
     plgpu.store(rows.at[warpgroup, :, pl.ds(0, values.shape[1])], values.astype(rows.dtype), optimized=False)
     plgpu.commit_smem()
 
     def store(t: Array, _: None) -> None:
-        plgpu.copy_smem_to_gmem(
-            rows.at[warpgroup, pl.ds(t * tiling.heads, tiling.heads)],
-            target.at[token + t, pl.ds(head, tiling.heads)],
-        )
+        def copy(at: Any, count: int) -> None:
+            plgpu.copy_smem_to_gmem(rows.at[warpgroup, pl.ds(t * tiling.heads, count)], target.at[token + t, at])
+
+        heads.each(copy)
 
     lax.fori_loop(0, count, store, None)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -445,8 +467,8 @@ def _row_slopes(form: AttentionForm, heads: int, kv_heads: int, tiling: Tiling) 
     if form.alibi is None:
         return None
     group = heads // kv_heads
-    block = jnp.arange(head_blocks(group, tiling)) * tiling.heads
-    head = jnp.minimum(block, group - tiling.heads)[:, None] + jnp.arange(ROWS) % tiling.heads
+    head = jnp.arange(head_blocks(group, tiling))[:, None] * tiling.heads + jnp.arange(ROWS) % tiling.heads
+    head = jnp.minimum(head, group - 1)
     head = jnp.arange(kv_heads)[:, None, None] * group + head
     return jnp.asarray(form.alibi.slopes, jnp.float32)[head.reshape(-1, ROWS)]
 
@@ -458,9 +480,8 @@ def _by_token(
     units = lse.shape[1]
     kv_heads = units // head_blocks(group, tiling)
     head = jnp.arange(kv_heads * group)
-    block = head % group // tiling.heads
-    unit = head // group * head_blocks(group, tiling) + block
-    inside = head % group - jnp.minimum(block * tiling.heads, group - tiling.heads)
+    unit = head // group * head_blocks(group, tiling) + head % group // tiling.heads
+    inside = head % group % tiling.heads
     token = jnp.arange(len(schedule.splits)) - schedule.items[schedule.first_item, TOKEN]
     split = jnp.arange(splits)[:, None]
     item = schedule.first_item + jnp.minimum(split, schedule.splits - 1)
