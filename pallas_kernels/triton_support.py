@@ -69,6 +69,11 @@ def launch(
         warps, stages: of each block, and loads in flight in its loops.
         constants: the kernel's compile-time arguments.
     """
+    # Triton knows this type on newer GPUs only; the kernels take its bits.
+    operands = tuple(
+        jax.lax.bitcast_convert_type(x, jnp.uint8) if getattr(x, "dtype", None) == jnp.float8_e4m3fn else x
+        for x in operands
+    )
     present = [x for x in operands if isinstance(x, jax.Array)]
 
     @jax.custom_batching.sequential_vmap

@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def _mend_interpreter() -> None:
-    """Triton 3.9's interpreter truncates to bfloat16, keeps it as integers and multiplies those in `tl.dot`."""
+    """Triton 3.9's interpreter keeps bfloat16 as its bits, and mistakes those for numbers, or truncates to them."""
     import ml_dtypes
     import triton.language as tl
     from triton.runtime import interpreter
@@ -70,7 +70,15 @@ def _mend_interpreter() -> None:
             return convert(data, source, result, mode)
         return data.astype(ml_dtypes.bfloat16).view(np.uint16)
 
+    cast = interpreter.InterpreterBuilder.cast_impl
+
+    def cast_impl(self: Any, source: Any, target: Any) -> Any:
+        if target.scalar == tl.bfloat16 and source.dtype.scalar.is_int():
+            source = cast(self, source, tl.float32)
+        return cast(self, source, target)
+
     interpreter.InterpreterBuilder.create_dot = create_dot
+    interpreter.InterpreterBuilder.cast_impl = cast_impl
     interpreter._convert_float = rounded
 
 

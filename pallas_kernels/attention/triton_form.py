@@ -49,7 +49,11 @@ def split(dim: int) -> tuple[int, int]:
 
 def blocks(rows: int, dim: int, value_dim: int, itemsize: int, device: Device, *, shared_values: bool) -> Blocks | None:
     """Blocks for `rows` rows, or as many of them as fit `device`; `None` if not even 16 do."""
-    for block_n, stages in ((64, 3), (32, 3), (32, 2), (16, 2)):
+    # Keys that are converted, or come in two parts, take more registers: more of them at a time would spill.
+    most = 16 if itemsize == 1 and dim > 256 else 32 if split(dim)[1] else 64
+    for block_n, stages in ((64, 3), (32, 3), (32, 2), (16, 3), (16, 2)):
+        if block_n > most:
+            continue
         block_m = power(rows)
         while block_m > 16 and block_m * power(value_dim) > 128 * 128:  # the accumulator must stay in registers
             block_m //= 2

@@ -7,6 +7,8 @@ A head's `D` numbers are taken as `D_MAIN`, a power of two, and `D_TAIL`, a powe
 import triton
 import triton.language as tl
 
+from ..triton_kernels import widen
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 # Where running maxima start: finite, so that a row with no visible key has weights 2 ** (-inf - LOWEST) = 0, never NaN.
@@ -20,7 +22,7 @@ def load_rows(source, rows, exists, D: tl.constexpr, FIRST: tl.constexpr, WIDTH:
     inside = exists[:, None]
     if FIRST + WIDTH > D:
         inside = inside & (columns < D)[None, :]
-    return tl.load(source + rows[:, None] * D + columns[None, :], mask=inside, other=0.0)
+    return tl.load(source + rows[:, None] * D + columns[None, :], mask=inside, other=0)
 
 
 @triton.jit
@@ -145,10 +147,10 @@ def attend(
             rows, exists = page_rows(table, keys, exists, head, pages, PAGE, KV_HEADS)
         else:
             rows = base + keys
-        k_main = load_rows(k, rows, exists, D, 0, D_MAIN).to(q_main.dtype)
+        k_main = widen(load_rows(k, rows, exists, D, 0, D_MAIN), q_main.dtype)
         raw = tl.dot(q_main, tl.trans(k_main))
         if D_TAIL > 0:
-            k_tail = load_rows(k, rows, exists, D, D_MAIN, D_TAIL).to(q_main.dtype)
+            k_tail = widen(load_rows(k, rows, exists, D, D_MAIN, D_TAIL), q_main.dtype)
             raw = tl.dot(q_tail, tl.trans(k_tail), raw)
         if k_scales is not None:
             raw *= tl.load(k_scales + rows, mask=exists, other=0.0).to(tl.float32)[None, :]
@@ -158,9 +160,11 @@ def attend(
         values *= rescale[:, None]
         vs = k_main
         if v is not None:
-            vs = load_rows(v, rows, exists, DV, 0, DV_MAIN).to(q_main.dtype)
-        if v_scales is not None:
-            weights *= tl.load(v_scales + rows, mask=exists, other=0.0).to(tl.float32)[None, :]
+            vs = widen(load_rows(v, rows, exists, DV, 0, DV_MAIN), q_main.dtype)
+        # Where the values are part of the keys, so are their scales.
+        scales = k_scales if v is None else v_scales
+        if scales is not None:
+            weights *= tl.load(scales + rows, mask=exists, other=0.0).to(tl.float32)[None, :]
         values = tl.dot(weights.to(q_main.dtype), vs, values)
     return values, top, total
 
