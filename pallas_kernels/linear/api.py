@@ -25,7 +25,7 @@ def _bucket(
     return f"T={tokens} out={weight.shape[0]} in={x.shape[1]} {x.dtype}{gate}{norm}"
 
 
-LINEAR = Operator("linear", "jdsi.pallas_kernels.linear", reference, _bucket)
+LINEAR = Operator("linear", "jdsi.pallas_kernels.linear", reference, _bucket, ("pallas", "triton"))
 
 
 def linear(

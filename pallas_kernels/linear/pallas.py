@@ -27,12 +27,11 @@ from ..normalization import normalise
 from . import prologue
 from .epilogue import activation, combine, reduce_splits
 from .form import PLAIN, LinearForm
-from .partition import Problem, Tiling, aligned, best, direct, steps_per_split, units
+from .partition import LAUNCH, TILE, Problem, Tiling, aligned, best, cost, direct, steps_per_split, units
 
 MAX_TOKENS = 64  # beyond, the product is on its way to compute-bound and XLA's matrix product is the right tool
 _WGMMA = plgpu.Layout.WGMMA
 _SLACK = 4 * 1024  # barriers and the compiler's own scratch
-_PIPELINE = 80 * 1024  # least shared memory the pipeline keeps when a norm wants some
 
 
 def why_not(
@@ -60,8 +59,8 @@ def why_not(
         return f"at most {MAX_TOKENS} tokens, not {tokens}: that is XLA's matrix product"
     if tokens == 0 or weight.shape[0] == 0:
         return "there is nothing to compute"
-    if inputs % 16:
-        return f"in must be a multiple of 16, not {inputs}"
+    if inputs % 8:
+        return f"in must be a multiple of 8, for rows of 16 bytes that TMA can read, not {inputs}"
     return None
 
 
@@ -145,12 +144,13 @@ def _plan(
 ) -> _Plan:
     (tokens, inputs), outputs = x.shape, weight.shape[0] // form.operands
     result = form.result_dtype(x.dtype)
+    flat = weight.shape[0] % 8 != 0 or inputs % TILE != 0
     problem = Problem(
-        tokens=tokens if tokens < 8 else -(-tokens // 8) * 8,
+        tokens=tokens if tokens < 8 or flat else -(-tokens // 8) * 8,
         outputs=outputs,
         inputs=inputs,
         operands=form.operands,
-        tile=next(tile for tile in (64, 32, 16) if inputs % tile == 0),
+        flat=flat,
         result_bytes=result.itemsize,
         # TMA writes rows of the result that start on 16 bytes.
         second_pass=outputs * result.itemsize % 16 != 0,
@@ -158,13 +158,17 @@ def _plan(
     room = device.shared_memory - _SLACK
     if bias is not None:
         room -= aligned(form.operands * 256 * bias.dtype.itemsize)
-    if form.norm is not None:
-        norm_bytes = sum(aligned(inputs * a.dtype.itemsize) for a in norm_arrays if a is not None)
-        norm_bytes += aligned(problem.columns * inputs * x.dtype.itemsize)
-        if problem.columns == 8 and problem.tile == 64 and room - norm_bytes >= _PIPELINE:
-            problem = dataclasses.replace(problem, resident=True)
-            room -= norm_bytes
-    tiling = best(problem, room, device)[0].override(config)
+    tiling = best(problem, room, device)[0]
+    if form.norm is not None and problem.columns == 8 and not flat:
+        fused = dataclasses.replace(problem, resident=True)
+        left = room - aligned(problem.columns * inputs * x.dtype.itemsize)
+        left -= sum(aligned(inputs * a.dtype.itemsize) for a in norm_arrays if a is not None)
+        # The fused norm saves a launch and takes memory from the pipeline.
+        ahead = cost(problem, tiling, device) + LAUNCH
+        found = best(fused, left, device)
+        if found and cost(fused, found[0], device) < ahead:
+            problem, room, tiling = fused, left, found[0]
+    tiling = tiling.override(config)
     return _Plan(problem, tiling, form, tokens, min(units(problem, tiling), device.cores), result, room)
 
 
@@ -195,11 +199,18 @@ def _scratch(plan: _Plan, dtype: Any, present: Mapping[str, Array]) -> dict[str,
     """Shared memory and barriers of a block."""
     problem, tiling = plan.problem, plan.tiling
     columns, padded = problem.columns, tiling.padded_rows
-    tiles = (plgpu.TilingTransform((8, problem.tile)), plgpu.SwizzleTransform(2 * problem.tile))
+    swizzle = plgpu.SwizzleTransform(2 * TILE)
+
+    def operand(*shape: int) -> Any:
+        tiled = plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, TILE)), swizzle))
+        # TMA refuses tiles that do not divide the array. One column of tiles is stored as if there were none, and
+        # without tiles TMA takes any array.
+        return plgpu.RefUnion(plgpu.SMEM(shape, dtype, transforms=(swizzle,)), tiled) if problem.flat else tiled
+
     chunks = problem.inputs // tiling.step if problem.resident else tiling.stages
     scratch: dict[str, Any] = {
-        "weights_s": plgpu.SMEM((tiling.stages, problem.operands, padded, tiling.step), dtype, transforms=tiles),
-        "x_s": plgpu.SMEM((chunks, columns, tiling.step), dtype, transforms=tiles),
+        "weights_s": operand(tiling.stages, problem.operands, padded, tiling.step),
+        "x_s": operand(chunks, columns, tiling.step),
         "staged_s": [plgpu.SMEM((columns, padded), plan.result if plan.direct else jnp.float32)]
         * (1 if plan.direct else problem.operands),
         "arrived": plgpu.Barrier(num_arrivals=problem.operands + (not problem.resident), num_barriers=tiling.stages),
@@ -283,6 +294,9 @@ class _Block:
         splits = self.plan.tiling.splits
         return unit // splits, lax.rem(unit, splits)
 
+    def views(self, name: str) -> tuple[Any, Any]:
+        return _views(self.scratch[name], self.plan.problem.flat)
+
     def fetch(self, slot: jax.Array, tile: jax.Array, step: jax.Array) -> None:
         problem, tiling = self.plan.problem, self.plan.tiling
         barrier = self.scratch["arrived"].at[slot]
@@ -290,13 +304,13 @@ class _Block:
         for operand in range(problem.operands):
             plgpu.copy_gmem_to_smem(
                 self.weight.at[pl.ds(operand * problem.outputs + tile * tiling.rows, tiling.rows), inputs],
-                self.scratch["weights_s"].at[slot, operand, pl.ds(0, tiling.rows)],
+                self.views("weights_s")[0].at[slot, operand, pl.ds(0, tiling.rows)],
                 barrier,
             )
         if not problem.resident:
             # A traced zero: with fewer than 8 tokens the block reaches past the array, and TMA fills it with zeros.
             columns = pl.ds(slot * 0, problem.columns)
-            plgpu.copy_gmem_to_smem(self.x.at[columns, inputs], self.scratch["x_s"].at[slot], barrier)
+            plgpu.copy_gmem_to_smem(self.x.at[columns, inputs], self.views("x_s")[0].at[slot], barrier)
 
     def fetch_x(self) -> None:
         prologue.fetch(
@@ -326,10 +340,11 @@ class _Block:
 
     def multiply(self, sums: Sequence[Any], slot: jax.Array, step: jax.Array) -> None:
         """Waits for a step's operands and starts its products; those of the step before are done on return."""
-        x = self.scratch["x_s"].at[step if self.plan.problem.resident else slot]
+        weights = self.views("weights_s")[1]
+        x = self.views("x_s")[1].at[step if self.plan.problem.resident else slot]
         plgpu.barrier_wait(self.scratch["arrived"].at[slot])
         for operand, ref in enumerate(sums):
-            plgpu.wgmma(ref, self.scratch["weights_s"].at[slot, operand], x.T)
+            plgpu.wgmma(ref, weights.at[slot, operand], x.T)
         plgpu.wgmma_wait(len(sums))
 
     def write_result(self, sums: Sequence[jax.Array], tile: jax.Array) -> None:
@@ -371,9 +386,18 @@ class _Block:
         plgpu.commit_smem_to_gmem_group()
 
 
+def _views(ref: Any, flat: bool) -> tuple[Any, Any]:
+    """An operand in shared memory as TMA and as wgmma see it."""
+    by_tma, by_wgmma = ref if flat else (ref, ref)
+    return by_tma, by_wgmma
+
+
 def _store(ref: Any, values: jax.Array) -> None:
-    values = plgpu.layout_cast(values, _WGMMA)
-    # jax 0.12 asks for leave to store in the order of the registers, jax 0.11 needs none.
+    """Writes a transposed tile, whose registers hold pairs that lie in different rows of `ref`."""
+    if values.dtype.itemsize == 4:
+        # The hardware transposes 16-bit matrices on their way to shared memory; here the threads exchange pairs.
+        values = plgpu.layout_cast(values, plgpu.Layout.WGMMA_TRANSPOSED)
+    # jax 0.12 wants to be told that bank conflicts are accepted, jax 0.11 has no word for it and accepts them.
     if store := getattr(plgpu, "store", None):
         store(ref, values, optimized=False)
     else:

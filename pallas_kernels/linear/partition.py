@@ -12,6 +12,7 @@ from typing import Any
 
 from ..device import Device
 
+TILE = 64  # inputs of a tile of shared memory: 128 bytes of 16-bit numbers, the widest swizzle
 MMA_ROWS = 64  # rows of wgmma's A operand; a tile of fewer rows leaves the rest of the operand unused
 BUFFER_ALIGNMENT = 1024  # of every buffer in shared memory
 MAX_ACCUMULATORS = 128  # registers per thread for sums, of 255: the epilogue needs about as many again
@@ -19,10 +20,15 @@ MAX_ACCUMULATORS = 128  # registers per thread for sums, of 255: the epilogue ne
 # Little's law at 4.3 TB/s over 132 multiprocessors and a little over a microsecond of latency.
 _IN_FLIGHT = 40 * 1024
 # A second launch takes about two microseconds, in which a multiprocessor loads about this many bytes.
-_LAUNCH = 64 * 1024
+LAUNCH = 64 * 1024
+# How much more than its share one multiprocessor can draw while others idle: L2 serves about a quarter more bandwidth
+# than memory. An assumption to be replaced by measurement; the tuner tries the alternatives.
+_ELASTICITY = 1.25
 # Below this the work of a step (a wait, a few wgmma, one more copy) does not hide behind the bytes it brings.
-_STEP = 16 * 1024
+# Longer steps also read longer runs of each row.
+_STEP = 32 * 1024
 _SLOT = 40 * 1024
+_FEW_STAGES = 4  # below, waiting for one step stalls too large a part of the pipeline
 _STAGES = 16  # more would only lengthen the code that fills the pipeline
 
 
@@ -38,7 +44,8 @@ class Problem:
         weight_bits: bits of one stored weight; scales and the like are small and not counted.
         resident: `x` stays in shared memory as a whole (a norm is fused), else it streams beside the weights; steps
             then divide the inputs.
-        tile: the inner dimension of the shared-memory tiles: a step is a multiple of it.
+        flat: the weights' dimensions are not multiples of the tiles of shared memory, so that every step is one tile
+            of `TILE` inputs, which TMA need not know to be tiled.
         result_bytes: of one element of the result.
         second_pass: a second pass finishes the result even if the inputs are not split.
     """
@@ -49,7 +56,7 @@ class Problem:
     operands: int = 1
     weight_bits: int = 16
     resident: bool = False
-    tile: int = 64
+    flat: bool = False
     result_bytes: int = 2
     second_pass: bool = False
 
@@ -119,29 +126,31 @@ def aligned(size: int) -> int:
     return -(-size // BUFFER_ALIGNMENT) * BUFFER_ALIGNMENT
 
 
-def load_per_core(problem: Problem, tiling: Tiling, device: Device) -> float:
-    """Bytes that the busiest multiprocessor loads, and what a second pass costs in the same currency."""
+def cost(problem: Problem, tiling: Tiling, device: Device) -> float:
+    """Bytes that one multiprocessor could have loaded, at its fair share of the bandwidth, in the time this takes."""
     inputs = min(problem.inputs, steps_per_split(problem, tiling) * tiling.step)
-    weights = problem.operands * min(tiling.rows, problem.outputs) * problem.weight_bits / 8
-    x = 0 if problem.resident else 2 * problem.tokens
-    load = -(-units(problem, tiling) // device.cores) * inputs * (weights + x)
-    in_flight = tiling.stages * tiling.step * problem.operands * tiling.rows * problem.weight_bits / 8
-    load *= max(1.0, _IN_FLIGHT / in_flight)
+    tile = inputs * problem.operands * min(tiling.rows, problem.outputs) * problem.weight_bits / 8
+    x = 0 if problem.resident else inputs * problem.tokens * 2  # from the cache, but through the same port
+    busiest = -(-units(problem, tiling) // device.cores) * (tile + x)
+    fair = problem.operands * problem.outputs * problem.inputs * problem.weight_bits / 8 / device.cores
+    in_flight = (tiling.stages - 1) * tiling.step * problem.operands * tiling.rows * problem.weight_bits / 8
+    # A little of `busiest` in any case: of equals the evenest.
+    load = (max(fair, busiest / _ELASTICITY) + 0.1 * busiest) * max(1.0, _IN_FLIGHT / in_flight)
     if tiling.splits > 1:  # float32 partial sums are written and read once
-        partials = 8 * tiling.splits * problem.tokens * problem.operands * problem.outputs
-        load += _LAUNCH + partials / device.cores
+        load += LAUNCH + 8 * tiling.splits * problem.tokens * problem.operands * problem.outputs / device.cores
     return load
 
 
 def tilings(problem: Problem, shared_memory: int) -> Iterator[Tiling]:
     """All sensible ways to cut `problem` with `shared_memory` bytes for the pipeline, deepest pipelines only."""
-    # While x is small beside a tile of weights, more than 64 rows only shorten the runs of bytes that a step reads.
-    most = MMA_ROWS if problem.columns <= 16 else 256
+    # While x is small beside a tile of weights, more than 64 rows only shorten the runs of bytes that a step reads
+    # (and where a step is one tile in any case, more rows make it worth its while).
+    most = MMA_ROWS if problem.columns <= 16 and not problem.flat else 256
     for rows in range(8, most + 1, 8):
         padded = -(-rows // MMA_ROWS) * MMA_ROWS
         if problem.operands * padded * problem.columns > MAX_ACCUMULATORS * 128:
             continue
-        step = _step(problem, rows)
+        step = _step(problem, rows, shared_memory)
         total = -(-problem.inputs // step)
         for splits in (1, 2, 3, 4, 5, 6, 8):
             per_split = -(-total // splits)
@@ -158,18 +167,19 @@ def tilings(problem: Problem, shared_memory: int) -> Iterator[Tiling]:
 def best(problem: Problem, shared_memory: int, device: Device, count: int = 1) -> tuple[Tiling, ...]:
     """The `count` tilings that should load fastest, the best first; none where shared memory is too small."""
 
-    def cost(tiling: Tiling) -> tuple[float, int]:
-        return load_per_core(problem, tiling, device), -tiling.rows  # of equals the fewest blocks
+    def key(tiling: Tiling) -> tuple[float, int]:
+        return cost(problem, tiling, device), -tiling.rows  # of equals the fewest blocks
 
-    return tuple(sorted(tilings(problem, shared_memory), key=cost)[:count])
+    return tuple(sorted(tilings(problem, shared_memory), key=key)[:count])
 
 
-def _step(problem: Problem, rows: int) -> int:
+def _step(problem: Problem, rows: int, shared_memory: int) -> int:
     """Inputs of a step: enough bytes to be worth it, few enough for a deep pipeline."""
     per_input = problem.operands * rows * problem.weight_bits / 8
-    step = problem.tile
-    while step < 256 and step * per_input < _STEP and slot_bytes(problem, rows, 2 * step) <= _SLOT:
-        if problem.resident and problem.inputs % (2 * step):
+    step = TILE
+    while not problem.flat and step < 256 and step * per_input < _STEP:
+        slot = slot_bytes(problem, rows, 2 * step)
+        if slot > _SLOT or shared_memory // slot < _FEW_STAGES or (problem.resident and problem.inputs % (2 * step)):
             break
         step *= 2
     return step

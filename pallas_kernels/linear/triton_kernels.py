@@ -47,36 +47,8 @@ def product(
 
 
 @triton.jit
-def combine(
-    partial,  # [SPLITS, 1 or 2, T, OUT], float32
-    bias,
-    residual,
-    T,
-    out,  # [T, OUT]
-    OUT: tl.constexpr,
-    GATED: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Adds the splits' partial sums, always in the same order, and finishes one block of one token's outputs."""
-    token = tl.program_id(1)
-    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < OUT
-    total = tl.zeros([BLOCK], tl.float32)
-    up = tl.zeros([BLOCK], tl.float32)
-    PARTS: tl.constexpr = 2 if GATED else 1
-    for split in range(SPLITS):
-        source = partial + ((split * PARTS) * T + token) * OUT + columns
-        total += tl.load(source, mask=inside, other=0.0)
-        if GATED:
-            up += tl.load(source + T * OUT, mask=inside, other=0.0)
-    finish(total, up, bias, residual, out, token, columns, inside, OUT, GATED, ACTIVATION)
-
-
-@triton.jit
 def store_partial(total, up, out, split, T, token, column, inside, OUT: tl.constexpr, GATED: tl.constexpr):
-    """Leaves one split's sums for `combine`."""
+    """Leaves one split's sums for the pass that adds them up."""
     PARTS: tl.constexpr = 2 if GATED else 1
     target = out + (split * PARTS * T + token) * OUT + column
     tl.store(target, total, mask=inside)
@@ -107,9 +79,12 @@ def finish(
         if bias is not None:
             up += tl.load(bias + OUT + column, mask=known, other=0.0).to(tl.float32)
         total *= up
+    y = total.to(out.dtype.element_ty)
     if residual is not None:
-        total += tl.load(residual + token * OUT + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + token * OUT + column, total.to(out.dtype.element_ty), mask=inside)
+        # Rounds twice, as a model made of single operators does.
+        before = tl.load(residual + token * OUT + column, mask=inside, other=0.0).to(tl.float32)
+        y = (before + y.to(tl.float32)).to(out.dtype.element_ty)
+    tl.store(out + token * OUT + column, y, mask=inside)
 
 
 @triton.jit
