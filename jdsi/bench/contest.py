@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from jdsi.errors import UnsupportedError
 from jdsi.pallas_kernels.operator import ArgumentSpec
 
 from .calls import Calls, Operands, call_count, difference, tolerance, tree_bytes
@@ -87,5 +88,7 @@ def contest(
 
 def reason(error: Exception) -> str:
     """The error in one line."""
+    if isinstance(error, UnsupportedError):
+        return str(error)
     first = next(itertools.chain(str(error).splitlines(), [""]))
     return f"{type(error).__name__}: {first[:300]}"

@@ -17,10 +17,13 @@ import fake_operator as fake
 from jdsi.bench import calls, kernels
 from jdsi.bench.calls import Calls, Operands, call_count, difference, tolerance
 from jdsi.bench.device_limits import DeviceLimits
+from jdsi.bench.kernel_peers import jax_attention
 from jdsi.cli.app import app
-from jdsi.errors import ConfigError
+from jdsi.errors import ConfigError, UnsupportedError
+from jdsi.pallas_kernels import AttentionForm
 from jdsi.pallas_kernels.device import H200, target
 from jdsi.pallas_kernels.operator import ArgumentSpec
+from jdsi.pallas_kernels.prefill_attention.api import PREFILL_ATTENTION
 from jdsi.sharding.topology import topology_devices
 
 
@@ -218,3 +221,25 @@ def test_limits_of_this_machine() -> None:
     assert limits.bandwidths([2.0]) == [2**12]
     assert limits.rates([2.0]) == [16**3]
     assert kernels.memory_budget(H200) > 0
+
+
+@pytest.mark.parametrize(
+    "form",
+    [AttentionForm(0.3), AttentionForm(0.3, window=5), AttentionForm(0.3, causal=False)],
+    ids=["causal", "window", "full"],
+)
+def test_the_peer_for_attention_computes_the_same(form: AttentionForm) -> None:
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = ((2, 16, 4, 8), (2, 2, 16, 8), (2, 2, 16, 8))
+    q, k, v = (jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True))
+    lengths = None if form.causal else jnp.array([16, 9], jnp.int32)
+    arrays = (q, k, v, None, lengths, None, None)
+    found = jax_attention(*arrays, form=form, implementation="xla")
+    expected = PREFILL_ATTENTION.reference(*arrays, form=form)
+    assert difference(found, expected) < 1e-5
+
+
+def test_the_peer_for_attention_says_what_it_lacks() -> None:
+    q, k, v = jnp.ones((1, 4, 2, 8)), jnp.ones((1, 2, 4, 8)), jnp.ones((1, 2, 4, 6))
+    with pytest.raises(UnsupportedError, match="a soft cap, values of another width"):
+        jax_attention(q, k, v, None, None, None, None, form=AttentionForm(1.0, softcap=30.0))
