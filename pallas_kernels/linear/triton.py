@@ -150,7 +150,9 @@ def run(
     return y if whole else reduce_splits(y, bias, residual, form, outputs, dtype)
 
 
-def result(tokens: int, outputs: int, splits: int, form: LinearForm, dtype: jax.typing.DTypeLike) -> jax.ShapeDtypeStruct:
+def result(
+    tokens: int, outputs: int, splits: int, form: LinearForm, dtype: jax.typing.DTypeLike
+) -> jax.ShapeDtypeStruct:
     """What a kernel writes: the result, or the splits' sums as `reduce_splits` takes them."""
     if splits == 1:
         return jax.ShapeDtypeStruct((tokens, outputs), dtype)
