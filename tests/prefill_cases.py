@@ -11,6 +11,8 @@ from jdsi.pallas_kernels.attention import AttentionForm
 from jdsi.pallas_kernels.prefill_attention import PREFILL_ATTENTION
 from kernels import relative_error
 
+_CAUSAL = AttentionForm(0.125)
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:
@@ -20,7 +22,7 @@ class Case:
     keys: int
     heads: tuple[int, int] = (1, 1)
     dim: tuple[int, int] = (64, 64)
-    form: AttentionForm = AttentionForm(0.125)
+    form: AttentionForm = _CAUSAL
     batch: int = 1
     q_start: tuple[int, ...] | None = None
     k_lengths: tuple[int, ...] | None = None

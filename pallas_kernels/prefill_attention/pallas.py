@@ -8,6 +8,7 @@ where XLA assembles kernels with nvJitLink. Key blocks that no query of the bloc
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from ..attention.form import AttentionForm
-from ..attention.tile import Softmax, finish, start, tile_scores, update, why_not_form, within_form
+from ..attention.tile import Softmax, finish, start, tile_scores, update, why_not_form
 from ..device import Device
 from ..operator import Config
 from .spans import Span, geometric_span, segment_spans
@@ -219,15 +220,21 @@ def _block(
     def in_place_of(step: Any, fetch: Callable[[Any], None]) -> None:
         pl.when((warpgroup == 0) & (step >= 0) & (step + stages < steps))(lambda: fetch(step + stages))
 
+    def number(axis: int) -> Array:
+        return plgpu.broadcasted_iota(jnp.int32, (_ROWS, size), axis, layout=plgpu.Layout.WGMMA)
+
     def hide(scores: Array, step: Any) -> Array:
-        slot, key = lax.rem(step, jnp.int32(stages)), (span.first + step) * size
-        column, line = (
-            plgpu.broadcasted_iota(jnp.int32, scores.shape, axis, layout=plgpu.Layout.WGMMA) for axis in (1, 0)
-        )
-        visible = within_form(form, column - line + (key - first_query))
+        key = (span.first + step) * size
+        query = number(0) + (first_query - key)  # as the columns count
+        # All bounds of a row but segments come down to two numbers, which the compiler computes once a row.
+        end = [query + (1 if form.causal else form.window)] if form.causal or form.window is not None else []
         if inputs.k_lengths is not None or keys % size:
-            visible = _both(visible, column < limit - key)
+            end.append(jnp.full_like(query, limit - key))
+        visible = number(1) < functools.reduce(jnp.minimum, end) if end else None
+        if form.window is not None:
+            visible = _both(visible, number(1) > query - form.window)
         if q_segments is not None:
+            slot = lax.rem(step, jnp.int32(stages))
             k_segments = plgpu.load(scratch.k_segments.at[slot], layout=plgpu.Layout.WGMMA.reduce(0))
             plgpu.commit_smem()  # the copy that comes next to this place must not overtake the load
             same = _down(q_segments, scores.shape) == lax.broadcast_in_dim(k_segments, scores.shape, [1])
@@ -254,7 +261,8 @@ def _block(
             return scores[...]
 
         raw = pl.run_scoped(products, plgpu.ACC((_ROWS, size), jnp.float32))
-        scores, factor = tile_scores(raw, form, None, slope=slope, masked=False)
+        apart = None if form.alibi is None else number(1) - number(0) + ((span.first + index) * size - first_query)
+        scores, factor = tile_scores(raw, form, apart, slope=slope, masked=False)
         clean = (span.first + index >= span.clean_from) & (span.first + index < span.clean_to)
         scores = lax.cond(clean, lambda scores: scores, lambda scores: hide(scores, index), scores)
         weights, rescale, softmax = update(softmax, scores, factor)
