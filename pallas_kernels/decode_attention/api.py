@@ -37,12 +37,10 @@ def _bucket(
 
 
 _PACKAGE = "jdsi.pallas_kernels.decode_attention"
-DECODE_ATTENTION = Operator(
-    "decode_attention", "jdsi.pallas_kernels.decode_attention", _reference, _bucket, ("pallas", "triton")
-)
-PAGED_DECODE_ATTENTION = Operator(
-    "paged_decode_attention", "jdsi.pallas_kernels.decode_attention", _reference, _bucket, ("pallas", "triton")
-)
+_KERNELS = ("pallas", "triton")
+
+DECODE_ATTENTION = Operator("decode_attention", _PACKAGE, _reference, _bucket, _KERNELS)
+PAGED_DECODE_ATTENTION = Operator("paged_decode_attention", _PACKAGE, _reference, _bucket, _KERNELS)
 
 
 def decode_attention(
