@@ -17,8 +17,9 @@ MMA_ROWS = 64  # rows of wgmma's A operand; a tile of fewer rows leaves the rest
 BUFFER_ALIGNMENT = 1024  # of every buffer in shared memory
 MAX_ACCUMULATORS = 128  # registers per thread for sums, of 255: the epilogue needs about as many again
 
-# Little's law at 4.3 TB/s over 132 multiprocessors and a little over a microsecond of latency.
-_IN_FLIGHT = 40 * 1024
+# Little's law at 4.3 TB/s over 132 multiprocessors and a little over a microsecond of latency gives 40 KB for loads
+# that are always evenly spread; this leaves some room.
+_IN_FLIGHT = 64 * 1024
 # A second launch takes about two microseconds, in which a multiprocessor loads about this many bytes.
 LAUNCH = 64 * 1024
 # How much more than its share one multiprocessor can draw while others idle: L2 serves about a quarter more bandwidth
@@ -135,7 +136,7 @@ def cost(problem: Problem, tiling: Tiling, device: Device) -> float:
     fair = problem.operands * problem.outputs * problem.inputs * problem.weight_bits / 8 / device.cores
     in_flight = (tiling.stages - 1) * tiling.step * problem.operands * tiling.rows * problem.weight_bits / 8
     # A little of `busiest` in any case: of equals the evenest.
-    load = (max(fair, busiest / _ELASTICITY) + 0.1 * busiest) * max(1.0, _IN_FLIGHT / in_flight)
+    load = (max(fair, busiest / _ELASTICITY) + 0.1 * busiest) * max(1.0, min(_IN_FLIGHT, busiest) / in_flight)
     if tiling.splits > 1:  # float32 partial sums are written and read once
         load += LAUNCH + 8 * tiling.splits * problem.tokens * problem.operands * problem.outputs / device.cores
     return load
@@ -152,12 +153,11 @@ def tilings(problem: Problem, shared_memory: int) -> Iterator[Tiling]:
             continue
         step = _step(problem, rows, shared_memory)
         total = -(-problem.inputs // step)
-        for splits in (1, 2, 3, 4, 5, 6, 8):
+        # A fused norm saves the launch that a second pass costs, and every split would repeat it.
+        for splits in (1,) if problem.resident else (1, 2, 3, 4, 5, 6, 8):
             per_split = -(-total // splits)
             # No split empty, and each worth its second pass.
             if splits == 1 or (per_split >= 4 and -(-total // per_split) == splits):
-                if problem.resident and per_split * splits != total:
-                    continue
                 tiling = Tiling(rows, step, 2, splits)
                 stages = (shared_memory - staging_bytes(problem, tiling)) // slot_bytes(problem, rows, step)
                 if stages >= 2:
