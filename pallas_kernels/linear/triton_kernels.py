@@ -30,8 +30,8 @@ def product(
     up = tl.zeros([BLOCK_OUT, BLOCK_T], tl.float32)
     row = weight + rows.to(tl.int64)[:, None] * IN
     column = x + tokens[None, :] * IN
-    for step in range(0, SPLIT_IN, BLOCK_IN):
-        inner = split * SPLIT_IN + step + tl.arange(0, BLOCK_IN)
+    for first in range(split * SPLIT_IN, tl.minimum((split + 1) * SPLIT_IN, IN), BLOCK_IN):
+        inner = first + tl.arange(0, BLOCK_IN)
         inside = (rows < OUT)[:, None] & (inner < IN)[None, :]
         xs = tl.load(column + inner[:, None], mask=(inner < IN)[:, None] & (tokens < T)[None, :], other=0.0)
         ws = tl.load(row + inner[None, :], mask=inside, other=0.0, eviction_policy="evict_first")
