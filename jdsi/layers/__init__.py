@@ -1,6 +1,6 @@
 """The few building blocks every family is made of."""
 
 from .linear import Embedding, Linear
-from .norm import LayerNorm, RMSNorm
+from .norm import Norm
 
-__all__ = ["Embedding", "LayerNorm", "Linear", "RMSNorm"]
+__all__ = ["Embedding", "Linear", "Norm"]

@@ -9,8 +9,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jdsi.kv_cache import AttentionContext
-from jdsi.layers import LayerNorm, Linear, RMSNorm
-from jdsi.pallas_kernels import ACTIVATIONS, AttentionForm
+from jdsi.layers import Linear, Norm
+from jdsi.pallas_kernels import AttentionForm, NormForm
 
 from .spec import (
     AttentionSpec,
@@ -27,11 +27,11 @@ from .spec import (
 Hidden = Float[Array, "T E"]
 
 
-def make_norm(spec: NormSpec, width: int, dtype: DTypeLike) -> RMSNorm | LayerNorm:
+def make_norm(spec: NormSpec, width: int, dtype: DTypeLike) -> Norm:
     """The norm layer that `spec` describes."""
     if isinstance(spec, RmsNormSpec):
-        return RMSNorm(width, eps=spec.eps, weight_offset=spec.weight_offset, dtype=dtype)
-    return LayerNorm(width, eps=spec.eps, weight=spec.weight, bias=spec.bias, dtype=dtype)
+        return Norm(width, NormForm(centred=False, eps=spec.eps, weight_offset=spec.weight_offset), dtype=dtype)
+    return Norm(width, NormForm(centred=True, eps=spec.eps), weight=spec.weight, bias=spec.bias, dtype=dtype)
 
 
 class Attention(nnx.Module):
@@ -52,15 +52,18 @@ class Attention(nnx.Module):
             rotary=spec.rotary,
         )
 
-    def __call__(self, x: Hidden, context: AttentionContext) -> tuple[Hidden, AttentionContext]:
+    def __call__(
+        self, x: Hidden, context: AttentionContext, *, norm: Norm | None = None, residual: Hidden | None = None
+    ) -> tuple[Hidden, AttentionContext]:
+        """`residual + attention(norm(x))`, and the context that remembers the tokens."""
         tokens, dim = x.shape[0], self.spec.head_dim
         q_rows, k_rows, _ = self.spec.qkv_rows
-        q, k, v = jnp.split(self.qkv(x), (q_rows, q_rows + k_rows), axis=-1)
+        q, k, v = jnp.split(self.qkv(x, norm=norm), (q_rows, q_rows + k_rows), axis=-1)
         q, k, v = (part.reshape(tokens, -1, dim) for part in (q, k, v))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         out, context = context.attend(self.layer, q, k, v, self.form)
-        return self.out(out.reshape(tokens, -1)), context
+        return self.out(out.reshape(tokens, -1), residual=residual), context
 
 
 class Mlp(nnx.Module):
@@ -71,13 +74,10 @@ class Mlp(nnx.Module):
         self.up = Linear(width, spec.width * (2 if spec.gated else 1), bias=spec.bias, dtype=dtype, rngs=rngs)
         self.down = Linear(spec.width, width, bias=spec.bias, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Hidden) -> Hidden:
-        activation = ACTIVATIONS[self.spec.activation]
-        h = self.up(x)
-        if self.spec.gated:
-            gate, up = jnp.split(h, 2, axis=-1)
-            return self.down(activation(gate) * up)
-        return self.down(activation(h))
+    def __call__(self, x: Hidden, *, norm: Norm | None = None, residual: Hidden | None = None) -> Hidden:
+        """`residual + feed_forward(norm(x))`."""
+        up = self.up.gated if self.spec.gated else self.up
+        return self.down(up(x, norm=norm, activation=self.spec.activation), residual=residual)
 
 
 class _Block(nnx.Module):
@@ -96,12 +96,13 @@ class PreNormBlock(_Block):
         self.feed_forward_norm = make_norm(spec.residual.norm, width, dtype)
 
     def __call__(self, x: Hidden, context: AttentionContext) -> tuple[Hidden, AttentionContext]:
-        from_norm = self.from_norm
-        h = self.attention_norm(x)
-        out, context = self.attention(h, context)
-        x = (h if from_norm else x) + out
-        h = self.feed_forward_norm(x)
-        return (h if from_norm else x) + self.feed_forward(h), context
+        if self.from_norm:
+            h = self.attention_norm(x)
+            x, context = self.attention(h, context, residual=h)
+            h = self.feed_forward_norm(x)
+            return self.feed_forward(h, residual=h), context
+        x, context = self.attention(x, context, norm=self.attention_norm, residual=x)
+        return self.feed_forward(x, norm=self.feed_forward_norm, residual=x), context
 
 
 class PostNormBlock(_Block):
@@ -112,9 +113,9 @@ class PostNormBlock(_Block):
         self.feed_forward_norm = make_norm(spec.residual.norm, width, dtype)
 
     def __call__(self, x: Hidden, context: AttentionContext) -> tuple[Hidden, AttentionContext]:
-        out, context = self.attention(x, context)
-        x = self.attention_norm(x + out)
-        return self.feed_forward_norm(x + self.feed_forward(x)), context
+        x, context = self.attention(x, context, residual=x)
+        x = self.attention_norm(x)
+        return self.feed_forward_norm(self.feed_forward(x, residual=x)), context
 
 
 class SandwichNormBlock(_Block):
@@ -127,9 +128,9 @@ class SandwichNormBlock(_Block):
         self.feed_forward_out_norm = make_norm(spec.residual.norm, width, dtype)
 
     def __call__(self, x: Hidden, context: AttentionContext) -> tuple[Hidden, AttentionContext]:
-        out, context = self.attention(self.attention_norm(x), context)
+        out, context = self.attention(x, context, norm=self.attention_norm)
         x = x + self.attention_out_norm(out)
-        return x + self.feed_forward_out_norm(self.feed_forward(self.feed_forward_norm(x))), context
+        return x + self.feed_forward_out_norm(self.feed_forward(x, norm=self.feed_forward_norm)), context
 
 
 class ParallelResidualBlock(_Block):
@@ -141,11 +142,9 @@ class ParallelResidualBlock(_Block):
         self.feed_forward_norm = None if shared else make_norm(spec.residual.norm, width, dtype)
 
     def __call__(self, x: Hidden, context: AttentionContext) -> tuple[Hidden, AttentionContext]:
-        h = self.attention_norm(x)
-        out, context = self.attention(h, context)
-        if self.feed_forward_norm is not None:
-            h = self.feed_forward_norm(x)
-        return x + out + self.feed_forward(h), context
+        norm = self.attention_norm if self.feed_forward_norm is None else self.feed_forward_norm
+        attended, context = self.attention(x, context, norm=self.attention_norm, residual=x)
+        return self.feed_forward(x, norm=norm, residual=attended), context
 
 
 BLOCKS: Mapping[type, Callable[..., _Block]] = MappingProxyType(
