@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Num
 
 from .form import AttentionForm, RoundedAlibi
 
@@ -39,7 +39,7 @@ def why_not_form(form: AttentionForm, heads: int) -> str | None:
 def tile_scores(
     raw: Float[Array, "M N"],
     form: AttentionForm,
-    distance: Int[Array, "M N"] | None = None,
+    distance: Num[Array, "M N"] | None = None,
     *,
     slope: Float[Array, "..."] | None = None,
     masked: bool = True,
@@ -50,7 +50,7 @@ def tile_scores(
     Args:
         raw: products of queries and keys, float32, not scaled.
         form: what to compute.
-        distance: index of the key minus index of the query; needed for a bias and where `masked`.
+        distance: index of the key minus index of the query, int32 or float32; needed for a bias and where `masked`.
         slope: ALiBi's slope of each query, a scalar or of the tile's shape; needed if the form has ALiBi.
         masked: apply the form's causal and window masks. `False` for tiles that lie wholly inside both.
         visible: further mask, `False` hides the key.
@@ -73,7 +73,7 @@ def tile_scores(
     return scores, factor
 
 
-def within_form(form: AttentionForm, distance: Int[Array, "M N"] | None) -> Bool[Array, "M N"] | None:
+def within_form(form: AttentionForm, distance: Num[Array, "M N"] | None) -> Bool[Array, "M N"] | None:
     """The form's causal and window masks; `None` if it has neither."""
     if not form.causal and form.window is None:
         return None

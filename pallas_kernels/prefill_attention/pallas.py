@@ -99,9 +99,10 @@ def run(
     """See `prefill_attention`."""
     queries, keys = q.shape[1], k.shape[2]
     tiling = _tiling(q, k, v, device, config)
-    if queries > 8 and queries % 8:
-        q = _padded(q, 1, 8, 0)
-    if keys > 8 and keys % 8:
+    # Rows in shared memory come in eights, and Mosaic wants whole ones in device memory too. Lengths from buckets are
+    # multiples of eight; for others XLA copies.
+    q = _padded(q, 1, 8, 0)
+    if keys % 8:
         k_lengths = jnp.full(q.shape[0], keys, jnp.int32) if k_lengths is None else jnp.minimum(k_lengths, keys)
         k, v = _padded(k, 2, 8, 0), _padded(v, 2, 8, 0)
     spans = None
@@ -223,6 +224,11 @@ def _block(
     def number(axis: int) -> Array:
         return plgpu.broadcasted_iota(jnp.int32, (_ROWS, size), axis, layout=plgpu.Layout.WGMMA)
 
+    def distance(step: Any) -> Array:
+        # In float32, exact below 2^24: so there is a conversion for each row and column, not for each pair.
+        query = number(0) + (first_query - (span.first + step) * size)
+        return number(1).astype(jnp.float32) - query.astype(jnp.float32)
+
     def hide(scores: Array, step: Any) -> Array:
         key = (span.first + step) * size
         query = number(0) + (first_query - key)  # as the columns count
@@ -261,7 +267,7 @@ def _block(
             return scores[...]
 
         raw = pl.run_scoped(products, plgpu.ACC((_ROWS, size), jnp.float32))
-        apart = None if form.alibi is None else number(1) - number(0) + ((span.first + index) * size - first_query)
+        apart = None if form.alibi is None else distance(index)
         scores, factor = tile_scores(raw, form, apart, slope=slope, masked=False)
         clean = (span.first + index >= span.clean_from) & (span.first + index < span.clean_to)
         scores = lax.cond(clean, lambda scores: scores, lambda scores: hide(scores, index), scores)

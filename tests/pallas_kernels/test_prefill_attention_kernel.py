@@ -17,8 +17,7 @@ from jdsi.pallas_kernels.attention.tile import combine
 from jdsi.pallas_kernels.device import H200
 from jdsi.pallas_kernels.prefill_attention import PREFILL_ATTENTION, prefill_attention
 from jdsi.pallas_kernels.prefill_attention.pallas import candidates, run
-from jdsi.pallas_kernels.prefill_attention.specs import argument_specs
-from kernels import RELATIVE, compile_for_h200, interpreted_or_gpu, relative_error
+from kernels import RELATIVE, interpreted_or_gpu, relative_error
 from prefill_cases import Case, check
 
 CAUSAL, FULL = AttentionForm(0.125), AttentionForm(0.125, causal=False)
@@ -140,30 +139,3 @@ def test_kernel_is_deterministic() -> None:
     first = np.asarray(attend(*arrays), np.float32)
     for _ in range(5):
         np.testing.assert_array_equal(np.asarray(attend(*arrays), np.float32), first)
-
-
-@pytest.mark.aot
-@pytest.mark.parametrize("spec", [s for s in argument_specs() if "S=8192" in s.name or "B=16" in s.name], ids=str)
-def test_kernel_compiles_without_spills(spec: Any) -> None:
-    compiled = compile_for_h200(partial(PREFILL_ATTENTION, implementation="pallas", **spec.static), *spec.abstract())
-    assert 0 < compiled.registers <= 255
-    assert compiled.spills == 0
-
-
-ODD = {
-    "padded": Case(77, 203, (2, 2), form=FULL),
-    "few": Case(3, 5),
-    "everything": Case(1001, 3001, (8, 2), (128, 128), WINDOW, 2, (3, 4), (5, 6), (800, 201)),
-    "alibi": Case(256, 256, (2, 2), form=ALIBI),
-    "alibi, wide, packed": Case(
-        256, 256, (2, 2), (256, 256), AttentionForm(1.0, True, 9, 5.0, ALIBI.alibi), segments=(9,)
-    ),
-}
-
-
-@pytest.mark.aot
-@pytest.mark.parametrize("case", ODD.values(), ids=ODD)
-def test_every_variant_compiles_without_spills(case: Case) -> None:
-    arrays = jax.eval_shape(lambda: case.arrays("bfloat16"))
-    kernel = partial(PREFILL_ATTENTION, implementation="pallas", form=case.form, return_lse=True)
-    assert compile_for_h200(kernel, *arrays).spills == 0
