@@ -1,6 +1,7 @@
 """What follows the products: bias, activation, gate, cast, residual. The same code in a kernel and after it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
@@ -36,11 +37,23 @@ def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return x * jnp.where(x < 0, half_erfc, 1.0 - half_erfc)
 
 
+# jax.nn's forms carry rules for derivatives, which kernels cannot hold in every version of JAX.
+_IN_KERNELS: Mapping[str, Callable[[Array], Array]] = MappingProxyType(
+    {
+        "gelu": gelu,
+        "relu": lambda x: jnp.maximum(x, 0.0),
+        "relu2": lambda x: jnp.square(jnp.maximum(x, 0.0)),
+        "silu": lambda x: x * jax.lax.logistic(x),
+        "swish": lambda x: x * jax.lax.logistic(x),
+    }
+)
+
+
 def activation(name: str | None) -> Callable[[Array], Array]:
     """The activation of that name in primitives that kernels have."""
     if name is None:
         return lambda x: x
-    return gelu if name == "gelu" else ACTIVATIONS[name]
+    return _IN_KERNELS.get(name) or ACTIVATIONS[name]
 
 
 def combine(
