@@ -244,7 +244,7 @@ def body(plan: Plan, inputs: Inputs, out: Any, lse: Any, memory: dict[str, Any])
                 part = memory[f"{which}_scales_s"].at[slot, pl.ds(i * size, size)]
                 plgpu.copy_gmem_to_smem(scales.at[index, pl.ds(key, size)], part, ready)
 
-    shared = inputs.v is None
+    shared, narrow = inputs.v is None, inputs.k_scales is not None
     for i in range(stages):
         number = begin + i
 
@@ -262,7 +262,7 @@ def body(plan: Plan, inputs: Inputs, out: Any, lse: Any, memory: dict[str, Any])
 
     def scores_of(slot: jax.Array, number: jax.Array) -> tuple[jax.Array, float]:
         def product(accumulator: Any) -> jax.Array:
-            k = k_s.at[slot] if inputs.k_scales is None else _widen(k_s[slot], plan.dtype)
+            k = _widen(k_s[slot], plan.dtype) if narrow else k_s.at[slot]
             part = next(n for n in (plan.dim, 256, 192, 128, 64) if n <= 256 and plan.dim % n == 0)
             if part == plan.dim:
                 plgpu.wgmma(accumulator, k, q_s.T)
@@ -276,7 +276,7 @@ def body(plan: Plan, inputs: Inputs, out: Any, lse: Any, memory: dict[str, Any])
             return accumulator[...]
 
         raw = pl.run_scoped(product, plgpu.ACC((keys, columns), jnp.float32))
-        if inputs.k_scales is not None:
+        if narrow:
             raw *= _by_row(memory["k_scales_s"].at[slot], raw.shape)
         iota = [plgpu.broadcasted_iota(jnp.int32, raw.shape, axis, layout=plgpu.Layout.WGMMA) for axis in (0, 1)]
         key = iota[0] + tiles.position(number) * keys
@@ -293,6 +293,9 @@ def body(plan: Plan, inputs: Inputs, out: Any, lse: Any, memory: dict[str, Any])
         return tile_scores(raw, form, distance, slope=slope, visible=visible)
 
     value_rows = plan.value_rows // plan.warpgroups
+    first_value = 0 if group is None else group * value_rows
+    # A sum over the keys goes through shared memory. One at the end will do, where the registers allow.
+    spread = keys * columns <= 16 * 128
 
     def step(number: jax.Array, carry: tuple[jax.Array, Softmax]) -> tuple[jax.Array, Softmax]:
         sums, state = carry
@@ -314,7 +317,7 @@ def body(plan: Plan, inputs: Inputs, out: Any, lse: Any, memory: dict[str, Any])
                 if not shared:
                     copy(places, previous, "v")
 
-        elif not shared:
+        elif not shared and not narrow:
 
             @pl.when(refill < stop)
             def _() -> None:
@@ -325,24 +328,43 @@ def body(plan: Plan, inputs: Inputs, out: Any, lse: Any, memory: dict[str, Any])
         weights = jnp.exp2(scores * factor - lax.broadcast_in_dim(top, scores.shape, [1]))
         if not shared:
             plgpu.barrier_wait(memory["v_ready"].at[slot])
+        # Behind the last key anything may stand in memory, and a NaN would outlive a weight of zero.
+        rest = k_length - tiles.position(number) * keys
+        mine = pl.ds(first_value, value_rows)
+        values = (k_s if shared else memory["v_s"]).at[slot, :, mine]
         scaled = weights
-        if inputs.v_scales is not None:
-            scaled = weights * _by_row(memory["v_scales_s"].at[slot], weights.shape)
-        values = k_s.at[slot] if shared else memory["v_s"].at[slot]
-        if "converted_s" in memory:
-            memory["converted_s"][...] = _widen(values[...], plan.dtype)
-            values = memory["converted_s"]
+        if narrow:
+            scaled = jnp.where(weights > 0, weights * _by_row(memory["v_scales_s"].at[slot], weights.shape), 0.0)
+            wide = _widen(values[...], plan.dtype)
+            if values.dtype != jnp.int8:
+                wide = _first_rows(wide, rest)
+            values = memory["converted_s"].at[:, mine]
+            values[...] = wide
+        else:
+
+            @pl.when(rest < keys)
+            def _() -> None:
+                for i in range(0, value_rows, ROWS):
+                    part = values.at[:, pl.ds(i, ROWS)]
+                    part[...] = _first_rows(part[...], rest)
+
         _store_weights(weights_s, scaled.astype(plan.dtype), group, plan)
         plgpu.commit_smem()
+        if narrow and plan.warpgroups == 1:
+            # Not before: its keys and both scales are read by threads, whose reads are complete only now.
+            @pl.when(refill < stop)
+            def _() -> None:
+                copy(places, slot, "k")
+
         if plan.warpgroups > 1:
             meet()
-        total = state.total * rescale + jnp.sum(weights, axis=0)
+        if spread:
+            total = state.total * lax.broadcast_in_dim(rescale, weights.shape, [1]) + weights
+        else:
+            total = state.total * rescale + jnp.sum(weights, axis=0)
 
         sums *= lax.broadcast_in_dim(rescale, sums.shape, [1])
-        mine = values if group is None else values.at[:, pl.ds(group * value_rows, value_rows)]
-        if shared and group is None:
-            mine = values.at[:, pl.ds(0, value_rows)]
-        sums = pl.run_state(lambda sums: plgpu.wgmma(sums, mine.T, weights_s.T))(plgpu.ACC.init(sums))
+        sums = pl.run_state(lambda sums: plgpu.wgmma(sums, values.T, weights_s.T))(plgpu.ACC.init(sums))
         if plan.warpgroups == 1:
 
             @pl.when(refill < stop)
@@ -353,10 +375,13 @@ def body(plan: Plan, inputs: Inputs, out: Any, lse: Any, memory: dict[str, Any])
 
     sums = plgpu.layout_cast(jnp.zeros((value_rows, columns), jnp.float32), plgpu.Layout.WGMMA)
     state = Softmax(*(plgpu.layout_cast(x, _BY_COLUMN) for x in start(columns)))
+    if spread:
+        state = state._replace(total=plgpu.layout_cast(jnp.zeros((keys, columns), jnp.float32), plgpu.Layout.WGMMA))
     sums, state = lax.fori_loop(begin, stop, step, (sums, state))
+    if spread:
+        state = state._replace(total=jnp.sum(state.total, axis=0))
     scale, logarithm = finish(state)
     at = pl.ds(first_column, columns)
-    first_value = 0 if group is None else group * value_rows
     sums *= lax.broadcast_in_dim(scale, sums.shape, [1])
     _store(out.at[split, row, pl.ds(first_value, value_rows), at], sums)
 
@@ -373,6 +398,11 @@ def _widen(x: jax.Array, dtype: Any) -> jax.Array:
 
 def _by_row(scales: Any, shape: tuple[int, int]) -> jax.Array:
     return lax.broadcast_in_dim(plgpu.load(scales, layout=_BY_ROW, optimized=False), shape, [0])
+
+
+def _first_rows(x: jax.Array, count: jax.Array) -> jax.Array:
+    row = plgpu.broadcasted_iota(jnp.int32, x.shape, 0, layout=plgpu.Layout.WGMMA)
+    return jnp.where(row < count, x, jnp.zeros((), x.dtype))
 
 
 def _store_weights(target: Any, weights: jax.Array, group: Any, plan: Plan) -> None:

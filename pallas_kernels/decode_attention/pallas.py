@@ -114,18 +114,22 @@ def _default(
         fixed += keys * values * 2
         tile += 2 * keys * 4
     # Two blocks share a multiprocessor where each can have three tiles: while one computes, the other's copies go on.
-    shares = (device.shared_memory - 1024) // 2, device.shared_memory
-    stages = [min((share - fixed) // tile, 8) for share in shares]
-    stages = stages[0] if stages[0] >= 3 else stages[1]
-    if stages < 2:
+    half, whole = (
+        min((share - fixed) // tile, 8) for share in ((device.shared_memory - 1024) // 2, device.shared_memory)
+    )
+    if whole < 2:
         return None
     capacity = k.shape[2] * (1 if block_tables is None else block_tables.shape[1])
     if form.window is not None:
         capacity = min(capacity, form.window + length + keys)
     # A block takes the time of about two tiles before its copies arrive. Its result is written and read once more.
     overhead = 2 + 2 * 4 * values * columns / tile
-    splits = _splits(batch * kv_heads * column_tiles, -(-capacity // keys), device.cores, overhead)
-    return Tiling(keys, columns, stages, splits)
+    blocks = batch * kv_heads * column_tiles
+    # Numbers of one byte arrive faster than one block can convert them.
+    busy = 2 if k.dtype != q.dtype and half >= 3 else 1
+    splits = _splits(blocks, -(-capacity // keys), device.cores, busy, overhead)
+    alone = half < 3 or blocks * splits <= device.cores
+    return Tiling(keys, columns, whole if alone else half, splits)
 
 
 def _scratch_bytes(columns: int, v: Array | None) -> int:
@@ -138,11 +142,19 @@ def _warpgroups(values: int, columns: int) -> int:
     return 2 if values * columns > 64 * 128 else 1
 
 
-def _splits(blocks: int, tiles: int, cores: int, overhead: float) -> int:
-    """Into how many parts to divide the keys so that the multiprocessor with most to do has least, counted in tiles."""
+def _splits(blocks: int, tiles: int, cores: int, busy: int, overhead: float) -> int:
+    """Into how many parts to divide the keys, so that the multiprocessor with most to read is done soonest.
+
+    Args:
+        blocks: there are without a division.
+        tiles: of keys.
+        cores: multiprocessors.
+        busy: blocks that keep a multiprocessor's memory busy.
+        overhead: time that each block takes in any case, in that of a tile.
+    """
 
     def cost(splits: int) -> float:
-        return -(-blocks * splits // cores) * (-(-tiles // splits) + overhead)
+        return max(-(-blocks * splits // cores), busy) * (-(-tiles // splits) + overhead)
 
     return min(range(1, max(1, min(tiles // 2, 64)) + 1), key=cost)
 
