@@ -11,7 +11,7 @@ from .reference import ragged_paged_attention as reference
 def _bucket(
     q: Array, k_pages: Array, v_pages: Array, block_tables: Array, q_offsets: Array, k_lengths: Array, **static: object
 ) -> str:
-    pages, kv_heads, page, dim = k_pages.shape
+    _pages, kv_heads, page, dim = k_pages.shape
     sequences, columns = block_tables.shape
     return (
         f"T={q.shape[0]} B={sequences} H={q.shape[1]} K={kv_heads} D={dim},{v_pages.shape[3]} "

@@ -24,7 +24,7 @@ def whole_blocks(tokens: int, heads: int) -> int:
 def part_weights(
     lses: Float[Array, "splits T H"],
 ) -> tuple[Float[Array, "splits T H"], Float[Array, "T H"]]:
-    """What to multiply each part with, and the logarithm of the whole denominator; parts that are not there have -inf."""
+    """What to multiply each part with, and the logarithm of the whole denominator; absent parts have -inf."""
     top = jnp.maximum(jnp.max(lses, axis=0), LOWEST)
     weights = jnp.exp(lses - top)
     total = jnp.sum(weights, axis=0)
@@ -75,4 +75,3 @@ def combine_parts(
         grid_names=("block",),
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )(most, alone, weights, whole.reshape(rows, width), parts.reshape(-1, rows, width)).reshape(whole.shape)
-

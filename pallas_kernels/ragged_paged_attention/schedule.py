@@ -78,7 +78,16 @@ def make_schedule(
     split = index - (ends - parts)[at]
     start = jnp.maximum(begin[at], (first[at] + split) * chunks[at]) // tile * tile
     stop = jnp.minimum(end[at], (first[at] + split + 1) * chunks[at])
-    items = (blocks.sequence[at], blocks.token[at], blocks.tokens[at], blocks.position[at], start, stop, split, parts[at])
+    items = (
+        blocks.sequence[at],
+        blocks.token[at],
+        blocks.tokens[at],
+        blocks.position[at],
+        start,
+        stop,
+        split,
+        parts[at],
+    )
 
     # An item costs its tiles and about one more for its queries and results.
     cost = jnp.where(index < ends[-1], -(-jnp.maximum(stop - start, 0) // tile) + 1, 0)

@@ -4,9 +4,11 @@ import dataclasses
 
 from jaxtyping import Array, Float
 
+from ..attention.form import AttentionForm
 from ..device import Device
 
 ROWS = 64  # of one warpgroup's matrix product
+PART_COLUMNS = 32  # of results that leave in float32 at a time: rows of 128 bytes
 _RESERVED = 1024  # bytes of shared memory for barriers and the like
 
 
@@ -18,6 +20,7 @@ class Tiling:
         warpgroups: that compute, each its own rows against the same keys.
         heads: query heads of one key/value head among a warpgroup's rows.
         keys: in a tile, a multiple of 64.
+        step: keys of one matrix product, a divisor of `keys`: their scores share the registers with the values.
         stages: tiles of keys and values in flight or in use.
         chunk: keys of one split at least, a multiple of `keys`.
         splits: parts of one sequence's keys at most.
@@ -26,6 +29,7 @@ class Tiling:
     warpgroups: int
     heads: int
     keys: int
+    step: int
     stages: int
     chunk: int
     splits: int
@@ -54,32 +58,47 @@ def padded(columns: int) -> int:
 def shared_memory(tiling: Tiling, dim: int, v_dim: int) -> int:
     """Bytes of shared memory."""
     results = 0 if padded(dim) == padded(v_dim) else padded(v_dim) * 2
-    rows = tiling.warpgroups * ROWS * (padded(dim) * 2 + results + padded(v_dim) * 4)
+    rows = tiling.warpgroups * ROWS * (dim * 2 + padded(dim) * 2 + results + PART_COLUMNS * 4)
     return rows + tiling.stages * tiling.keys * (dim + v_dim) * 2 + _RESERVED
 
 
+def operand_width(columns: int, most: int = 64) -> int:
+    """Two-byte numbers in the widest swizzle, up to `most`, whose rows divide `columns`."""
+    return next(width for width in (64, 32, 16) if columns % width == 0 and width <= most)
+
+
 def default_tiling(
-    q: Float[Array, "T H D"], k_pages: Float[Array, "P K page D"], v_pages: Float[Array, "P K page Dv"], device: Device
+    q: Float[Array, "T H D"],
+    k_pages: Float[Array, "P K page D"],
+    v_pages: Float[Array, "P K page Dv"],
+    form: AttentionForm,
+    device: Device,
 ) -> Tiling:
     """The kernel's own choice."""
-    return tilings(q, k_pages, v_pages, device)[0]
+    return tilings(q, k_pages, v_pages, form, device)[0]
 
 
 def tilings(
-    q: Float[Array, "T H D"], k_pages: Float[Array, "P K page D"], v_pages: Float[Array, "P K page Dv"], device: Device
+    q: Float[Array, "T H D"],
+    k_pages: Float[Array, "P K page D"],
+    v_pages: Float[Array, "P K page Dv"],
+    form: AttentionForm,
+    device: Device,
 ) -> list[Tiling]:
-    """The default and its neighbours. All depend on the model and the device, not on the batch."""
-    heads, kv_heads = q.shape[1], k_pages.shape[1]
-    dim, v_dim = q.shape[2], v_pages.shape[3]
+    """The default and its neighbours. They depend on the model and the device, never on the batch."""
+    (_, heads, dim), kv_heads, v_dim = q.shape, k_pages.shape[1], v_pages.shape[3]
     group = heads // kv_heads
     blocks = -(-group // ROWS)
     # One long sequence alone is to fill the device, so that its last part does not keep all others waiting.
     splits = max(1, min(64, device.cores // (kv_heads * blocks)))
+    # A bias or a cap needs registers beside the scores; without spills that leaves room for half as many.
+    narrow = (form.alibi is not None and v_dim > 64) or (form.softcap is not None and v_dim > 128)
+    smallest = Tiling(1, -(-group // blocks), 64, 32 if narrow else 64, 2, 512, splits)
     found = []
     # Two warpgroups halve the reads of keys by prompts. Above 128 dims one needs all registers for its values.
     for warpgroups in (2, 1) if max(dim, v_dim) <= 128 else (1,):
         for keys in (64, 128):
-            tiling = Tiling(warpgroups, -(-group // blocks), keys, 2, 512, splits)
+            tiling = dataclasses.replace(smallest, warpgroups=warpgroups, keys=keys)
             while tiling.stages < 6:
                 more = dataclasses.replace(tiling, stages=tiling.stages + 1)
                 if shared_memory(more, dim, v_dim) > device.shared_memory:
@@ -87,4 +106,4 @@ def tilings(
                 tiling = more
             if shared_memory(tiling, dim, v_dim) <= device.shared_memory:
                 found.append(tiling)
-    return found or [Tiling(1, -(-group // blocks), 64, 2, 512, splits)]
+    return found or [smallest]
