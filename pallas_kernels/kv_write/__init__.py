@@ -1,1 +1,5 @@
 """Rotary embedding of q and k together with the write of k and v into the KV memory."""
+
+from .api import rotary_kv_write
+
+__all__ = ["rotary_kv_write"]

@@ -53,6 +53,15 @@ def base_frequencies(dim: int, theta: float) -> np.ndarray:
     return np.float32(1) / (theta**exponents).astype(np.float32)
 
 
+def rotary_frequencies(
+    rotary: Rotary, lengths: Int[Array, " T"]
+) -> np.ndarray | Float[Array, " pairs"] | Float[Array, "T pairs"]:
+    """Radians per position of every pair, scaled; per token where the scaling depends on `lengths`."""
+    if rotary.scaling is None:
+        return base_frequencies(rotary.dim, rotary.theta)
+    return rotary.scaling.frequencies(rotary.dim, rotary.theta, lengths)
+
+
 def apply_rotary(
     x: Float[Array, "T H D"], positions: Int[Array, " T"], lengths: Int[Array, " T"], rotary: Rotary
 ) -> Float[Array, "T H D"]:
@@ -68,12 +77,8 @@ def apply_rotary(
     Returns:
         The rotated array in the dtype of `x`; the phase is computed in float32.
     """
-    if rotary.scaling is None:
-        frequencies, factor = base_frequencies(rotary.dim, rotary.theta), 1.0
-    else:
-        frequencies = rotary.scaling.frequencies(rotary.dim, rotary.theta, lengths)
-        factor = rotary.scaling.attention_factor
-    phase = positions.astype(jnp.float32)[:, None] * frequencies
+    factor = 1.0 if rotary.scaling is None else rotary.scaling.attention_factor
+    phase = positions.astype(jnp.float32)[:, None] * rotary_frequencies(rotary, lengths)
     cos, sin = (jnp.cos(phase) * factor)[:, None, :], (jnp.sin(phase) * factor)[:, None, :]
     rotated = x[..., : rotary.dim].astype(jnp.float32)
     if rotary.interleaved:

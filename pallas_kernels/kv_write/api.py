@@ -1,0 +1,101 @@
+"""The step between the attention's input projections and the attention itself."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from ..operator import Implementation, Operator
+from ..rotary import Rotary
+from .reference import rotary_kv_write_reference
+
+
+def _bucket(
+    q: Float[Array, "T H D"],
+    k: Float[Array, "T K D"],
+    v: Float[Array, "T K Dv"],
+    keys: Array,
+    values: Array,
+    rows: Array,
+    slots: Array,
+    positions: Array,
+    lengths: Array,
+    *,
+    rotary: Rotary | None,
+    ascending: bool,
+) -> str:
+    tokens, heads, dim = q.shape
+    turned = "" if rotary is None else f" rotary={rotary.dim}{'i' * rotary.interleaved}"
+    return (
+        f"T={1 << max(tokens - 1, 0).bit_length()} H={heads} K={k.shape[1]} D={dim}/{v.shape[2]}{turned} {keys.dtype}"
+    )
+
+
+ROTARY_KV_WRITE = Operator("rotary_kv_write", "jdsi.pallas_kernels.kv_write", rotary_kv_write_reference, _bucket)
+
+
+def rotary_kv_write(
+    q: Float[Array, "T H D"],
+    k: Float[Array, "T K D"],
+    v: Float[Array, "T K Dv"],
+    keys: Float[Array, "R K L D"],
+    values: Float[Array, "R K L Dv"],
+    rows: Int[Array, " T"],
+    slots: Int[Array, " T"],
+    positions: Int[Array, " T"],
+    rotary: Rotary | None,
+    *,
+    lengths: Int[Array, " T"] | None = None,
+    ascending: bool = False,
+    implementation: Implementation | None = None,
+) -> tuple[Float[Array, "T H D"], Float[Array, "R K L D"], Float[Array, "R K L Dv"]]:
+    """Rotates q and k and writes k and v of token t to `[rows[t], :, slots[t]]` of the memory.
+
+    R and L are batch rows and their capacity, or pages and their size: the layout serves contiguous and paged memory
+    alike. Where the memory is donated to the compiled function around this, it is written in place.
+
+    Args:
+        q, k, v: of the new tokens, as projected.
+        keys, values: the memory; its dtype may differ, then k and v are cast.
+        rows, slots: where each token goes, no two to the same place. A token whose row or slot is negative or past the
+            end is written nowhere: so padding is expressed. (Its q is rotated all the same.)
+        positions: of the tokens in their sequences.
+        rotary: the embedding, `None` for a model without.
+        lengths: length of each token's sequence, see `apply_rotary`; `positions + 1` if left out.
+        ascending: a promise that the pairs (row, slot) ascend strictly, dropped ones included. XLA then writes without
+            a sort or an atomic, which on a CPU is several times faster; the kernel does not need it.
+        implementation: one by name, or the fastest that takes the arguments.
+
+    Returns:
+        Rotated q in its dtype, and the memory with the tokens written.
+
+    Raises:
+        ValueError: arrays that do not fit together.
+        UnsupportedError: the named implementation cannot take the arguments.
+    """
+    tokens, kv_heads = k.shape[:2]
+    for name, array, shape in (
+        ("q", q, (tokens, q.shape[1], k.shape[2])),
+        ("v", v, (tokens, kv_heads, v.shape[2])),
+        ("keys", keys, (keys.shape[0], kv_heads, keys.shape[2], k.shape[2])),
+        ("values", values, (*keys.shape[:3], v.shape[2])),
+        ("rows", rows, (tokens,)),
+        ("slots", slots, (tokens,)),
+        ("positions", positions, (tokens,)),
+        ("lengths", lengths, (tokens,)),
+    ):
+        if array is not None and array.shape != shape:
+            raise ValueError(f"{name} has shape {array.shape}, not {shape} as k of shape {k.shape} demands")
+    if rotary is not None and not (rotary.dim % 2 == 0 and 0 < rotary.dim <= k.shape[2]):
+        raise ValueError(f"{rotary.dim} rotated dimensions: an even number up to the head's {k.shape[2]} is needed")
+    if lengths is None:
+        lengths = positions + 1
+    return ROTARY_KV_WRITE(
+        q,
+        k,
+        v,
+        keys,
+        values,
+        *(x.astype(jnp.int32) for x in (rows, slots, positions, lengths)),
+        implementation=implementation,
+        rotary=rotary,
+        ascending=ascending,
+    )

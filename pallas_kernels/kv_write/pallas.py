@@ -1,0 +1,235 @@
+"""Rotary embedding and KV write as one Mosaic GPU kernel: one pass over q, k and v, none over the memory.
+
+A block has some heads of one token's q, k or v. They go from global memory to registers and back, up to 16 bytes a
+thread at once. The sines and cosines of the angles are computed once a block, one a thread, and shared.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int
+
+from ..device import Device
+from ..operator import Config
+from ..rotary import Rotary, rotary_frequencies
+from .spread import THREADS, Spread, one_each
+
+_FLOATS = (jnp.bfloat16, jnp.float16, jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """How the work is dealt out.
+
+    Attributes:
+        numbers: a block has as many heads as have at most so many numbers, 64 for each thread by default: enough loads
+            in flight to a block, and still several blocks to a token where there are few tokens.
+    """
+
+    numbers: int = 64 * THREADS
+
+    def heads(self, heads: int, dim: int) -> int:
+        """Heads in a block: a divisor of `heads`, but all of them where the divisors in reach are small."""
+        most = max(1, min(heads, self.numbers // dim))
+        fitting = max(n for n in range(1, most + 1) if heads % n == 0)
+        return fitting if 4 * fitting >= most else heads
+
+
+def why_not(
+    q: Float[Array, "T H D"],
+    k: Float[Array, "T K D"],
+    v: Float[Array, "T K Dv"],
+    keys: Float[Array, "R K L D"],
+    values: Float[Array, "R K L Dv"],
+    rows: Int[Array, " T"],
+    slots: Int[Array, " T"],
+    positions: Int[Array, " T"],
+    lengths: Int[Array, " T"],
+    *,
+    device: Device,
+    rotary: Rotary | None,
+    ascending: bool,
+) -> str | None:
+    """See `KernelModule.why_not`."""
+    if device.capability[0] != 9:
+        return f"it is written for Hopper GPUs, not {device.kind}"
+    for name, array in (("q", q), ("k", k), ("v", v), ("keys", keys), ("values", values)):
+        if array.dtype not in _FLOATS:
+            return f"{name} is {array.dtype}, not bfloat16, float16 or float32"
+        if array.size == 0:
+            return f"{name} of shape {array.shape} is empty"
+        if array.shape[-1] > 1024:
+            return f"the heads of {name} have {array.shape[-1]} numbers, more than 1024"
+    if rotary is not None and rotary.interleaved and k.shape[2] % 2:
+        return f"pairs are interleaved in a head of {k.shape[2]} numbers, which is odd"
+    return None
+
+
+def candidates(q: Float[Array, "T H D"], *_: Any, device: Device, **static: Any) -> Sequence[Config]:
+    """See `KernelModule.candidates`."""
+    return [{"numbers": n * THREADS} for n in (16, 32, 64, 128)]
+
+
+def run(
+    q: Float[Array, "T H D"],
+    k: Float[Array, "T K D"],
+    v: Float[Array, "T K Dv"],
+    keys: Float[Array, "R K L D"],
+    values: Float[Array, "R K L Dv"],
+    rows: Int[Array, " T"],
+    slots: Int[Array, " T"],
+    positions: Int[Array, " T"],
+    lengths: Int[Array, " T"],
+    *,
+    device: Device,
+    config: Config | None,
+    rotary: Rotary | None,
+    ascending: bool,
+) -> tuple[Float[Array, "T H D"], Float[Array, "R K L D"], Float[Array, "R K L Dv"]]:
+    """See `KernelModule.run`."""
+    tiling = Tiling(**(config or {}))
+    new, indices = [k, v], [rows, slots]
+    if rotary is not None:
+        new.append(q)
+        indices += [positions, _padded(rotary_frequencies(rotary, lengths))]
+    jobs = [
+        _Job(tiling.heads(*x.shape[1:]), x.shape[2], None if x is v else rotary, max(x.dtype.itemsize, to.itemsize))
+        for x, to in zip(new, (keys.dtype, values.dtype, q.dtype), strict=False)
+    ]
+    blocks = [x.shape[1] // job.heads for x, job in zip(new, jobs, strict=True)]  # of each token
+
+    def kv_write_kernel(*refs: Any) -> None:
+        sources, (rows_ref, slots_ref, *angles), *sinks = _split(refs[:-2], (len(new), len(indices), 2, len(new) - 2))
+        sinks = [ref for group in sinks for ref in group]
+        token, block = lax.axis_index("token"), lax.axis_index("block")
+        row, slot = rows_ref[token], slots_ref[token]
+        inside = (row >= 0) & (row < keys.shape[0]) & (slot >= 0) & (slot < keys.shape[2])
+        first = 0
+        for i, job in enumerate(jobs):
+            heads = pl.ds((block - first) * job.heads, job.heads)
+            source = sources[i].at[token, heads]
+            sink, condition = (sinks[i].at[row, heads, slot], inside) if i < 2 else (sinks[i].at[token, heads], True)
+
+            @pl.when((block >= first) & (block < first + blocks[i]))
+            def _(job: "_Job" = job, source: Any = source, sink: Any = sink, condition: Any = condition) -> None:
+                results = job.compute(source, token, angles, *refs[-2:])
+
+                @pl.when(condition)
+                def _() -> None:
+                    for index, spread, chunks in results:
+                        spread.store(sink, index, chunks)
+
+            first += blocks[i]
+
+    pairs = [rotary is not None and rotary.interleaved and i != 1 for i in range(len(new))]
+    viewed = [_in_pairs(x) if paired else x for x, paired in zip(new, pairs, strict=True)]
+    memory = [_in_pairs(x) if paired else x for x, paired in zip((keys, values), pairs, strict=False)]
+    kernel = plgpu.kernel(
+        kv_write_kernel,
+        out_type=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in viewed[2:]],
+        grid=(q.shape[0], sum(blocks)),
+        grid_names=("token", "block"),
+        scratch_types=[plgpu.SMEM((2, max(job.table for job in jobs)), jnp.float32), plgpu.Barrier()],
+        # No thread reads what another wrote but the table, and that waits for the barrier.
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
+    )
+
+    # As references the memory is read and written by the same operand of the kernel, so that XLA need not copy it.
+    @pl.run_state
+    def in_place(refs: Any) -> None:
+        for ref, result in zip(refs[2:], kernel(*viewed, *indices, *refs[:2]), strict=True):
+            ref[...] = result
+
+    keys, values, *turned = (
+        result.reshape(x.shape) for result, x in zip(in_place([*memory, *viewed[2:]]), (keys, values, q), strict=False)
+    )
+    return turned[0] if turned else q, keys, values
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """What a block does with `heads` heads of `dim` numbers, of which `rotary` turns the first."""
+
+    heads: int
+    dim: int
+    rotary: Rotary | None
+    itemsize: int
+
+    @property
+    def table(self) -> int:
+        """Sines that the block needs, a multiple of its threads."""
+        return THREADS if self.rotary is None else -(-self.rotary.dim // 2 // THREADS) * THREADS
+
+    def compute(
+        self, source: Any, token: Any, angles: Sequence[Any], table: Any, barrier: Any
+    ) -> list[tuple[Any, Spread, list[Array]]]:
+        """What to store: index within the heads, its spread, its chunks."""
+        widest = 16 // self.itemsize
+        if self.rotary is None:
+            rest = pl.ds(0, self.dim)
+            spread = Spread.best(self.heads, self.dim, widest)
+            return [((rest,), spread, spread.load(source, (rest,)))]
+        rotated, pairs = self.rotary.dim, self.rotary.dim // 2
+        if self.rotary.interleaved:
+            halves = [(pl.ds(0, pairs), half) for half in (0, 1)]
+            spread = Spread.best(self.heads, pairs, 1)  # every other number is of the other half
+            rest = (pl.ds(pairs, self.dim // 2 - pairs), pl.ds(0, 2))
+            rest_spread = Spread.best(self.heads, self.dim // 2 - pairs, 1, paired=True)
+        else:
+            halves = [(pl.ds(half * pairs, pairs),) for half in (0, 1)]
+            spread = Spread.best(self.heads, pairs, _aligned(widest, pairs, self.dim))
+            rest = (pl.ds(rotated, self.dim - rotated),)
+            rest_spread = Spread.best(self.heads, self.dim - rotated, _aligned(widest, rotated, self.dim))
+        # All is asked for before anything waits.
+        loaded = [spread.load(source, half) for half in halves]
+        copied = rest_spread.load(source, rest) if rotated < self.dim else []
+        positions, frequencies = angles
+        frequencies = frequencies.at[token] if len(frequencies.shape) == 2 else frequencies
+        phase = positions[token].astype(jnp.float32) * plgpu.load(frequencies, layout=one_each(), optimized=False)
+        factor = 1.0 if self.rotary.scaling is None else self.rotary.scaling.attention_factor
+        table[0] = jnp.cos(phase) * factor
+        table[1] = jnp.sin(phase) * factor
+        plgpu.barrier_arrive(barrier)
+        plgpu.barrier_wait(barrier)
+        cos, sin = (spread.shared(table.at[i, pl.ds(0, pairs)]) for i in (0, 1))
+        both = [[chunk.astype(jnp.float32) for chunk in half] for half in loaded]
+        first = [x * cos - y * sin for x, y in zip(*both, strict=True)]
+        second = [y * cos + x * sin for x, y in zip(*both, strict=True)]
+        # Rounded as the reference does, which casts to the memory's dtype afterwards.
+        results = [
+            (half, spread, [y.astype(x.dtype) for x, y in zip(was, turned, strict=True)])
+            for half, was, turned in zip(halves, loaded, (first, second), strict=True)
+        ]
+        return [*results, (rest, rest_spread, copied)] if copied else results
+
+
+def _split(refs: Sequence[Any], sizes: Sequence[int]) -> list[Sequence[Any]]:
+    parts = []
+    for size in sizes:
+        parts.append(refs[:size])
+        refs = refs[size:]
+    return parts
+
+
+def _in_pairs(x: Array) -> Array:
+    """A last axis of interleaved pairs as two, so that either half of all pairs can be had."""
+    return x.reshape(*x.shape[:-1], -1, 2)
+
+
+def _padded(frequencies: Any) -> Array:
+    """To a whole number for each thread."""
+    short = -frequencies.shape[-1] % THREADS
+    return jnp.pad(jnp.asarray(frequencies), [(0, 0)] * (frequencies.ndim - 1) + [(0, short)])
+
+
+def _aligned(widest: int, *offsets: int) -> int:
+    """The largest power of two up to `widest` that divides all `offsets`."""
+    while any(offset % widest for offset in offsets):
+        widest //= 2
+    return widest
