@@ -121,7 +121,7 @@ def start(
 Operators = Annotated[list[str] | None, typer.Option("--op", help="Name of an operator; may be repeated.")]
 Match = Annotated[str, typer.Option(help="Only arguments whose name contains this, as 'llama-8b' or 'T=1'.")]
 MaxBytes = Annotated[
-    int | None, typer.Option(help="Skip arguments that take more; an eighth of a GPU's memory, 256 MB on a CPU.")
+    int | None, typer.Option(help="Skip arguments that take more; by default 2/5 of a GPU's memory, 256 MB on a CPU.")
 ]
 
 
