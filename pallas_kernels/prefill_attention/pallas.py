@@ -28,7 +28,8 @@ from .spans import Span, geometric_span, segment_spans
 _WARPGROUPS = 2
 _ROWS = 64  # queries of a warpgroup, the height of its matrix products
 _QUERY_BLOCK = _WARPGROUPS * _ROWS
-_RESERVED = 1024  # bytes of shared memory for barriers
+_REGISTERS = 176  # a thread's, of 255, for numbers of tiles
+_ALIGNMENT = 1024  # of arrays in shared memory, bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +43,15 @@ class Tiling:
 
     key_block: int
     stages: int
+
+    def shared_memory(self, dim: int, value_dim: int, *, segments: bool) -> int:
+        """Bytes a block takes, the logarithms included."""
+        keys = self.stages * self.key_block
+        arrays = [_QUERY_BLOCK * max(dim, value_dim) * 2, keys * dim * 2, keys * value_dim * 2, _QUERY_BLOCK * 4]
+        if segments:
+            arrays += [_QUERY_BLOCK * 4, keys * 4]
+        barriers = 8 * (_WARPGROUPS + 2 * self.stages + 1)
+        return sum(pl.cdiv(size, _ALIGNMENT) * _ALIGNMENT for size in arrays) + barriers
 
 
 class _Arrays(NamedTuple):
@@ -98,7 +108,7 @@ def run(
 ) -> Any:
     """See `prefill_attention`."""
     queries, keys = q.shape[1], k.shape[2]
-    tiling = _tiling(q, k, v, device, config)
+    tiling = _tiling(q, v, q_segments, device, config)
     # Rows in shared memory come in eights, and Mosaic wants whole ones in device memory too. Lengths from buckets are
     # multiples of eight; for others XLA copies.
     q = _padded(q, 1, 8, 0)
@@ -370,30 +380,26 @@ def candidates(
     device: Device,
 ) -> Sequence[Config]:
     """See `KernelModule.candidates`."""
-    return [dataclasses.asdict(tiling) for tiling in _tilings(q.shape[-1], v.shape[-1], device)]
+    return [dataclasses.asdict(tiling) for tiling in _tilings(q, v, q_segments, device)]
 
 
-def _tilings(dim: int, value_dim: int, device: Device) -> list[Tiling]:
-    """Every tiling that fits, the default first."""
-    queries = _QUERY_BLOCK * (max(dim, value_dim) * 2 + 8)
-    fitting = []
-    for key_block in (128, 64):
-        # Scores and accumulated values share a thread's registers: half a register a number each, and the weights.
-        if value_dim / 2 + key_block / 2 + key_block / 4 > 176:
-            continue
-        for stages in (2, 3, 4):
-            keys = stages * key_block * ((dim + value_dim) * 2 + 4)
-            if queries + keys + _RESERVED <= device.shared_memory:
-                fitting.append(Tiling(key_block, stages))
-    return fitting
+def _tilings(
+    q: Float[Array, "B S H D"], v: Float[Array, "B K L Dv"], q_segments: Array | None, device: Device
+) -> list[Tiling]:
+    """Every tiling that fits, the default first: few steps, and as much as possible on its way."""
+    dim, value_dim = q.shape[-1], v.shape[-1]
+    # Of a warpgroup's numbers each thread has half of a row's: values, scores, and two weights to a register.
+    blocks = [n for n in (128, 64) if value_dim / 2 + n / 2 + n / 4 <= _REGISTERS]
+    tilings = [Tiling(block, stages) for block in blocks for stages in (4, 3, 2)]
+    segments = q_segments is not None
+    return [t for t in tilings if t.shared_memory(dim, value_dim, segments=segments) <= device.shared_memory]
 
 
 def _tiling(
     q: Float[Array, "B S H D"],
-    k: Float[Array, "B K L D"],
     v: Float[Array, "B K L Dv"],
+    q_segments: Array | None,
     device: Device,
     config: Config | None,
 ) -> Tiling:
-    default = _tilings(q.shape[-1], v.shape[-1], device)[0]
-    return dataclasses.replace(default, **(config or {}))
+    return dataclasses.replace(_tilings(q, v, q_segments, device)[0], **(config or {}))
