@@ -22,8 +22,14 @@ def accumulators() -> Iterator[None]:
         yield
 
 
-def _run_state(body: Callable[[Any], None]) -> Callable[[Any], jax.Array]:
-    def run(initial: Any) -> jax.Array:
+_plain_run_state = pl.run_state
+
+
+def _run_state(body: Callable[[Any], None]) -> Callable[[Any], Any]:
+    def run(initial: Any) -> Any:
+        if not hasattr(initial, "_init"):  # no accumulator
+            return _plain_run_state(body)(initial)
+
         def scope(accumulator: Any) -> jax.Array:
             body(accumulator)
             return accumulator[...]
