@@ -147,11 +147,15 @@ class _Heads(NamedTuple):
     group: int
     tiling: Tiling
 
+    @property
+    def first(self) -> Array:
+        blocks = head_blocks(self.group, self.tiling)
+        return lax.div(self.unit, blocks) * self.group + lax.rem(self.unit, blocks) * self.tiling.heads
+
     def each(self, copy: Callable[[Any, int], None]) -> None:
         """Runs `copy(heads, how many)`, a number that must be static."""
-        blocks, most = head_blocks(self.group, self.tiling), self.tiling.heads
-        block = lax.rem(self.unit, blocks)
-        first, rest = lax.div(self.unit, blocks) * self.group + block * most, self.group - (blocks - 1) * most
+        blocks, most, first = head_blocks(self.group, self.tiling), self.tiling.heads, self.first
+        block, rest = lax.rem(self.unit, blocks), self.group - (blocks - 1) * most
         if rest == most:
             copy(pl.ds(first, most), most)
             return
@@ -245,8 +249,9 @@ def _compute_item(
     out = scratch.rows if scratch.out is None else scratch.out
     whole = inputs.items[item, SPLITS] == 1
 
-    def at(array: Any, t: Array, heads: Any, columns: Any = slice(None)) -> Any:
-        return array.at[token + t, heads, columns]
+    def at(array: Any, t: Any, heads: Any, columns: Any = slice(None)) -> Any:
+        t = pl.ds(token + t.start, t.size) if isinstance(t, pl.Slice) else token + t
+        return array.at[t, heads, columns]
 
     @pl.when(whole)
     def _() -> None:
@@ -267,21 +272,23 @@ def _compute_item(
 def _load_queries(q: Any, scratch: Scratch, token: Array, heads: _Heads, tiling: Tiling, dim: int) -> None:
     """Brings the rows of one warpgroup into shared memory; those past the block's end are other tokens', never stored.
 
-    They arrive token by token, which the layout of a matrix product's operand would not allow; hence the detour.
+    They arrive token by token (only one head makes a box of all tokens), which the layout of a matrix product's operand
+    would not allow; hence the detour.
     """
     warpgroup, tokens = lax.axis_index("warpgroup"), q.shape[0]
 
+    def copy(source: Any, row: Any, rows: int) -> None:
+        target = scratch.rows.at[warpgroup, pl.ds(row, rows)]
+        plgpu.copy_gmem_to_smem(source, target, scratch.q_ready.at[warpgroup])
+
     def load(t: Array, _: None) -> None:
-        def copy(at: Any, count: int) -> None:
-            plgpu.copy_gmem_to_smem(
-                q.at[jnp.minimum(token + t, tokens - 1), at],
-                scratch.rows.at[warpgroup, pl.ds(t * tiling.heads, count)],
-                scratch.q_ready.at[warpgroup],
-            )
+        source = q.at[jnp.minimum(token + t, tokens - 1)]
+        heads.each(lambda at, count: copy(source.at[at], t * tiling.heads, count))
 
-        heads.each(copy)
-
-    lax.fori_loop(0, tiling.tokens, load, None)
+    if tiling.heads == 1:
+        copy(q.at[pl.ds(token, tiling.tokens), heads.first], 0, tiling.tokens)
+    else:
+        lax.fori_loop(0, tiling.tokens, load, None)
     plgpu.barrier_wait(scratch.q_ready.at[warpgroup])
     queries = plgpu.load(scratch.rows.at[warpgroup, :, pl.ds(0, dim)], layout=_WGMMA, optimized=False)
     plgpu.store(scratch.q.at[warpgroup], queries)
@@ -289,20 +296,23 @@ def _load_queries(q: Any, scratch: Scratch, token: Array, heads: _Heads, tiling:
 
 
 def _store(
-    values: Array, rows: Any, target: Callable[[Array, Any], Any], count: Array, heads: _Heads, tiling: Tiling
+    values: Array, rows: Any, target: Callable[[Any, Any], Any], count: Array, heads: _Heads, tiling: Tiling
 ) -> None:
     """Writes the block's own tokens, one copy each: the rows behind them are another sequence's."""
-    warpgroup = lax.axis_index("warpgroup")
-    plgpu.store(rows.at[warpgroup, :, pl.ds(0, values.shape[1])], values.astype(rows.dtype), optimized=False)
+    rows = rows.at[lax.axis_index("warpgroup")]
+    plgpu.store(rows.at[:, pl.ds(0, values.shape[1])], values.astype(rows.dtype), optimized=False)
     plgpu.commit_smem()
 
     def store(t: Array, _: None) -> None:
         def copy(at: Any, number: int) -> None:
-            plgpu.copy_smem_to_gmem(rows.at[warpgroup, pl.ds(t * tiling.heads, number)], target(t, at))
+            plgpu.copy_smem_to_gmem(rows.at[pl.ds(t * tiling.heads, number)], target(t, at))
 
         heads.each(copy)
 
-    lax.fori_loop(0, count, store, None)
+    full = (count == tiling.tokens) & (tiling.heads == 1)
+    if tiling.heads == 1:
+        pl.when(full)(lambda: plgpu.copy_smem_to_gmem(rows, target(pl.ds(0, tiling.tokens), heads.first)))
+    pl.when(jnp.logical_not(full))(lambda: lax.fori_loop(0, count, store, None))
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 

@@ -128,7 +128,7 @@ def _call(
             # A product over so many keys takes no wider swizzle of its second operand.
             operand(tiling.stages, tiling.keys, v_dim, tiling.step),
             plgpu.SMEM((tiling.stages,), jnp.int32),
-            barriers(tiling.tokens, tiling.warpgroups),
+            barriers(1 if tiling.heads == 1 else tiling.tokens, tiling.warpgroups),
             barriers(2 * pieces, tiling.stages),
             barriers(tiling.warpgroups, tiling.stages),
             barriers(1, tiling.stages),
