@@ -72,7 +72,7 @@ def test_kernel_agrees_with_float64_in_float16(name: str, seed: int) -> None:
 
 
 def test_every_configuration_gives_the_same() -> None:
-    case = Case(100, 500, q_start=(400,), form=WINDOW)
+    case = Case(100, 700, q_start=(600,))  # so many keys that every place in shared memory is used again
     arrays = case.arrays("bfloat16")
     static: dict[str, Any] = {"form": case.form, "return_lse": False, "device": H200}
     expected, _ = case.oracle(arrays)
