@@ -62,7 +62,7 @@ class Compiled:
     spills: int
 
 
-def compile_for_h200(function: Callable[..., Any], *arguments: Any) -> Compiled:
+def compile_for_h200(function: Callable[..., Any], *arguments: Any, donate: tuple[int, ...] = ()) -> Compiled:
     """Compiles `function` for one H200; `arguments` are pytrees of shapes and dtypes, `None` included.
 
     Kernels are chosen as on that GPU, so `implementation=None` finds them.
@@ -72,7 +72,7 @@ def compile_for_h200(function: Callable[..., Any], *arguments: Any) -> Compiled:
     placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), arguments)
     with target(H200), tempfile.TemporaryFile("w+") as file:
         with _native_output_to(file.fileno()):
-            text = jax.jit(function).lower(*placed).compile().as_text() or ""
+            text = jax.jit(function, donate_argnums=donate).lower(*placed).compile().as_text() or ""
         file.seek(0)
         report = file.read()
     return Compiled(

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from jdsi.pallas_kernels import AttentionForm, apply_rotary, attention
+from jdsi.pallas_kernels import AttentionForm, decode_attention, prefill_attention, rotary_kv_write
+
+_FEW = 16  # new tokens per row up to which the memory is read once for all of them
 
 
 @jax.tree_util.register_dataclass
@@ -17,8 +19,8 @@ from jdsi.pallas_kernels import AttentionForm, apply_rotary, attention
 class ContiguousContext:
     """Keys and values of `B` sequences, slot = position.
 
-    A call brings the same number S of new tokens for every row, flattened `[B * S]`. Rows with fewer are right-padded:
-    padding writes zeros into slots past the row's length, which no real query sees before a later token fills them.
+    A call brings the same number S of new tokens for every row, flattened `[B * S]`. Rows with fewer are right-padded;
+    padding is not remembered.
 
     Attributes:
         keys, values: per layer `[B, K, L, D]`.
@@ -74,13 +76,9 @@ class ContiguousContext:
         return jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis=0), self)
 
     @property
-    def _positions(self) -> Int[Array, "B S"]:
-        return self.lengths[:, None] + jnp.arange(self.new_tokens, dtype=jnp.int32)
-
-    @property
     def positions(self) -> Int[Array, " T"]:
         """Position of each packed token within its sequence."""
-        return self._positions.reshape(-1)
+        return (self.lengths[:, None] + jnp.arange(self.new_tokens, dtype=jnp.int32)).reshape(-1)
 
     def attend(
         self,
@@ -93,31 +91,33 @@ class ContiguousContext:
         """See `AttentionContext.attend`; writes the new keys and values, then attends to all so far."""
         if not form.causal:
             raise ValueError("a KV cache needs causal attention; encoders use PackedContext")
-        if form.rotary is not None:
-            lengths = jnp.repeat(self.lengths + self.new_lengths, self.new_tokens)
-            q = apply_rotary(q, self.positions, lengths, form.rotary)
-            k = apply_rotary(k, self.positions, lengths, form.rotary)
-        q, k, v = (x.reshape(self.batch, self.new_tokens, *x.shape[1:]) for x in (q, k, v))
-        # A hidden key has weight zero, but zero times an infinite or NaN value of padding would still be NaN.
-        real = (jnp.arange(self.new_tokens) < self.new_lengths[:, None])[:, :, None, None]
-        k, v = (jnp.where(real, x, jnp.zeros((), x.dtype)).astype(self.keys[layer].dtype) for x in (k, v))
-        keys, values = self._write(self.keys[layer], k), self._write(self.values[layer], v)
-        if self.empty and self.new_tokens > 1:
-            seen_k, seen_v, k_positions = k.swapaxes(1, 2), v.swapaxes(1, 2), self._positions
-        else:
-            slots = jnp.arange(self.capacity, dtype=jnp.int32)
-            seen_k, seen_v, k_positions = keys, values, jnp.broadcast_to(slots, (self.batch, self.capacity))
-        out = attention(
-            q, seen_k, seen_v, form, q_positions=self._positions, k_positions=k_positions, aligned=self.empty
+        # Padding is written nowhere: its slots lie past the capacity, each on its own, so that slots still ascend.
+        real = (jnp.arange(self.new_tokens) < self.new_lengths[:, None]).reshape(-1)
+        slots = jnp.where(real, self.positions, self.capacity + self.positions)
+        q, keys, values = rotary_kv_write(
+            q,
+            k,
+            v,
+            self.keys[layer],
+            self.values[layer],
+            rows=jnp.repeat(jnp.arange(self.batch, dtype=jnp.int32), self.new_tokens),
+            slots=slots,
+            positions=self.positions,
+            rotary=form.rotary,
+            lengths=jnp.repeat(self.lengths + self.new_lengths, self.new_tokens),
+            ascending=True,
         )
+        q = q.reshape(self.batch, self.new_tokens, *q.shape[1:])
+        if self.empty and self.new_tokens > 1:
+            seen = (memory[:, :, : self.new_tokens] for memory in (keys, values))
+            out = prefill_attention(q, *seen, form)
+        elif self.new_tokens <= _FEW:
+            out = decode_attention(q, keys, values, form, q_start=self.lengths)
+        else:
+            out = prefill_attention(q, keys, values, form, q_start=self.lengths)
         context = dataclasses.replace(
             self,
             keys=(*self.keys[:layer], keys, *self.keys[layer + 1 :]),
             values=(*self.values[:layer], values, *self.values[layer + 1 :]),
         )
         return out.reshape(-1, *out.shape[2:]), context
-
-    def _write(self, memory: Float[Array, "B K L D"], new: Float[Array, "B S K D"]) -> Float[Array, "B K L D"]:
-        rows = jnp.arange(self.batch)[:, None]
-        # Padding may point past the capacity; it is dropped, never wrapped onto a real key.
-        return memory.at[rows, :, self._positions].set(new, mode="drop", unique_indices=True, indices_are_sorted=True)

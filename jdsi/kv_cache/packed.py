@@ -7,7 +7,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jdsi.pallas_kernels import AttentionForm, apply_rotary, attention, attention_weights
+from jdsi.pallas_kernels import (
+    AttentionForm,
+    RoundedAlibi,
+    apply_rotary,
+    attention,
+    attention_weights,
+    prefill_attention,
+)
 
 
 @jax.tree_util.register_dataclass
@@ -16,7 +23,7 @@ class PackedContext:
     """Tokens of several sequences on one axis; each attends within its own sequence.
 
     Attributes:
-        positions: position of each token in its sequence; the tokens of a sequence stand in order.
+        positions: position of each token in its sequence; the tokens of a sequence stand one behind another, in order.
         segments: which sequence a token belongs to; negative marks padding, which nothing attends to.
         lengths: length of the sequence each token belongs to.
         rows: the packed axis consists of `rows` equal parts that no sequence crosses, so attention costs
@@ -57,17 +64,19 @@ class PackedContext:
     def _in_rows(self, x: Array) -> Array:
         return x.reshape(self.rows, -1, *x.shape[1:])
 
-    def _rows(self, q: Array, k: Array, v: Array, form: AttentionForm) -> tuple[Array, Array, Array, dict[str, Array]]:
-        """Rotated q, k and v of each row as `attention` takes them, and its masks."""
+    def _rows(self, q: Array, k: Array, v: Array, form: AttentionForm) -> tuple[Array, Array, Array]:
+        """Rotated q, k and v of each row, as the operators take them."""
         if form.rotary is not None:
             q = apply_rotary(q, self.positions, self.lengths, form.rotary)
             k = apply_rotary(k, self.positions, self.lengths, form.rotary)
         # A hidden key has weight zero, but zero times an infinite or NaN value of padding would still be NaN.
         v = jnp.where((self.segments >= 0)[:, None, None], v, jnp.zeros((), v.dtype))
+        return self._in_rows(q), self._in_rows(k).swapaxes(1, 2), self._in_rows(v).swapaxes(1, 2)
+
+    def _masks(self) -> dict[str, Array]:
         segments, positions = self._in_rows(self.segments), self._in_rows(self.positions)
         visible = (segments[:, :, None] == segments[:, None, :]) & (segments[:, None, :] >= 0)
-        masks = {"q_positions": positions, "k_positions": positions, "visible": visible}
-        return self._in_rows(q), self._in_rows(k).swapaxes(1, 2), self._in_rows(v).swapaxes(1, 2), masks
+        return {"q_positions": positions, "k_positions": positions, "visible": visible}
 
     def attend(
         self,
@@ -78,8 +87,12 @@ class PackedContext:
         form: AttentionForm,
     ) -> tuple[Float[Array, "T H Dv"], Self]:
         """See `AttentionContext.attend`; remembers nothing."""
-        rows_q, rows_k, rows_v, masks = self._rows(q, k, v, form)
-        out = attention(rows_q, rows_k, rows_v, form, **masks, aligned=True)
+        rows = self._rows(q, k, v, form)
+        if isinstance(form.alibi, RoundedAlibi):  # depends on the position itself, not on distances
+            out = attention(*rows, form, **self._masks(), aligned=True)
+        else:
+            segments = self._in_rows(self.segments)
+            out = prefill_attention(*rows, form, q_segments=segments, k_segments=segments)
         return out.reshape(q.shape[0], *out.shape[2:]), self
 
     def commit(self) -> Self:
@@ -107,8 +120,8 @@ class RecordingContext(PackedContext):
         form: AttentionForm,
     ) -> tuple[Float[Array, "T H Dv"], Self]:
         """See `AttentionContext.attend`; remembers the attention weights."""
-        rows_q, rows_k, rows_v, masks = self._rows(q, k, v, form)
-        weights = attention_weights(rows_q, rows_k, form, **masks)
+        rows_q, rows_k, rows_v = self._rows(q, k, v, form)
+        weights = attention_weights(rows_q, rows_k, form, **self._masks())
         out = jnp.einsum("bkgsl,bkld->bskgd", weights, rows_v.astype(jnp.float32)).astype(q.dtype)
         by_head = weights.reshape(self.rows, -1, *weights.shape[3:])
         return out.reshape(*q.shape[:2], -1), dataclasses.replace(self, weights=(*self.weights, by_head))
