@@ -60,8 +60,8 @@ def rotary_kv_write(
         positions: of the tokens in their sequences.
         rotary: the embedding, `None` for a model without.
         lengths: length of each token's sequence, see `apply_rotary`; `positions + 1` if left out.
-        ascending: a promise that the pairs (row, slot) ascend strictly, dropped ones included. XLA then writes without
-            a sort or an atomic, which on a CPU is several times faster; the kernel does not need it.
+        ascending: a promise that the pairs (row, slot) ascend strictly, dropped ones included, which lets XLA scatter
+            without minding the order. The kernel does not need it.
         implementation: one by name, or the fastest that takes the arguments.
 
     Returns:

@@ -94,7 +94,7 @@ def run(
 ) -> tuple[Float[Array, "T H D"], Float[Array, "R K L D"], Float[Array, "R K L Dv"]]:
     """See `KernelModule.run`."""
     tiling = Tiling(**(config or {}))
-    new, indices = [k, v], [rows, slots]
+    new, memory, indices = [k, v], [keys, values], [rows, slots]
     if rotary is not None:
         new.append(q)
         indices += [positions, _padded(rotary_frequencies(rotary, lengths))]
@@ -105,8 +105,9 @@ def run(
     blocks = [x.shape[1] // job.heads for x, job in zip(new, jobs, strict=True)]  # of each token
 
     def kv_write_kernel(*refs: Any) -> None:
-        sources, (rows_ref, slots_ref, *angles), *sinks = _split(refs[:-2], (len(new), len(indices), 2, len(new) - 2))
-        sinks = [ref for group in sinks for ref in group]
+        sources, refs = refs[: len(new)], refs[len(new) :]
+        (rows_ref, slots_ref, *angles), refs = refs[: len(indices)], refs[len(indices) :]
+        *sinks, table, barrier = refs
         token, block = lax.axis_index("token"), lax.axis_index("block")
         row, slot = rows_ref[token], slots_ref[token]
         inside = (row >= 0) & (row < keys.shape[0]) & (slot >= 0) & (slot < keys.shape[2])
@@ -114,25 +115,26 @@ def run(
         for i, job in enumerate(jobs):
             heads = pl.ds((block - first) * job.heads, job.heads)
             source = sources[i].at[token, heads]
-            sink, condition = (sinks[i].at[row, heads, slot], inside) if i < 2 else (sinks[i].at[token, heads], True)
+            sink, wanted = (sinks[i].at[token, heads], True) if i == 2 else (sinks[i].at[row, heads, slot], inside)
 
             @pl.when((block >= first) & (block < first + blocks[i]))
-            def _(job: "_Job" = job, source: Any = source, sink: Any = sink, condition: Any = condition) -> None:
-                results = job.compute(source, token, angles, *refs[-2:])
+            def _(job: "_Job" = job, source: Any = source, sink: Any = sink, wanted: Any = wanted) -> None:
+                results = job.compute(source, token, angles, table, barrier)
 
-                @pl.when(condition)
+                @pl.when(wanted)
                 def _() -> None:
                     for index, spread, chunks in results:
                         spread.store(sink, index, chunks)
 
             first += blocks[i]
 
-    pairs = [rotary is not None and rotary.interleaved and i != 1 for i in range(len(new))]
-    viewed = [_in_pairs(x) if paired else x for x, paired in zip(new, pairs, strict=True)]
-    memory = [_in_pairs(x) if paired else x for x, paired in zip((keys, values), pairs, strict=False)]
+    if rotary is not None and rotary.interleaved:
+        # The two numbers of a pair get an axis of their own, so that either of all pairs can be had.
+        new = [x if x is v else x.reshape(*x.shape[:-1], -1, 2) for x in new]
+        memory[0] = keys.reshape(*keys.shape[:-1], -1, 2)
     kernel = plgpu.kernel(
         kv_write_kernel,
-        out_type=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in viewed[2:]],
+        out_type=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in new[2:]],
         grid=(q.shape[0], sum(blocks)),
         grid_names=("token", "block"),
         scratch_types=[plgpu.SMEM((2, max(job.table for job in jobs)), jnp.float32), plgpu.Barrier()],
@@ -140,14 +142,18 @@ def run(
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
     )
 
-    # As references the memory is read and written by the same operand of the kernel, so that XLA need not copy it.
-    @pl.run_state
-    def in_place(refs: Any) -> None:
-        for ref, result in zip(refs[2:], kernel(*viewed, *indices, *refs[:2]), strict=True):
-            ref[...] = result
+    @jax.custom_batching.sequential_vmap
+    def in_place(new: list[Array], indices: list[Array], memory: list[Array]) -> list[Array]:
+        # As a reference the memory is the same operand of the kernel, read and written: XLA need not copy it.
+        @pl.run_state
+        def write(refs: Any) -> None:
+            for ref, result in zip(refs[2:], kernel(*new, *indices, *refs[:2]), strict=True):
+                ref[...] = result
+
+        return write([*memory, *new[2:]])
 
     keys, values, *turned = (
-        result.reshape(x.shape) for result, x in zip(in_place([*memory, *viewed[2:]]), (keys, values, q), strict=False)
+        x.reshape(like.shape) for x, like in zip(in_place(new, indices, memory), (keys, values, q), strict=False)
     )
     return turned[0] if turned else q, keys, values
 
@@ -207,19 +213,6 @@ class _Job:
             for half, was, turned in zip(halves, loaded, (first, second), strict=True)
         ]
         return [*results, (rest, rest_spread, copied)] if copied else results
-
-
-def _split(refs: Sequence[Any], sizes: Sequence[int]) -> list[Sequence[Any]]:
-    parts = []
-    for size in sizes:
-        parts.append(refs[:size])
-        refs = refs[size:]
-    return parts
-
-
-def _in_pairs(x: Array) -> Array:
-    """A last axis of interleaved pairs as two, so that either half of all pairs can be had."""
-    return x.reshape(*x.shape[:-1], -1, 2)
 
 
 def _padded(frequencies: Any) -> Array:

@@ -1,6 +1,7 @@
 """Rotary embedding with the KV write: the reference against float64, the kernel against the same."""
 
 import dataclasses
+import re
 from functools import partial
 from typing import Any
 
@@ -186,6 +187,39 @@ def test_every_configuration_gives_the_same(config: dict[str, int]) -> None:
         )
     for ours, theirs in zip(results, oracle(arrays, Rotary(64)), strict=True):
         assert relative_error(ours, theirs) <= RELATIVE["bfloat16"]
+
+
+def test_batching() -> None:
+    cases = [Case().arrays(seed) for seed in (1, 2)]
+    stacked = {name: jnp.stack([case[name] for case in cases]) for name in cases[0]}
+    call = partial(rotary_kv_write, rotary=ALL, implementation="pallas")
+    with interpreted_or_gpu():
+        mapped = jax.jit(jax.vmap(lambda arrays: call(**arrays)))(stacked)
+    for results, case in zip(zip(*mapped, strict=True), cases, strict=True):
+        for ours, theirs in zip(results, oracle(case, ALL), strict=True):
+            assert relative_error(ours, theirs) <= RELATIVE["bfloat16"]
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("rotary", [Rotary(128), Rotary(64, interleaved=True), None], ids=["llama", "gpt-j", "none"])
+def test_donated_memory_is_not_copied(rotary: Rotary | None) -> None:
+    case = Case(dim=128, value_dim=128, rows=8, slots=4096, rotary=rotary)
+    arrays = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in case.arrays().items()}
+    memory = [arrays.pop(name) for name in ("keys", "values")]
+
+    def step(memory: Any, arrays: dict[str, Any]) -> Any:
+        """Two layers, so that the memory is neither only an argument nor only a result."""
+        call = partial(rotary_kv_write, rotary=rotary, implementation="pallas")
+        for _ in range(2):
+            q, *memory = call(**arrays | dict(zip(("keys", "values"), memory, strict=True)))
+            arrays = arrays | {"q": q}
+        return q, memory
+
+    copies = [
+        len(re.findall(r"= bf16\[8,2,4096,[^=]*? (?:copy|fusion)\(", text))
+        for text in (compile_for_h200(step, memory, arrays, donate=donate).text for donate in ((0,), ()))
+    ]
+    assert copies == [0, 2]  # what may not be overwritten has to be copied: the count does see copies
 
 
 def test_sharding_over_heads() -> None:
