@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
-from jdsi.pallas_kernels import ACTIVATIONS
 from jdsi.pallas_kernels.device import H200
 from jdsi.pallas_kernels.linear import pallas
 from jdsi.pallas_kernels.linear.form import LinearForm
@@ -25,13 +24,15 @@ SHAPES = [
     (10, 72, 64),
     (11, 257, 72),
     (16, 40, 1024),
-    (33, 50, 328),
-    (64, 128, 192),
+    (33, 50, 72),
+    (64, 64, 192),
 ]
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize(("tokens", "outputs", "inputs"), SHAPES)
+@pytest.mark.parametrize(
+    ("tokens", "outputs", "inputs", "dtype"),
+    [(*shape, "bfloat16") for shape in SHAPES] + [(*shape, "float16") for shape in SHAPES[::3]],
+)
 def test_shapes(tokens: int, outputs: int, inputs: int, dtype: str) -> None:
     arguments = case(tokens, outputs, inputs, dtype, bias=True, residual=True, seed=tokens)
     with kernels_run():
@@ -62,7 +63,7 @@ def test_fusions(fusion: dict) -> None:
         (4, 40, 64, dict(activation="gelu", bias=True)),
         (10, 24, 192, dict(activation=None, norm=LAYER, bias=True)),  # more columns than a fused norm takes
         (2, 33, 72, dict(activation="gelu_new", bias=True, norm=LAYER)),
-        (64, 64, 128, dict(activation="silu")),
+        (17, 32, 128, dict(activation="silu")),
     ],
 )
 def test_gated(tokens: int, outputs: int, inputs: int, fusion: dict) -> None:
@@ -101,10 +102,10 @@ def test_result_dtype(dtype: str, outputs: int) -> None:
     assert relative_error(y, oracle(arguments)) <= {"float32": 1e-5, "float16": 2e-3}[dtype]
 
 
-@pytest.mark.parametrize("name", sorted(ACTIVATIONS))
+@pytest.mark.parametrize("name", ["gelu_new", "quick_gelu", "relu", "relu2", "tanh"])  # the others are above
 def test_activations(name: str) -> None:
-    arguments = case(2, 64, 64, bias=True, activation=name)
-    with kernels_run():
+    arguments = case(1, 16, 64, bias=True, activation=name)
+    with kernels_run(cores=1):
         assert relative_error(call(arguments, "pallas"), oracle(arguments)) <= RELATIVE["bfloat16"]
 
 
