@@ -53,6 +53,7 @@ def _spec(model: _Model, sequences: int, tokens: int, paged: bool) -> ArgumentSp
         # Six to turn a pair; the phase, its sine and its cosine.
         flops=total * pairs * (6 * (model.heads + model.kv_heads) + 3),
         static={"rotary": model.rotary, "ascending": not paged},
+        in_place=(3, 4),  # keys, values
     )
 
 
