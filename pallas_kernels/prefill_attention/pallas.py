@@ -65,9 +65,9 @@ def run(
     k_segments: Int[Array, "B L"] | None,
     *,
     form: AttentionForm,
-    return_lse: bool,
     device: Device,
     config: Config | None,
+    return_lse: bool = False,
 ) -> Any:
     """See `prefill_attention`."""
     queries, keys = q.shape[1], k.shape[2]
@@ -84,6 +84,7 @@ def run(
         q_segments = _padded(jnp.maximum(q_segments, -1).astype(jnp.int32), 1, QUERY_BLOCK, -1)
         k_segments = _padded(jnp.where(k_segments < 0, -2, k_segments).astype(jnp.int32), 1, tiling.key_block, -2)
         spans = segment_spans(q_segments, k_segments, QUERY_BLOCK, tiling.key_block)
+    q_start, k_lengths = (None if x is None else x.astype(jnp.int32) for x in (q_start, k_lengths))
     slopes = None if form.alibi is None else jnp.asarray(form.alibi.slopes, jnp.float32)
     arrays = Inputs(q, k, v, q_start, k_lengths, q_segments, k_segments, spans, slopes)
     out, lse = _call(arrays, form, queries, tiling, return_lse=return_lse)
@@ -118,9 +119,10 @@ def _call(arrays: Inputs, form: AttentionForm, queries: int, tiling: Tiling, *, 
     results = plgpu.kernel(
         entry,
         out_type=out_type,
-        # Heads that share keys run together.
-        grid=(heads, batch, blocks),
-        grid_names=("head", "row", "block"),
+        # The last name runs fastest. So heads that share keys run together, and blocks that see the most keys first,
+        # for the end to be filled with short ones.
+        grid=(blocks, batch, heads),
+        grid_names=("block", "row", "head"),
         num_threads=WARPGROUPS,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
@@ -159,8 +161,8 @@ def why_not(
     k_segments: Int[Array, "B L"] | None,
     *,
     form: AttentionForm,
-    return_lse: bool,
     device: Device,
+    return_lse: bool = False,
 ) -> str | None:
     """See `KernelModule.why_not`."""
     dtypes = {str(x.dtype) for x in (q, k, v)}
@@ -186,8 +188,8 @@ def candidates(
     k_segments: Int[Array, "B L"] | None,
     *,
     form: AttentionForm,
-    return_lse: bool,
     device: Device,
+    return_lse: bool = False,
 ) -> Sequence[Config]:
     """See `KernelModule.candidates`."""
     return [dataclasses.asdict(tiling) for tiling in _tilings(q, v, q_segments, device)]
