@@ -15,9 +15,19 @@ from ..attention.tile import Softmax, finish, start, tile_scores, update, within
 from .schedule import BEGIN, END, POSITION, SEQUENCE, SPLIT, SPLITS, TOKEN, TOKENS
 from .tiling import PART_COLUMNS, ROWS, Tiling, head_blocks, operand_width
 
-# Registers a thread of the loading warpgroup keeps and each computing one gets, where the assembler heeds it.
+# Registers a thread of the loading warpgroup keeps and each of two computing ones gets, where the assembler heeds it; a
+# single one has as many as there can be anyway.
 _LOAD_REGISTERS, _COMPUTE_REGISTERS = 40, 232
 _WGMMA = plgpu.Layout.WGMMA
+_STORED = 64  # columns of results converted at a time
+
+
+def store_unaligned(ref: Any, value: Array) -> None:
+    """Writes registers whose layout does not fill whole sectors; later versions of JAX want to be asked for that."""
+    if store := getattr(plgpu, "store", None):  # jax >= 0.12
+        store(ref, value, optimized=False)
+    else:
+        ref[...] = value
 
 
 class Inputs(NamedTuple):
@@ -76,12 +86,20 @@ def run_block(
 
     @pl.when(warpgroup == tiling.warpgroups)
     def _() -> None:
-        plgpu.set_max_registers(_LOAD_REGISTERS, action="decrease")
-        lax.fori_loop(begin, end, lambda i, done: _load_item(i, done, inputs, scratch, tiling), jnp.int32(0))
+        if tiling.warpgroups > 1:
+            plgpu.set_max_registers(_LOAD_REGISTERS, action="decrease")
+        done = lax.fori_loop(begin, end, lambda i, done: _load_item(i, done, inputs, scratch, tiling), jnp.int32(0))
+
+        def wait(j: Array, _: None) -> None:
+            plgpu.barrier_wait(scratch.free.at[lax.rem(j, tiling.stages)])
+
+        # Barriers are left as they were found, all their phases waited for.
+        lax.fori_loop(jnp.maximum(done - tiling.stages, 0), done, wait, None)
 
     @pl.when(warpgroup < tiling.warpgroups)
     def _() -> None:
-        plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
+        if tiling.warpgroups > 1:
+            plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
 
         def step(i: Array, done: Array) -> Array:
             return _compute_item(i, done, inputs, results, scratch, form, tiling, dim)
@@ -245,7 +263,7 @@ def _compute_item(
     reciprocal, lse = finish(softmax)
     values = values * lax.broadcast_in_dim(reciprocal, values.shape, [0])
     if results.lse is not None:
-        plgpu.store(results.lse.at[item, unit, warpgroup], lse, optimized=False)
+        store_unaligned(results.lse.at[item, unit, warpgroup], lse)
     out = scratch.rows if scratch.out is None else scratch.out
     whole = inputs.items[item, SPLITS] == 1
 
@@ -291,7 +309,7 @@ def _load_queries(q: Any, scratch: Scratch, token: Array, heads: _Heads, tiling:
         lax.fori_loop(0, tiling.tokens, load, None)
     plgpu.barrier_wait(scratch.q_ready.at[warpgroup])
     queries = plgpu.load(scratch.rows.at[warpgroup, :, pl.ds(0, dim)], layout=_WGMMA, optimized=False)
-    plgpu.store(scratch.q.at[warpgroup], queries)
+    scratch.q[warpgroup] = queries
     plgpu.commit_smem()
 
 
@@ -300,7 +318,9 @@ def _store(
 ) -> None:
     """Writes the block's own tokens, one copy each: the rows behind them are another sequence's."""
     rows = rows.at[lax.axis_index("warpgroup")]
-    plgpu.store(rows.at[:, pl.ds(0, values.shape[1])], values.astype(rows.dtype), optimized=False)
+    for column in range(0, values.shape[1], _STORED):  # converting all at once would take registers from the values
+        some = values[:, column : column + _STORED]
+        rows[:, pl.ds(column, some.shape[1])] = some.astype(rows.dtype)
     plgpu.commit_smem()
 
     def store(t: Array, _: None) -> None:
@@ -350,7 +370,7 @@ def _clean(scratch: Scratch, slot: Array, there: _Presence, tiling: Tiling, v_di
             for column in range(0, v_dim, width):
                 part = scratch.v.at[slot, pl.ds(row, ROWS), pl.ds(column, width)]
                 values = plgpu.load(part, layout=_WGMMA)
-                plgpu.store(part, jnp.where(seen, values, jnp.zeros_like(values)))
+                part[...] = jnp.where(seen, values, jnp.zeros_like(values))
         plgpu.commit_smem()
         plgpu.barrier_arrive(scratch.clean.at[slot])
 

@@ -91,8 +91,8 @@ def tilings(
     blocks = -(-group // ROWS)
     # One long sequence alone is to fill the device, so that its last part does not keep all others waiting.
     splits = max(1, min(64, device.cores // (kv_heads * blocks)))
-    # A bias or a cap needs registers beside the scores; without spills that leaves room for half as many.
-    narrow = (form.alibi is not None and v_dim > 64) or (form.softcap is not None and v_dim > 128)
+    # A bias needs registers beside those of scores and values: without spills there is room for half as many scores.
+    narrow = v_dim > 128 or (form.alibi is not None and v_dim > 64)
     smallest = Tiling(1, -(-group // blocks), 64, 32 if narrow else 64, 2, 512, splits)
     found = []
     # Two warpgroups halve the reads of keys by prompts. Above 128 dims one needs all registers for its values.

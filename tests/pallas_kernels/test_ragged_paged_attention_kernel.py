@@ -157,11 +157,11 @@ def rearranged(batch: Batch, order: Sequence[int]) -> Batch:
 
 
 def test_a_sequence_does_not_depend_on_the_others() -> None:
-    batch = make_batch(((1, 200), (37, 130), (2, 90), (1, 30)), heads=(2, 1), seed=6)
+    batch = make_batch(((1, 150), (20, 70), (2, 90)), heads=(2, 1), seed=6)
     with kernels_run(3):
         function = jax.jit(partial(pallas.run, form=FORM, return_lse=True, device=current_device(), config=SPLIT))
         whole = [np.asarray(x) for x in function(*map(jnp.asarray, batch.arrays))]
-        for order in ([0], [2, 1], [3, 2, 0]):
+        for order in ([0], [2, 1]):
             other = rearranged(batch, order)
             parts = [np.asarray(x) for x in function(*map(jnp.asarray, other.arrays))]
             for i, b in enumerate(order):
@@ -173,14 +173,15 @@ def test_a_sequence_does_not_depend_on_the_others() -> None:
 def test_chunks_of_a_prompt_add_up_to_the_prompt() -> None:
     prompt = make_batch(((90, 90),), heads=(2, 1), seed=7)
     ends = (13, 40, 41, 90)
-    chunks = dataclasses.replace(
+    both = dataclasses.replace(  # the prompt in one piece, then in four
         prompt,
-        block_tables=np.repeat(prompt.block_tables, len(ends), axis=0),
-        q_offsets=np.array([0, *ends], np.int32),
-        k_lengths=np.array(ends, np.int32),
+        q=jnp.concatenate([prompt.q, prompt.q]),
+        block_tables=np.repeat(prompt.block_tables, 1 + len(ends), axis=0),
+        q_offsets=np.array([0, 90, *(90 + end for end in ends)], np.int32),
+        k_lengths=np.array([90, *ends], np.int32),
     )
-    for whole, parts in zip(run(prompt, FORM), run(chunks, FORM), strict=True):
-        assert relative_error(parts, whole) < 1e-3
+    for result in run(both, FORM):
+        assert relative_error(result[90:], result[:90]) < 1e-3
 
 
 def test_batching_and_sharding() -> None:
