@@ -259,6 +259,7 @@ _TYPES = {
     "float16": "fp16",
     "float32": "fp32",
     "int32": "i32",
+    "int16": "i16",
     "int8": "i8",
     "uint8": "u8",
     "float8_e4m3fn": "fp8e4nv",

@@ -18,7 +18,9 @@ def _bucket(x: Array, weight: QuantizedWeight, bias: Array | None, residual: Arr
     return f"T={tokens} out={weight.shape[0]} in={x.shape[1]} {x.dtype} {weight.format}{gate}"
 
 
-QUANTIZED_LINEAR = Operator("quantized_linear", "jdsi.pallas_kernels.quantized_linear", reference, _bucket)
+QUANTIZED_LINEAR = Operator(
+    "quantized_linear", "jdsi.pallas_kernels.quantized_linear", reference, _bucket, ("pallas", "triton")
+)
 
 
 def quantized_linear(
