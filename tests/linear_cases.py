@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jdsi.pallas_kernels.linear import gated_linear, linear, pallas
+from jdsi.pallas_kernels.linear import block, gated_linear, linear
 from jdsi.pallas_kernels.normalization import NormForm
 from kernels import ON_GPU, interpreted_or_gpu
 
@@ -118,6 +118,6 @@ def kernels_run(cores: int = 2) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if not ON_GPU:
             stack.enter_context(mock.patch.object(plgpu, "RefUnion", lambda by_tma, by_wgmma: by_wgmma))
-            stack.enter_context(mock.patch.object(pallas, "_views", lambda ref, flat: (ref, ref)))
+            stack.enter_context(mock.patch.object(block, "_views", lambda ref, flat: (ref, ref)))
         stack.enter_context(interpreted_or_gpu(cores))
         yield

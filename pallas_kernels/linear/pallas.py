@@ -1,36 +1,24 @@
 """The skinny product as one Mosaic GPU kernel for Hopper (the SBI-GeMM of Aminabadi et al. 2022, section III-C).
 
-The kernel computes `y^T = W x^T`: a tile of weights comes straight from global memory as wgmma's A operand, the few
-tokens are the columns of its B operand, rounded up to 8. No path of its own serves a single token: the product is
-memory-bound, a wgmma of 8 columns takes its A operand from shared memory at 128 bytes a cycle, and global memory brings
-each multiprocessor under 20, so vector instructions could not be faster, only busier.
-
-Blocks are persistent: one per multiprocessor walks over tiles of output rows, and the pipeline of loads runs on from
-one tile to the next. Rows are cut so that every multiprocessor has the same share (see partition.py); only where that
-does not go are the inputs split too, and a second pass sums the float32 parts in order.
+Rows are cut so that every multiprocessor has the same share (see partition.py); only where that does not go are the
+inputs split too, and a second pass sums the float32 parts in order. What a block does is in block.py.
 """
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
 from ..device import Device
 from ..normalization import normalise
-from . import prologue
-from .epilogue import activation, combine, reduce_splits
+from .block import Plan, call
+from .epilogue import reduce_splits
 from .form import PLAIN, LinearForm
-from .partition import LAUNCH, TILE, Problem, Tiling, aligned, best, cost, direct, steps_per_split, units
+from .partition import LAUNCH, TILE, Problem, aligned, best, cost, fitted, units
 
 MAX_TOKENS = 64  # beyond, the product is on its way to compute-bound and XLA's matrix product is the right tool
-_WGMMA = plgpu.Layout.WGMMA
 _SLACK = 4 * 1024  # barriers and the compiler's own scratch
 
 
@@ -76,8 +64,10 @@ def run(
     config: Mapping[str, Any] | None = None,
     form: LinearForm = PLAIN,
 ) -> Array:
-    """See `linear`. The norm is part of the kernel while `x` fits in shared memory beside the weights, up to 8 tokens;
-    else it runs before, as one XLA fusion.
+    """See `linear`; `config` overrides fields of the default `Tiling`.
+
+    The norm is part of the kernel for up to 8 tokens, as long as `x` leaves the pipeline enough shared memory; else it
+    runs before, as one XLA fusion. More than 8 tokens are padded to a multiple of 8, by another one.
     """
     plan = _plan(x, weight, bias, (norm_weight, norm_bias), device, form, config)
     extras = {"norm_weight": norm_weight, "norm_bias": norm_bias}
@@ -87,8 +77,8 @@ def run(
         extras = {}
     x = jnp.pad(x, ((0, plan.problem.tokens - plan.tokens), (0, 0)))
     if plan.direct:
-        return _call(plan, x, weight, bias=bias, residual=residual, **extras)
-    return reduce_splits(_call(plan, x, weight, **extras), bias, residual, form, plan.problem.outputs, plan.result)
+        return call(plan, x, weight, bias=bias, residual=residual, **extras)
+    return reduce_splits(call(plan, x, weight, **extras), bias, residual, form, plan.problem.outputs, plan.result)
 
 
 def candidates(
@@ -109,30 +99,6 @@ def candidates(
     return [dataclasses.asdict(tiling) for tiling in dict.fromkeys((*ordered[:8], *firsts.values()))]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    """Everything static about one call.
-
-    Attributes:
-        tokens: of the result, without padding.
-        blocks: of the grid: at most one per multiprocessor.
-        result: dtype.
-        pipeline_bytes: shared memory for the pipeline and the staging of results.
-    """
-
-    problem: Problem
-    tiling: Tiling
-    form: LinearForm
-    tokens: int
-    blocks: int
-    result: np.dtype
-    pipeline_bytes: int
-
-    @property
-    def direct(self) -> bool:
-        return direct(self.problem, self.tiling)
-
-
 def _plan(
     x: Array,
     weight: Array,
@@ -141,7 +107,7 @@ def _plan(
     device: Device,
     form: LinearForm,
     config: Mapping[str, Any] | None = None,
-) -> _Plan:
+) -> Plan:
     (tokens, inputs), outputs = x.shape, weight.shape[0] // form.operands
     result = form.result_dtype(x.dtype)
     flat = weight.shape[0] % 8 != 0 or inputs % TILE != 0
@@ -168,237 +134,6 @@ def _plan(
         found = best(fused, left, device)
         if found and cost(fused, found[0], device) < ahead:
             problem, room, tiling = fused, left, found[0]
-    tiling = tiling.override(config)
-    return _Plan(problem, tiling, form, tokens, min(units(problem, tiling), device.cores), result, room)
-
-
-def _call(plan: _Plan, x: Array, weight: Array, **extras: Array | None) -> Array:
-    """The kernel: the result `[T, out]`, or float32 `[splits, operands, T, out rounded up]` for a second pass."""
-    problem, tiling = plan.problem, plan.tiling
-    present = {name: array for name, array in extras.items() if array is not None}
-    if plan.direct:
-        out = jax.ShapeDtypeStruct((plan.tokens, problem.outputs), plan.result)
-    else:
-        padded = -(-problem.outputs // 4) * 4
-        out = jax.ShapeDtypeStruct((tiling.splits, problem.operands, plan.tokens, padded), jnp.float32)
-
-    def body(x_g: Any, weight_g: Any, *rest: Any, **scratch: Any) -> None:
-        *refs, out_g = rest
-        _Block(plan, x_g, weight_g, out_g, dict(zip(present, refs, strict=True)), scratch).run()
-
-    return plgpu.kernel(
-        body,
-        out_type=out,
-        grid=(plan.blocks,),
-        grid_names=("block",),
-        scratch_types=_scratch(plan, x.dtype, present),
-    )(x, weight, *present.values())
-
-
-def _scratch(plan: _Plan, dtype: Any, present: Mapping[str, Array]) -> dict[str, Any]:
-    """Shared memory and barriers of a block."""
-    problem, tiling = plan.problem, plan.tiling
-    columns, padded = problem.columns, tiling.padded_rows
-    swizzle = plgpu.SwizzleTransform(2 * TILE)
-
-    def operand(*shape: int) -> Any:
-        tiled = plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, TILE)), swizzle))
-        # TMA refuses tiles that do not divide the array. One column of tiles is stored as if there were none, and
-        # without tiles TMA takes any array.
-        return plgpu.RefUnion(plgpu.SMEM(shape, dtype, transforms=(swizzle,)), tiled) if problem.flat else tiled
-
-    chunks = problem.inputs // tiling.step if problem.resident else tiling.stages
-    scratch: dict[str, Any] = {
-        "weights_s": operand(tiling.stages, problem.operands, padded, tiling.step),
-        "x_s": operand(chunks, columns, tiling.step),
-        "staged_s": [plgpu.SMEM((columns, padded), plan.result if plan.direct else jnp.float32)]
-        * (1 if plan.direct else problem.operands),
-        "arrived": plgpu.Barrier(num_arrivals=problem.operands + (not problem.resident), num_barriers=tiling.stages),
-    }
-    if "bias" in present:
-        scratch["bias_s"] = plgpu.SMEM((problem.operands, padded), present["bias"].dtype)
-    if arrivals := problem.operands * ("bias" in present) + plan.tokens * ("residual" in present):
-        scratch["extras_arrived"] = plgpu.Barrier(num_arrivals=arrivals)
-    if problem.resident:
-        norm = {name: array for name, array in present.items() if name.startswith("norm_")}
-        for name, array in norm.items():
-            scratch[f"{name}_s"] = plgpu.SMEM((chunks, tiling.step), array.dtype)
-        scratch["x_arrived"] = plgpu.Barrier(num_arrivals=chunks * (1 + len(norm)))
-    return scratch
-
-
-@dataclasses.dataclass(frozen=True)
-class _Block:
-    """One block of the kernel, while it is traced."""
-
-    plan: _Plan
-    x: Any
-    weight: Any
-    out: Any
-    extras: Mapping[str, Any]
-    scratch: Mapping[str, Any]
-
-    def run(self) -> None:
-        plan, problem, tiling = self.plan, self.plan.problem, self.plan.tiling
-        block = lax.axis_index("block")
-        total, steps = units(problem, tiling), steps_per_split(problem, tiling)
-        mine = (total - block + plan.blocks - 1) // plan.blocks
-
-        def fetch(step: jax.Array) -> None:
-            """Starts the loads of one step of this block, counted over all its units."""
-            tile, split = self.place(block + step // steps * plan.blocks)
-            self.fetch(lax.rem(step, tiling.stages), tile, split * steps + lax.rem(step, steps))
-
-        if problem.resident:
-            # Before the weights: the copy engine works in order, and this is little.
-            self.fetch_x()
-        for step in range(tiling.stages):
-            pl.when(step < mine * steps)(lambda step=step: fetch(jnp.int32(step)))
-        if problem.resident:
-            plgpu.barrier_wait(self.scratch["x_arrived"])
-            assert plan.form.norm is not None
-            prologue.normalise(
-                self.scratch["x_s"], self.scratch.get("norm_weight_s"), self.scratch.get("norm_bias_s"), plan.form.norm
-            )
-
-        @pl.loop(0, mine)
-        def _(turn: jax.Array) -> None:
-            tile, split = self.place(block + turn * plan.blocks)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last tile has left its buffer
-            self.fetch_extras(tile)
-
-            def products(*sums: Any) -> tuple[jax.Array, ...]:
-                @pl.loop(0, steps)
-                def _(index: jax.Array) -> None:
-                    step = turn * steps + index
-                    self.multiply(sums, lax.rem(step, tiling.stages), split * steps + index)
-                    ahead = step - 1 + tiling.stages
-
-                    @pl.when((step > 0) & (ahead < mine * steps))
-                    def _() -> None:
-                        fetch(ahead)  # into the slot of the step before, whose products are done
-
-                return tuple(ref[...] for ref in sums)
-
-            accumulator = plgpu.ACC((tiling.padded_rows, problem.columns), jnp.float32)
-            sums = pl.run_scoped(products, *[accumulator] * problem.operands)
-            if plan.direct:
-                self.write_result(sums, tile)
-            else:
-                self.write_parts(sums, tile, split)
-
-        plgpu.wait_smem_to_gmem(0)
-
-    def place(self, unit: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Tile of rows and split of a unit of work."""
-        splits = self.plan.tiling.splits
-        return unit // splits, lax.rem(unit, splits)
-
-    def views(self, name: str) -> tuple[Any, Any]:
-        return _views(self.scratch[name], self.plan.problem.flat)
-
-    def fetch(self, slot: jax.Array, tile: jax.Array, step: jax.Array) -> None:
-        problem, tiling = self.plan.problem, self.plan.tiling
-        barrier = self.scratch["arrived"].at[slot]
-        inputs = pl.ds(step * tiling.step, tiling.step)
-        for operand in range(problem.operands):
-            plgpu.copy_gmem_to_smem(
-                self.weight.at[pl.ds(operand * problem.outputs + tile * tiling.rows, tiling.rows), inputs],
-                self.views("weights_s")[0].at[slot, operand, pl.ds(0, tiling.rows)],
-                barrier,
-            )
-        if not problem.resident:
-            # A traced zero: with fewer than 8 tokens the block reaches past the array, and TMA fills it with zeros.
-            columns = pl.ds(slot * 0, problem.columns)
-            plgpu.copy_gmem_to_smem(self.x.at[columns, inputs], self.views("x_s")[0].at[slot], barrier)
-
-    def fetch_x(self) -> None:
-        prologue.fetch(
-            self.x,
-            self.scratch["x_s"],
-            [(ref, self.scratch[f"{name}_s"]) for name, ref in self.extras.items() if name.startswith("norm_")],
-            self.scratch["x_arrived"],
-        )
-
-    def fetch_extras(self, tile: jax.Array) -> None:
-        """Starts the loads of what the epilogue adds, one row of the residual at a time: its rows are [T, out]."""
-        problem, tiling = self.plan.problem, self.plan.tiling
-        if "bias" in self.extras:
-            for operand in range(problem.operands):
-                plgpu.copy_gmem_to_smem(
-                    self.extras["bias"].at[pl.ds(operand * problem.outputs + tile * tiling.rows, tiling.rows)],
-                    self.scratch["bias_s"].at[operand, pl.ds(0, tiling.rows)],
-                    self.scratch["extras_arrived"],
-                )
-        if "residual" in self.extras:
-            for token in range(self.plan.tokens):
-                plgpu.copy_gmem_to_smem(
-                    self.extras["residual"].at[token, pl.ds(tile * tiling.rows, tiling.rows)],
-                    self.scratch["staged_s"][0].at[token, pl.ds(0, tiling.rows)],
-                    self.scratch["extras_arrived"],
-                )
-
-    def multiply(self, sums: Sequence[Any], slot: jax.Array, step: jax.Array) -> None:
-        """Waits for a step's operands and starts its products; those of the step before are done on return."""
-        weights = self.views("weights_s")[1]
-        x = self.views("x_s")[1].at[step if self.plan.problem.resident else slot]
-        plgpu.barrier_wait(self.scratch["arrived"].at[slot])
-        for operand, ref in enumerate(sums):
-            plgpu.wgmma(ref, weights.at[slot, operand], x.T)
-        plgpu.wgmma_wait(len(sums))
-
-    def write_result(self, sums: Sequence[jax.Array], tile: jax.Array) -> None:
-        """The epilogue on the transposed products in registers, and the tile on its way to the result."""
-        [staged], shape = self.scratch["staged_s"], sums[0].shape
-        if "extras_arrived" in self.scratch:
-            plgpu.barrier_wait(self.scratch["extras_arrived"])
-        biases: list[jax.Array | None] = [None] * len(sums)
-        if "bias" in self.extras:
-            for operand in range(len(sums)):
-                bias = plgpu.load(self.scratch["bias_s"].at[operand], layout=_WGMMA.reduce(1), optimized=False)
-                biases[operand] = lax.broadcast_in_dim(bias.astype(jnp.float32), shape, (0,))
-        form = self.plan.form
-        y = combine(sums, biases, form, activation(form.activation)).astype(self.plan.result)
-        if "residual" in self.extras:
-            y += plgpu.load(staged.T, layout=_WGMMA, optimized=False)
-        _store(staged.T, y)
-        plgpu.commit_smem()
-        self.send(staged, self.out, tile)
-
-    def write_parts(self, sums: Sequence[jax.Array], tile: jax.Array, split: jax.Array) -> None:
-        staged = self.scratch["staged_s"]
-        for ref, values in zip(staged, sums, strict=True):
-            _store(ref.T, values)
-        plgpu.commit_smem()
-        for operand in range(len(sums)):
-            self.send(staged[operand], self.out.at[split, operand], tile)
-
-    def send(self, staged: Any, out: Any, tile: jax.Array) -> None:
-        """Copies a tile to the result row by row: only so can it stop at `rows` and at the last token.
-
-        The copies of the last tile stop at the end of a row by themselves.
-        """
-        rows = self.plan.tiling.rows
-        for token in range(self.plan.tokens):
-            plgpu.copy_smem_to_gmem(
-                staged.at[token, pl.ds(0, rows)], out.at[token, pl.ds(tile * rows, rows)], commit_group=False
-            )
-        plgpu.commit_smem_to_gmem_group()
-
-
-def _views(ref: Any, flat: bool) -> tuple[Any, Any]:
-    """An operand in shared memory as TMA and as wgmma see it."""
-    by_tma, by_wgmma = ref if flat else (ref, ref)
-    return by_tma, by_wgmma
-
-
-def _store(ref: Any, values: jax.Array) -> None:
-    """Writes a transposed tile, whose registers hold pairs that lie in different rows of `ref`."""
-    if values.dtype.itemsize == 4:
-        # The hardware transposes 16-bit matrices on their way to shared memory; here the threads exchange pairs.
-        values = plgpu.layout_cast(values, plgpu.Layout.WGMMA_TRANSPOSED)
-    # jax 0.12 wants to be told that bank conflicts are accepted, jax 0.11 has no word for it and accepts them.
-    if store := getattr(plgpu, "store", None):
-        store(ref, values, optimized=False)
-    else:
-        ref[...] = values
+    # What was tuned for arguments of the same bucket may not suit these: they may leave less shared memory.
+    tiling = fitted(problem, tiling.override(config), room) or tiling
+    return Plan(problem, tiling, form, tokens, min(units(problem, tiling), device.cores), result, room)

@@ -148,20 +148,31 @@ def tilings(problem: Problem, shared_memory: int) -> Iterator[Tiling]:
     # (and where a step is one tile in any case, more rows make it worth its while).
     most = MMA_ROWS if problem.columns <= 16 and not problem.flat else 256
     for rows in range(8, most + 1, 8):
-        padded = -(-rows // MMA_ROWS) * MMA_ROWS
-        if problem.operands * padded * problem.columns > MAX_ACCUMULATORS * 128:
-            continue
         step = _step(problem, rows, shared_memory)
         total = -(-problem.inputs // step)
         # A fused norm saves the launch that a second pass costs, and every split would repeat it.
         for splits in (1,) if problem.resident else (1, 2, 3, 4, 5, 6, 8):
             per_split = -(-total // splits)
             # No split empty, and each worth its second pass.
-            if splits == 1 or (per_split >= 4 and -(-total // per_split) == splits):
-                tiling = Tiling(rows, step, 2, splits)
-                stages = (shared_memory - staging_bytes(problem, tiling)) // slot_bytes(problem, rows, step)
-                if stages >= 2:
-                    yield dataclasses.replace(tiling, stages=min(stages, _STAGES))
+            if splits > 1 and (per_split < 4 or -(-total // per_split) != splits):
+                continue
+            if tiling := fitted(problem, Tiling(rows, step, _STAGES, splits), shared_memory):
+                yield tiling
+
+
+def fitted(problem: Problem, tiling: Tiling, shared_memory: int) -> Tiling | None:
+    """`tiling` with no more stages than there is room for, or `None` if the kernel cannot cut `problem` that way."""
+    if tiling.rows % 8 or tiling.rows < 8 or tiling.step % TILE or tiling.splits < 1:
+        return None
+    if problem.operands * tiling.padded_rows * problem.columns > MAX_ACCUMULATORS * 128:
+        return None
+    if problem.flat and tiling.step != TILE:
+        return None
+    if problem.resident and (tiling.splits != 1 or problem.inputs % tiling.step):
+        return None
+    room = shared_memory - staging_bytes(problem, tiling)
+    stages = min(tiling.stages, room // slot_bytes(problem, tiling.rows, tiling.step))
+    return dataclasses.replace(tiling, stages=stages) if stages >= 2 else None
 
 
 def best(problem: Problem, shared_memory: int, device: Device, count: int = 1) -> tuple[Tiling, ...]:

@@ -17,9 +17,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ..device import Device
+from ..linear.block import store_transposed
 from ..linear.epilogue import activation, combine, reduce_splits
 from ..linear.form import LinearForm
-from ..linear.pallas import _store
 from ..operator import Config
 from .tiling import CHUNK, MAX_TOKENS, ROWS, Shape, Tiling, candidates_of
 from .unpack import operand
@@ -371,7 +371,7 @@ class _Block:
                 for block in range(self.tiling.blocks)
             }
         for (part, block), y in results.items():
-            _store(out_tile.at[part, :, self.own_rows(block)].T, y.astype(self.out.dtype))
+            store_transposed(out_tile.at[part, :, self.own_rows(block)].T, y.astype(self.out.dtype))
         plgpu.commit_smem()
         tile, split = lax.axis_index("tile"), lax.axis_index("split")
         for part, block in results:

@@ -135,7 +135,7 @@ def test_other_bad_arguments() -> None:
     x, weight = jnp.ones((3, 72)), jnp.ones((51, 72))
     with pytest.raises(ValueError, match="as many rows for up as for gate, not 51"):
         gated_linear(x, weight, activation="silu")
-    with pytest.raises(ConfigError, match="unknown 'gleu' .did you mean 'gelu'"):
+    with pytest.raises(ConfigError, match=r"unknown 'gleu' .did you mean 'gelu'"):
         linear(x, weight, activation="gleu")
     with pytest.raises(ValueError, match="no weight offset, not 1"):
         NormForm(centred=True, eps=1e-5, weight_offset=1.0)
