@@ -31,15 +31,14 @@ def query_blocks(q_offsets: Int[Array, " B+1"], k_lengths: Int[Array, " B"], tok
     starts = q_offsets.astype(jnp.int32)
     lengths = jnp.append(q_offsets[1:], tokens).astype(jnp.int32) - starts
     per_sequence = -(-lengths // size)
-    ends = jnp.cumsum(per_sequence)
+    ends = running_sum(per_sequence)
     index = jnp.arange(most_blocks(tokens, len(k_lengths), size), dtype=jnp.int32)
-    # Comparing with all is one kernel on a GPU, a binary search is one for each of its steps.
-    sequence = jnp.minimum(jnp.searchsorted(ends, index, side="right", method="compare_all"), len(k_lengths))
+    sequence = jnp.minimum(count_up_to(ends, index), len(k_lengths))
     first = (index - (ends - per_sequence)[sequence]) * size
     count = jnp.where(index < ends[-1], jnp.clip(lengths[sequence] - first, 0, size), 0)
     before = jnp.append(k_lengths, 0).astype(jnp.int32) - lengths
     token = jnp.arange(tokens, dtype=jnp.int32)
-    owner = jnp.minimum(jnp.searchsorted(starts[1:], token, side="right", method="compare_all"), len(k_lengths))
+    owner = jnp.minimum(count_up_to(starts[1:], token), len(k_lengths))
     of_token = (ends - per_sequence)[owner] + (token - starts[owner]) // size
     return QueryBlocks(sequence, starts[sequence] + first, count, before[sequence] + first, of_token, per_sequence)
 
@@ -47,3 +46,18 @@ def query_blocks(q_offsets: Int[Array, " B+1"], k_lengths: Int[Array, " B"], tok
 def most_blocks(tokens: int, sequences: int, size: int) -> int:
     """How many blocks there can be: each sequence, and the padding, may have one that is not full."""
     return min(tokens, tokens // size + sequences + 1)
+
+
+# One kernel each on a GPU, where a scan and a binary search are several; the arrays are so short that the squares of
+# their lengths do not matter.
+
+
+def running_sum(x: Int[Array, " n"]) -> Int[Array, " n"]:
+    """What `jnp.cumsum` gives."""
+    index = jnp.arange(len(x))
+    return jnp.sum(jnp.where(index <= index[:, None], x, 0), axis=1)
+
+
+def count_up_to(x: Int[Array, " n"], bounds: Int[Array, " m"]) -> Int[Array, " m"]:
+    """How many elements of `x` are at most each bound."""
+    return jnp.sum((x <= bounds[:, None]).astype(jnp.int32), axis=1)

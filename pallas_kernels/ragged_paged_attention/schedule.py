@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from ..attention.form import AttentionForm
-from .blocks import QueryBlocks, most_blocks, query_blocks
+from .blocks import QueryBlocks, count_up_to, most_blocks, query_blocks, running_sum
 
 # Columns of `Schedule.items`.
 SEQUENCE, TOKEN, TOKENS, POSITION, BEGIN, END, SPLIT, SPLITS = range(8)
@@ -71,10 +71,10 @@ def make_schedule(
     first = begin // chunks
     parts = jnp.where(blocks.tokens > 0, jnp.maximum(1, -(-end // chunks) - first), 0)
 
-    ends = jnp.cumsum(parts)
+    ends = running_sum(parts)
     most = most_splits(keys, chunk, splits)
     index = jnp.arange(most_blocks(tokens, len(k_lengths), block) + len(k_lengths) * (most - 1), dtype=jnp.int32)
-    at = jnp.minimum(jnp.searchsorted(ends, index, side="right", method="compare_all"), len(ends) - 1)
+    at = jnp.minimum(count_up_to(ends, index), len(ends) - 1)
     split = index - (ends - parts)[at]
     start = jnp.maximum(begin[at], (first[at] + split) * chunks[at]) // tile * tile
     stop = jnp.minimum(end[at], (first[at] + split + 1) * chunks[at])
@@ -91,11 +91,11 @@ def make_schedule(
 
     # An item costs its tiles and about one more for its queries and results.
     cost = jnp.where(index < ends[-1], -(-jnp.maximum(stop - start, 0) // tile) + 1, 0)
-    until = jnp.cumsum(cost)
+    until = running_sum(cost)
     share, rest = until[-1] * units // cores, until[-1] * units % cores
     core = jnp.arange(cores + 1, dtype=jnp.int32)
     bound = core * share + core * rest // cores
-    item = jnp.searchsorted(until * units, bound, side="right", method="compare_all")
+    item = count_up_to(until * units, bound)
     inside = jnp.minimum(item, len(index) - 1)
     unit = -(-(bound - (until - cost)[inside] * units) // jnp.maximum(cost[inside], 1))
     shares = jnp.where(core == cores, ends[-1] * units, jnp.minimum(item, ends[-1]) * units + unit)
