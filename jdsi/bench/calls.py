@@ -13,12 +13,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jdsi.pallas_kernels.device import current_device
 from jdsi.pallas_kernels.operator import ArgumentSpec, Arrays
 
 # What the calls of one program touch together where memory allows: four times the cache of an H200 (50 MB), for its
 # replacement is not strictly by age.
 _TOUCHED = 2**28
-_MOST = 64
+_MOST, _MOST_ON_CPU = 64, 8  # where starting a call costs nothing beside it
 _FIGURE_SECONDS = 0.02  # a figure is the mean over about so long
 
 
@@ -30,11 +31,12 @@ def tree_bytes(tree: Any) -> int:
 def call_count(spec: ArgumentSpec, footprint: int, max_bytes: int) -> int:
     """How many calls one program makes; 0 if the operands and results of one, `footprint`, exceed `max_bytes`.
 
-    Operands of less than 4 MB are repeated 64 times only. What of them stays in the cache would do so in a model too,
-    where the operation before has just written it.
+    Operands of less than 4 MB are repeated 64 times only (on a CPU 8). What of them stays in the cache would do so in a
+    model too, where the operation before has just written it.
     """
     # Two calls at least, so that the host starts one while another runs.
-    wanted = min(max(-(-_TOUCHED // max(spec.bytes, 1)), 2), _MOST)
+    most = _MOST_ON_CPU if current_device().platform == "cpu" else _MOST
+    wanted = min(max(-(-_TOUCHED // max(spec.bytes, 1)), 2), most)
     return min(wanted, max_bytes // max(footprint, 1))
 
 

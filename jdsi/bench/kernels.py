@@ -222,7 +222,7 @@ def _table(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 
 def _left_out(results: Sequence[Mapping[str, Any]]) -> list[str]:
-    """One line for each reason, with the arguments it holds for."""
+    """One line for each reason, with the first arguments it holds for."""
     lines: dict[tuple[str, str, str], list[str]] = collections.defaultdict(list)
     measured = collections.Counter(result["operator"] for result in results if "left_out" in result)
     for result in results:
@@ -234,6 +234,7 @@ def _left_out(results: Sequence[Mapping[str, Any]]) -> list[str]:
 
     def arguments(operator: str, who: str, found: Sequence[str]) -> str:
         every = who not in ("skipped", "failed") and len(found) == measured[operator]
-        return "all measured" if every else ", ".join(found)
+        rest = [f"and {len(found) - 3} more"] if len(found) > 4 else []
+        return "all measured" if every else ", ".join([*found[: 3 if rest else 4], *rest])
 
     return [f"{name}, {who}: {why} ({arguments(name, who, found)})" for (name, who, why), found in lines.items()]
