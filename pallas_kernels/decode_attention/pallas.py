@@ -13,26 +13,8 @@ from ..attention.form import AttentionForm
 from ..attention.tile import combine, why_not_form
 from ..device import Device
 from ..operator import Config
-from .body import ROWS, Inputs, Plan, body, scratch
-
-_MOST_COLUMNS = 64
-
-
-@dataclasses.dataclass(frozen=True)
-class Tiling:
-    """How a call is cut up.
-
-    Attributes:
-        keys: of one tile, a multiple of 64.
-        columns: queries of one block, a multiple of 8.
-        stages: tiles in shared memory.
-        splits: parts of each row's keys.
-    """
-
-    keys: int
-    columns: int
-    stages: int
-    splits: int
+from .body import body
+from .plan import ROWS, Inputs, Plan, default_tiling
 
 
 def why_not(
@@ -79,84 +61,9 @@ def why_not(
         return f"{'a page has' if block_tables is not None else 'there is memory for'} {unit} keys, not a multiple of 8"
     if block_tables is not None and (unit < 16 or (unit % ROWS and ROWS % unit)):
         return f"pages of {unit} keys neither divide nor are divided by tiles of {ROWS}"
-    if _default(q, k, v, block_tables, device, form, value_dim) is None:
+    if default_tiling(q, k, v, block_tables, form, value_dim, device) is None:
         return "a tile of keys does not fit into shared memory"
     return None
-
-
-def _default(
-    q: Array,
-    k: Array,
-    v: Array | None,
-    block_tables: Array | None,
-    device: Device,
-    form: AttentionForm,
-    value_dim: int | None,
-) -> Tiling | None:
-    batch, length, heads, dim = q.shape
-    kv_heads = k.shape[1]
-    queries = length * (heads // kv_heads)
-    column_tiles = -(-queries // _MOST_COLUMNS)
-    columns = -(-queries // (8 * column_tiles)) * 8
-    values = value_dim if v is None else -(-v.shape[3] // ROWS) * ROWS
-    if _warpgroups(values, columns) > 1:
-        columns = -(-columns // 16) * 16  # each stores half of them
-    key_bytes = (dim + (0 if v is None else values)) * k.dtype.itemsize
-    keys = ROWS
-    if key_bytes <= 256 and k.dtype == q.dtype and (block_tables is None or k.shape[2] % (2 * ROWS) in (0, 64, 32, 16)):
-        keys = 2 * ROWS
-    if block_tables is not None and keys % k.shape[2] and k.shape[2] % keys:
-        keys = ROWS
-    # Besides the tiles: queries, weights, and converted values.
-    fixed = columns * (dim + keys) * 2 + _scratch_bytes(columns, v) + 1024
-    tile = keys * key_bytes
-    if k.dtype != q.dtype:
-        fixed += keys * values * 2
-        tile += 2 * keys * 4
-    # Two blocks share a multiprocessor where each can have three tiles: while one computes, the other's copies go on.
-    half, whole = (
-        min((share - fixed) // tile, 8) for share in ((device.shared_memory - 1024) // 2, device.shared_memory)
-    )
-    if whole < 2:
-        return None
-    capacity = k.shape[2] * (1 if block_tables is None else block_tables.shape[1])
-    if form.window is not None:
-        capacity = min(capacity, form.window + length + keys)
-    # A block takes the time of about two tiles before its copies arrive. Its result is written and read once more.
-    overhead = 2 + 2 * 4 * values * columns / tile
-    blocks = batch * kv_heads * column_tiles
-    # Numbers of one byte arrive faster than one block can convert them.
-    busy = 2 if k.dtype != q.dtype and half >= 3 else 1
-    splits = _splits(blocks, -(-capacity // keys), device.cores, busy, overhead)
-    alone = half < 3 or blocks * splits <= device.cores
-    return Tiling(keys, columns, whole if alone else half, splits)
-
-
-def _scratch_bytes(columns: int, v: Array | None) -> int:
-    """Memory for reductions among the warps: enough to do all columns at once, or where it is scarce eight."""
-    return 1024 if v is None and columns > 32 else 128 * columns
-
-
-def _warpgroups(values: int, columns: int) -> int:
-    """How many share the value dims, so that the sums fit into their registers: 128 numbers a thread at most."""
-    return 2 if values * columns > 64 * 128 else 1
-
-
-def _splits(blocks: int, tiles: int, cores: int, busy: int, overhead: float) -> int:
-    """Into how many parts to divide the keys, so that the multiprocessor with most to read is done soonest.
-
-    Args:
-        blocks: there are without a division.
-        tiles: of keys.
-        cores: multiprocessors.
-        busy: blocks that keep a multiprocessor's memory busy.
-        overhead: time that each block takes in any case, in that of a tile.
-    """
-
-    def cost(splits: int) -> float:
-        return max(-(-blocks * splits // cores), busy) * (-(-tiles // splits) + overhead)
-
-    return min(range(1, max(1, min(tiles // 2, 64)) + 1), key=cost)
 
 
 def candidates(
@@ -173,7 +80,7 @@ def candidates(
     **static: Any,
 ) -> Sequence[Config]:
     """See `KernelModule.candidates`."""
-    default = _default(q, k, v, block_tables, device, form, value_dim)
+    default = default_tiling(q, k, v, block_tables, form, value_dim, device)
     assert default is not None
     splits = sorted({max(1, default.splits // 2), default.splits, default.splits * 2, default.splits * 3})
     stages = sorted({max(2, default.stages - 1), default.stages})
@@ -201,66 +108,59 @@ def run(
     batch, length, heads, dim = q.shape
     kv_heads, unit = k.shape[1:3]
     group = heads // kv_heads
-    tiling = _default(q, k, v, block_tables, device, form, value_dim)
-    assert tiling is not None
-    tiling = dataclasses.replace(tiling, **(config or {}))
-    columns = tiling.columns
-    column_tiles = -(-length * group // columns)
+    tiling = default_tiling(q, k, v, block_tables, form, value_dim, device)
     values = value_dim if v is None else v.shape[3]
+    assert tiling is not None  # checked by `why_not`
     assert values is not None
     plan = Plan(
+        tiling=dataclasses.replace(tiling, **(config or {})),
         form=form,
         sinks=sinks,
         dtype=q.dtype,
+        kv_dtype=k.dtype,
         length=length,
         group=group,
         kv_heads=kv_heads,
         dim=dim,
         value_dim=values,
+        shared=v is None,
         capacity=unit * (1 if block_tables is None else block_tables.shape[1]),
         page=0 if block_tables is None else unit,
         pages=k.shape[0],
-        keys=tiling.keys,
-        columns=columns,
-        stages=tiling.stages,
-        splits=tiling.splits,
-        warpgroups=_warpgroups(values, columns),
     )
-    if k_lengths is None:
-        k_lengths = q_start + length
+    width = plan.tiling.columns * plan.column_tiles
     inputs = Inputs(
-        q=_by_kv_head(q, kv_heads, columns * column_tiles),
+        q=_by_kv_head(q, kv_heads, width),
         k=k.reshape(-1, unit, dim),
         v=None if v is None else v.reshape(-1, unit, values),
         k_scales=None if k_scales is None else k_scales.reshape(-1, unit),
         v_scales=None if v_scales is None else v_scales.reshape(-1, unit),
         block_tables=None if block_tables is None else block_tables.astype(jnp.int32),
-        slopes=_slopes(plan, columns * column_tiles),
+        slopes=_slopes(plan, width),
         q_start=q_start.astype(jnp.int32),
-        k_lengths=k_lengths.astype(jnp.int32),
+        k_lengths=(q_start + length if k_lengths is None else k_lengths).astype(jnp.int32),
     )
-    rows, width = batch * kv_heads, columns * column_tiles
-    threads: dict[str, Any] = {}
-    if plan.warpgroups > 1:
-        threads = {"num_threads": plan.warpgroups, "thread_name": "warpgroup"}
-
     given = [x is not None for x in inputs]
 
     def decode_kernel(*refs: Any, **memory: Any) -> None:
         arrays = iter(refs[:-2])
         body(plan, Inputs(*(next(arrays) if there else None for there in given)), *refs[-2:], memory)
 
+    parts = (plan.tiling.splits, batch * kv_heads)
+    threads: dict[str, Any] = {}
+    if plan.warpgroups > 1:
+        threads = {"num_threads": plan.warpgroups, "thread_name": "warpgroup"}
     outs, lses = plgpu.kernel(
         decode_kernel,
         out_type=[
-            jax.ShapeDtypeStruct((tiling.splits, rows, plan.value_rows, width), jnp.float32),
-            jax.ShapeDtypeStruct((tiling.splits, rows, width), jnp.float32),
+            jax.ShapeDtypeStruct((*parts, plan.value_rows, width), jnp.float32),
+            jax.ShapeDtypeStruct((*parts, width), jnp.float32),
         ],
         # Blocks that read the same keys stand side by side, to find them in the cache.
-        grid=(rows, tiling.splits, column_tiles),
+        grid=(batch * kv_heads, plan.tiling.splits, plan.column_tiles),
         grid_names=("row", "split", "column_tile"),
-        scratch_types=scratch(plan, inputs),
-        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=_scratch_bytes(columns, v)),
+        scratch_types=plan.memory(),
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=plan.reduction_bytes),
         **threads,
     )(*(x for x in inputs if x is not None))
     # [splits, B, K, Dv, S, G] and the same without Dv.

@@ -26,7 +26,7 @@ def decode_attention(
 ) -> Float[Array, "B S H Dv"] | tuple[Float[Array, "B S H Dv"], Float[Array, "B S H"]]:
     """See `api.decode_attention`; with `block_tables` what `api.paged_decode_attention` computes."""
     batch, length, heads, _ = q.shape
-    there = None
+    there, quantised = None, k_scales is not None
     if block_tables is not None:
         pages, _, page, _ = k.shape
         there = jnp.repeat((block_tables >= 0) & (block_tables < pages), page, axis=1)
@@ -40,7 +40,7 @@ def decode_attention(
     q_positions = q_start[:, None] + jnp.arange(length, dtype=jnp.int32)
     key = jnp.arange(k.shape[2], dtype=jnp.int32)
     k_positions = jnp.broadcast_to(key, (batch, len(key)))
-    if k_lengths is None and there is None and form.causal and not sinks and not return_lse and q.dtype == k.dtype:
+    if k_lengths is None and there is None and form.causal and not (sinks or return_lse or quantised):
         return attention(q, k, v, form, q_positions=q_positions, k_positions=k_positions)
 
     real = key < (q_start + length if k_lengths is None else k_lengths)[:, None]
