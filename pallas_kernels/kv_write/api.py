@@ -5,6 +5,7 @@ from jaxtyping import Array, Float, Int
 
 from ..operator import Implementation, Operator
 from ..rotary import Rotary
+from .quantized import LARGEST
 from .reference import rotary_kv_write_reference
 
 
@@ -18,6 +19,8 @@ def _bucket(
     slots: Array,
     positions: Array,
     lengths: Array,
+    key_scales: Array | None,
+    value_scales: Array | None,
     *,
     rotary: Rotary | None,
     ascending: bool,
@@ -44,9 +47,11 @@ def rotary_kv_write(
     rotary: Rotary | None,
     *,
     lengths: Int[Array, " T"] | None = None,
+    key_scales: Float[Array, "R K L"] | None = None,
+    value_scales: Float[Array, "R K L"] | None = None,
     ascending: bool = False,
     implementation: Implementation | None = None,
-) -> tuple[Float[Array, "T H D"], Float[Array, "R K L D"], Float[Array, "R K L Dv"]]:
+) -> tuple[Array, ...]:
     """Rotates q and k and writes k and v of token t to `[rows[t], :, slots[t]]` of the memory.
 
     R and L are batch rows and their capacity, or pages and their size: the layout serves contiguous and paged memory
@@ -54,7 +59,8 @@ def rotary_kv_write(
 
     Args:
         q, k, v: of the new tokens, as projected.
-        keys, values: the memory; its dtype may differ, then k and v are cast.
+        keys, values: the memory; its dtype may differ, then k and v are cast. Memory of int8 or float8_e4m3fn has
+            scales, float32, and the largest magnitude of each new head becomes the largest of the type.
         rows, slots: where each token goes, no two to the same place. A token whose row or slot is negative or past the
             end is written nowhere: so padding is expressed. (Its q is rotated all the same.)
         positions: of the tokens in their sequences.
@@ -65,7 +71,8 @@ def rotary_kv_write(
         implementation: one by name, or the fastest that takes the arguments.
 
     Returns:
-        Rotated q in its dtype, and the memory with the tokens written.
+        Rotated q in its dtype, and the memory with the tokens written: keys, values and, where there are any, the
+        scales of both: what each key and value is to be multiplied with.
 
     Raises:
         ValueError: arrays that do not fit together.
@@ -81,9 +88,16 @@ def rotary_kv_write(
         ("slots", slots, (tokens,)),
         ("positions", positions, (tokens,)),
         ("lengths", lengths, (tokens,)),
+        ("key_scales", key_scales, keys.shape[:3]),
+        ("value_scales", value_scales, keys.shape[:3]),
     ):
         if array is not None and array.shape != shape:
             raise ValueError(f"{name} has shape {array.shape}, not {shape} as k of shape {k.shape} demands")
+    for name, scales, memory in (("key_scales", key_scales, keys), ("value_scales", value_scales, values)):
+        if (scales is not None) != (memory.dtype in LARGEST):
+            raise ValueError(f"{name} {'are missing for' if scales is None else 'do not go with'} {memory.dtype}")
+    if (key_scales is None) != (value_scales is None):
+        raise ValueError(f"keys are {keys.dtype} and values {values.dtype}: both need scales, or neither")
     if rotary is not None and not (rotary.dim % 2 == 0 and 0 < rotary.dim <= k.shape[2]):
         raise ValueError(f"{rotary.dim} rotated dimensions: an even number up to the head's {k.shape[2]} is needed")
     if lengths is None:
@@ -95,6 +109,8 @@ def rotary_kv_write(
         keys,
         values,
         *(x.astype(jnp.int32) for x in (rows, slots, positions, lengths)),
+        key_scales,
+        value_scales,
         implementation=implementation,
         rotary=rotary,
         ascending=ascending,

@@ -5,6 +5,7 @@ thread at once. The sines and cosines of the angles are computed once a block, o
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +19,8 @@ from jaxtyping import Array, Float, Int
 from ..device import Device
 from ..operator import Config
 from ..rotary import Rotary, rotary_frequencies
-from .spread import THREADS, Spread, one_each
+from .quantized import LARGEST, quantize_parts
+from .spread import THREADS, Part, Spread, one_each, store
 
 _FLOATS = (jnp.bfloat16, jnp.float16, jnp.float32)
 
@@ -51,6 +53,8 @@ def why_not(
     slots: Int[Array, " T"],
     positions: Int[Array, " T"],
     lengths: Int[Array, " T"],
+    key_scales: Float[Array, "R K L"] | None,
+    value_scales: Float[Array, "R K L"] | None,
     *,
     device: Device,
     rotary: Rotary | None,
@@ -60,7 +64,7 @@ def why_not(
     if device.capability[0] != 9:
         return f"it is written for Hopper GPUs, not {device.kind}"
     for name, array in (("q", q), ("k", k), ("v", v), ("keys", keys), ("values", values)):
-        if array.dtype not in _FLOATS:
+        if array.dtype not in _FLOATS and not (name in ("keys", "values") and array.dtype in LARGEST):
             return f"{name} is {array.dtype}, not bfloat16, float16 or float32"
         if array.size == 0:
             return f"{name} of shape {array.shape} is empty"
@@ -86,15 +90,18 @@ def run(
     slots: Int[Array, " T"],
     positions: Int[Array, " T"],
     lengths: Int[Array, " T"],
+    key_scales: Float[Array, "R K L"] | None,
+    value_scales: Float[Array, "R K L"] | None,
     *,
     device: Device,
     config: Config | None,
     rotary: Rotary | None,
     ascending: bool,
-) -> tuple[Float[Array, "T H D"], Float[Array, "R K L D"], Float[Array, "R K L Dv"]]:
+) -> tuple[Array, ...]:
     """See `KernelModule.run`."""
     tiling = Tiling(**(config or {}))
-    new, memory, indices = [k, v], [keys, values], [rows, slots]
+    new, indices = [k, v], [rows, slots]
+    memory = [x for x in (keys, values, key_scales, value_scales) if x is not None]
     if rotary is not None:
         new.append(q)
         indices += [positions, _padded(rotary_frequencies(rotary, lengths))]
@@ -107,26 +114,29 @@ def run(
     def kv_write_kernel(*refs: Any) -> None:
         sources, refs = refs[: len(new)], refs[len(new) :]
         (rows_ref, slots_ref, *angles), refs = refs[: len(indices)], refs[len(indices) :]
-        *sinks, table, barrier = refs
+        memory_refs, (*turned_ref, table, maxima, barrier) = refs[: len(memory)], refs[len(memory) :]
         token, block = lax.axis_index("token"), lax.axis_index("block")
         row, slot = rows_ref[token], slots_ref[token]
         inside = (row >= 0) & (row < keys.shape[0]) & (slot >= 0) & (slot < keys.shape[2])
-        first = 0
-        for i, job in enumerate(jobs):
-            heads = pl.ds((block - first) * job.heads, job.heads)
-            source = sources[i].at[token, heads]
-            sink, wanted = (sinks[i].at[token, heads], True) if i == 2 else (sinks[i].at[row, heads, slot], inside)
 
-            @pl.when((block >= first) & (block < first + blocks[i]))
-            def _(job: "_Job" = job, source: Any = source, sink: Any = sink, wanted: Any = wanted) -> None:
-                results = job.compute(source, token, angles, table, barrier)
+        def work(i: int, first: int) -> None:
+            heads = pl.ds((block - first) * jobs[i].heads, jobs[i].heads)
+            here, wanted = ((row, heads, slot), inside) if i < 2 else ((token, heads), True)
+            sink, *scales_refs = memory_refs[i::2] if i < 2 else turned_ref
+            parts, scales = jobs[i].compute(sources[i].at[token, heads], token, angles, table, barrier), []
+            if scales_refs:
+                parts, scales = quantize_parts(parts, maxima, barrier, sink.dtype)
 
-                @pl.when(wanted)
-                def _() -> None:
-                    for index, spread, chunks in results:
-                        spread.store(sink, index, chunks)
+            @pl.when(wanted)
+            def _() -> None:
+                for part in parts:
+                    part.store(sink.at[here])
+                for start, scale in zip(parts[0].spread.starts, scales, strict=False):
+                    store(scales_refs[0].at[here].at[pl.ds(start, parts[0].spread.rows)], scale)
 
-            first += blocks[i]
+        for i, count in enumerate(blocks):
+            first = sum(blocks[:i])
+            pl.when((block >= first) & (block < first + count))(functools.partial(work, i, first))
 
     if rotary is not None and rotary.interleaved:
         # The two numbers of a pair get an axis of their own, so that either of all pairs can be had.
@@ -137,8 +147,12 @@ def run(
         out_type=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in new[2:]],
         grid=(q.shape[0], sum(blocks)),
         grid_names=("token", "block"),
-        scratch_types=[plgpu.SMEM((2, max(job.table for job in jobs)), jnp.float32), plgpu.Barrier()],
-        # No thread reads what another wrote but the table, and that waits for the barrier.
+        scratch_types=[
+            plgpu.SMEM((2, max(job.table for job in jobs)), jnp.float32),
+            plgpu.SMEM((3, max(job.heads for job in jobs)), jnp.float32),
+            plgpu.Barrier(),
+        ],
+        # No thread reads what another wrote but the table and the maxima, and those wait for the barrier.
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
     )
 
@@ -147,15 +161,16 @@ def run(
         # As a reference the memory is the same operand of the kernel, read and written: XLA need not copy it.
         @pl.run_state
         def write(refs: Any) -> None:
-            for ref, result in zip(refs[2:], kernel(*new, *indices, *refs[:2]), strict=True):
+            results = kernel(*new, *indices, *refs[: len(memory)])
+            for ref, result in zip(refs[len(memory) :], results, strict=True):
                 ref[...] = result
 
         return write([*memory, *new[2:]])
 
-    keys, values, *turned = (
-        x.reshape(like.shape) for x, like in zip(in_place(new, indices, memory), (keys, values, q), strict=False)
-    )
-    return turned[0] if turned else q, keys, values
+    keys, values, *others = in_place(new, indices, memory)
+    scales, turned = others[: len(memory) - 2], others[len(memory) - 2 :]
+    q = turned[0].reshape(q.shape) if turned else q
+    return q, keys.reshape(*keys.shape[:3], -1), values, *scales
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,15 +187,13 @@ class _Job:
         """Sines that the block needs, a multiple of its threads."""
         return THREADS if self.rotary is None else -(-self.rotary.dim // 2 // THREADS) * THREADS
 
-    def compute(
-        self, source: Any, token: Any, angles: Sequence[Any], table: Any, barrier: Any
-    ) -> list[tuple[Any, Spread, list[Array]]]:
-        """What to store: index within the heads, its spread, its chunks."""
+    def compute(self, source: Any, token: Any, angles: Sequence[Any], table: Any, barrier: Any) -> list[Part]:
+        """The heads, turned, in up to three parts."""
         widest = 16 // self.itemsize
         if self.rotary is None:
             rest = pl.ds(0, self.dim)
             spread = Spread.best(self.heads, self.dim, widest)
-            return [((rest,), spread, spread.load(source, (rest,)))]
+            return [Part((rest,), spread, spread.load(source, (rest,)))]
         rotated, pairs = self.rotary.dim, self.rotary.dim // 2
         if self.rotary.interleaved:
             halves = [(pl.ds(0, pairs), half) for half in (0, 1)]
@@ -208,11 +221,11 @@ class _Job:
         first = [x * cos - y * sin for x, y in zip(*both, strict=True)]
         second = [y * cos + x * sin for x, y in zip(*both, strict=True)]
         # Rounded as the reference does, which casts to the memory's dtype afterwards.
-        results = [
-            (half, spread, [y.astype(x.dtype) for x, y in zip(was, turned, strict=True)])
+        parts = [
+            Part(half, spread, [y.astype(x.dtype) for x, y in zip(was, turned, strict=True)])
             for half, was, turned in zip(halves, loaded, (first, second), strict=True)
         ]
-        return [*results, (rest, rest_spread, copied)] if copied else results
+        return [*parts, Part(rest, rest_spread, copied)] if copied else parts
 
 
 def _padded(frequencies: Any) -> Array:

@@ -3,6 +3,7 @@
 from jaxtyping import Array, Float, Int
 
 from ..rotary import Rotary, apply_rotary
+from .quantized import quantize
 
 
 def rotary_kv_write_reference(
@@ -15,22 +16,26 @@ def rotary_kv_write_reference(
     slots: Int[Array, " T"],
     positions: Int[Array, " T"],
     lengths: Int[Array, " T"],
+    key_scales: Float[Array, "R K L"] | None,
+    value_scales: Float[Array, "R K L"] | None,
     *,
     rotary: Rotary | None,
     ascending: bool,
-) -> tuple[Float[Array, "T H D"], Float[Array, "R K L D"], Float[Array, "R K L Dv"]]:
+) -> tuple[Array, ...]:
     """See `rotary_kv_write`."""
     if rotary is not None:
         q, k = (apply_rotary(x, positions, lengths, rotary) for x in (q, k))
-    keys, values = (_write(memory, new, rows, slots, ascending) for memory, new in ((keys, k), (values, v)))
-    return q, keys, values
 
+    def write(memory: Array, new: Array) -> Array:
+        return memory.at[rows, :, slots].set(
+            new.astype(memory.dtype),
+            mode="drop",
+            unique_indices=ascending,
+            indices_are_sorted=ascending,
+            wrap_negative_indices=False,
+        )
 
-def _write(memory: Array, new: Array, rows: Array, slots: Array, ascending: bool) -> Array:
-    return memory.at[rows, :, slots].set(
-        new.astype(memory.dtype),
-        mode="drop",
-        unique_indices=ascending,
-        indices_are_sorted=ascending,
-        wrap_negative_indices=False,
-    )
+    if key_scales is None or value_scales is None:
+        return q, write(keys, k), write(values, v)
+    (k, of_keys), (v, of_values) = quantize(k, keys.dtype), quantize(v, values.dtype)
+    return q, write(keys, k), write(values, v), write(key_scales, of_keys), write(value_scales, of_values)

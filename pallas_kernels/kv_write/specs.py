@@ -73,6 +73,6 @@ def _maker(model: _Model, sequences: int, tokens: int, paged: bool) -> Callable[
         keys = jax.random.split(normal, 3)
         q, k, v = (jax.random.normal(k, s, jnp.dtype(model.dtype)) for k, s in zip(keys, new, strict=True))
         memory = [jnp.zeros(shape, jnp.dtype(model.dtype)) for _ in range(2)]
-        return (q, k, v, *memory, rows, slots, positions, positions + 1)
+        return (q, k, v, *memory, rows, slots, positions, positions + 1, None, None)
 
     return make

@@ -1,7 +1,6 @@
 """How the numbers of some heads are spread over the threads of a warpgroup."""
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any, Self
 
 from jax import lax
@@ -78,19 +77,42 @@ class Spread:
             for start in self.starts
         ]
 
-    def store(self, ref: Any, index: tuple[Any, ...], chunks: Sequence[Array]) -> None:
-        """The opposite of `load`; casts."""
-        for start, chunk in zip(self.starts, chunks, strict=True):
-            part = ref.at[(pl.ds(start, self.rows), *index)]
-            if hasattr(plgpu, "store"):  # from jax 0.12 on, plain assignment refuses what is not perfectly coalesced
-                plgpu.store(part, chunk.astype(ref.dtype), optimized=False)
-            else:
-                part[...] = chunk.astype(ref.dtype)
+    def load_each(self, ref: Any, start: int) -> Array:
+        """One number of `ref` for each head of the chunk from `start` on."""
+        layout = self._layout.reduce((2,)) if self.paired else self._layout
+        return plgpu.load(ref.at[pl.ds(start, self.rows)], layout=_public(layout.reduce((1,))), optimized=False)
+
+    def over_heads(self, numbers: Array) -> Array:
+        """A chunk in which all numbers of a head are the one that `load_each` gave for it."""
+        shape = (self.rows, self.numbers, 2) if self.paired else (self.rows, self.numbers)
+        return plgpu.layout_cast(lax.broadcast_in_dim(numbers, shape, (0,)), self.layout)
 
     def shared(self, ref: Any) -> Array:
         """A chunk in which all heads have the numbers of `ref`."""
         numbers = plgpu.load(ref, layout=_public(self._layout.reduce((0,))), optimized=False)
         return plgpu.layout_cast(lax.broadcast_in_dim(numbers, (self.rows, self.numbers), (1,)), self.layout)
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Some numbers of all heads, `[:, *index]`, in registers."""
+
+    index: tuple[Any, ...]
+    spread: Spread
+    chunks: list[Array]
+
+    def store(self, ref: Any) -> None:
+        """Writes them to `ref`, in its dtype."""
+        for start, chunk in zip(self.spread.starts, self.chunks, strict=True):
+            store(ref.at[(pl.ds(start, self.spread.rows), *self.index)], chunk.astype(ref.dtype))
+
+
+def store(ref: Any, value: Array) -> None:
+    """`ref[...] = value`, also where threads write to memory in a less than perfect pattern."""
+    if hasattr(plgpu, "store"):  # from jax 0.12 on, assignment insists on that
+        plgpu.store(ref, value, optimized=False)
+    else:
+        ref[...] = value
 
 
 def one_each() -> Any:

@@ -56,6 +56,9 @@ class Case:
         rows, slots = np.int32(places // self.slots), np.int32(places % self.slots)
         if self.tokens > 1:
             rows[1], slots[-2] = -1, self.slots if self.tokens > 3 else -1
+        if memory in ("int8", "float8_e4m3fn"):
+            for name in ("key_scales", "value_scales"):
+                arrays[name] = random.standard_normal((self.rows, self.kv_heads, self.slots)).astype(np.float32)
         positions = np.array([self.positions[i % len(self.positions)] for i in range(self.tokens)], np.int32)
         return {**arrays, "rows": rows, "slots": slots, "positions": positions, "lengths": positions // 2 + 3}
 
@@ -141,6 +144,41 @@ def test_kernel_agrees_with_float64(name: str) -> None:
         check(CASES[name], seed=1, implementation="pallas")
 
 
+@pytest.mark.parametrize(
+    ("name", "memory", "implementation"),
+    [
+        ("llama", "int8", "xla"),
+        ("llama", "float8_e4m3fn", "xla"),
+        ("llama", "int8", "pallas"),
+        ("gpt-j", "float8_e4m3fn", "pallas"),
+        ("neox", "int8", "pallas"),
+        ("falcon", "float8_e4m3fn", "pallas"),
+    ],
+)
+def test_quantized_memory(name: str, memory: str, implementation: Any) -> None:
+    limit, tolerance = {"int8": (127, 0.01), "float8_e4m3fn": (448, 0.04)}[memory]
+    case = dataclasses.replace(CASES[name], memory=memory)
+    arrays = case.arrays()
+    arrays["k"][0, 0], arrays["v"][0, 0] = 0, 0  # a head of zeros stays one
+    with interpreted_or_gpu():
+        call = jax.jit(partial(rotary_kv_write, rotary=case.rotary, implementation=implementation))
+        q, *written = map(np.asarray, call(**arrays))
+    expected = [turned(arrays[n], arrays["positions"], arrays["lengths"], case.rotary) for n in ("q", "k")]
+    assert relative_error(q, expected[0]) <= RELATIVE["bfloat16"]
+    new = (expected[1], np.asarray(arrays["v"], np.float64))
+    dropped = np.ones((case.rows, case.slots), bool)
+    for t, (row, slot) in enumerate(zip(arrays["rows"], arrays["slots"], strict=True)):
+        if row >= 0 and slot >= 0:
+            dropped[row, slot] = False
+            for stored, scales, exact in zip(written[:2], written[2:], new, strict=True):
+                numbers, scale = stored[row, :, slot].astype(np.float64), scales[row, :, slot, None]
+                assert relative_error(numbers * scale, exact[t]) <= tolerance
+                assert set(np.abs(numbers).max(-1)) <= {0, limit}
+                np.testing.assert_allclose(scale[:, 0], np.abs(exact[t]).max(-1) / limit, rtol=0.02)
+    for ours, name in zip(written, ("keys", "values", "key_scales", "value_scales"), strict=True):
+        np.testing.assert_array_equal(ours.swapaxes(1, 2)[dropped], arrays[name].swapaxes(1, 2)[dropped])
+
+
 @pytest.mark.parametrize("dim", [64, 80, 96])
 @pytest.mark.parametrize("implementation", ["xla", "pallas"])
 def test_phase_is_float32_at_the_last_position(implementation: Any, dim: int) -> None:
@@ -182,8 +220,8 @@ def test_ascending_places_take_the_fast_path_of_xla() -> None:
 def test_every_configuration_gives_the_same(config: dict[str, int]) -> None:
     arrays = Case(heads=16, kv_heads=4).arrays()
     with interpreted_or_gpu():
-        results = jax.jit(partial(run, device=H200, config=config, rotary=Rotary(64), ascending=False))(
-            *arrays.values()
+        results = jax.jit(partial(run, device=H200, config=config, rotary=ALL, ascending=False))(
+            *arrays.values(), None, None
         )
     for ours, theirs in zip(results, oracle(arrays, Rotary(64)), strict=True):
         assert relative_error(ours, theirs) <= RELATIVE["bfloat16"]
@@ -251,7 +289,7 @@ def test_real_sizes_on_the_gpu(spec: Any) -> None:
     ("case", "reason"),
     [
         (Case(dtype="float8_e4m3fn"), "q is float8_e4m3fn, not bfloat16"),
-        (Case(memory="int8", rotary=None), "keys is int8, not bfloat16"),
+        (Case(memory="float8_e5m2", rotary=None), "keys is float8_e5m2, not bfloat16"),
         (Case(tokens=0), r"q of shape \(0, 4, 64\) is empty"),
         (Case(dim=2048), "the heads of q have 2048 numbers, more than 1024"),
         (Case(dim=65, rotary=Rotary(64, interleaved=True)), "a head of 65 numbers, which is odd"),
@@ -284,6 +322,17 @@ def test_arrays_that_do_not_fit_are_named(name: str, shape: tuple[int, ...], mes
         rotary_kv_write(**arrays, rotary=None)
 
 
+def test_scales_go_with_8_bits() -> None:
+    arrays = Case().arrays()
+    with pytest.raises(ValueError, match="key_scales do not go with bfloat16"):
+        rotary_kv_write(**arrays, key_scales=jnp.zeros((4, 2, 8)), rotary=None)
+    with pytest.raises(ValueError, match="key_scales are missing for int8"):
+        rotary_kv_write(**arrays | {"keys": jnp.zeros((4, 2, 8, 64), jnp.int8)}, rotary=None)
+    memory = {"keys": jnp.zeros((4, 2, 8, 64), jnp.int8), "key_scales": jnp.zeros((4, 2, 8))}
+    with pytest.raises(ValueError, match="keys are int8 and values bfloat16: both need scales, or neither"):
+        rotary_kv_write(**arrays | memory, rotary=None)
+
+
 def test_too_many_rotated_dimensions_are_named() -> None:
     with pytest.raises(ValueError, match="66 rotated dimensions: an even number up to the head's 64 is needed"):
         rotary_kv_write(**Case().arrays(), rotary=Rotary(66))
@@ -297,13 +346,18 @@ def test_compiles_for_the_h200_without_spills(spec: Any) -> None:
     assert compiled.spills == 0
 
 
+AWKWARD = ["neox", "falcon", "few-heads", "ntk", "wider-memory"]
+
+
 @pytest.mark.aot
-@pytest.mark.parametrize("name", ["neox", "falcon", "few-heads", "ntk", "wider-memory"])
-def test_awkward_heads_compile_without_spills(name: str) -> None:
-    case = CASES[name]
-    arrays = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in case.arrays().values()]
+@pytest.mark.parametrize(
+    ("name", "memory"), [*((name, None) for name in AWKWARD), ("llama", "int8"), ("gpt-j", "float8_e4m3fn")]
+)
+def test_awkward_heads_compile_without_spills(name: str, memory: str | None) -> None:
+    case = dataclasses.replace(CASES[name], memory=memory or CASES[name].memory)
+    arrays = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in case.arrays().items()}
     compiled = compile_for_h200(
-        partial(ROTARY_KV_WRITE, implementation="pallas", rotary=case.rotary, ascending=False), *arrays
+        lambda arrays: rotary_kv_write(**arrays, rotary=case.rotary, implementation="pallas"), arrays
     )
     assert compiled.registers > 0
     assert compiled.spills == 0
