@@ -242,7 +242,8 @@ class Block:
         form = self.plan.form
         y = combine(sums, biases, form, activation(form.activation)).astype(self.plan.result)
         if "residual" in self.extras:
-            y += plgpu.load(staged.T, layout=_WGMMA, optimized=False)
+            layout = _transposed_layout(y.dtype)
+            y = plgpu.layout_cast(y, layout) + plgpu.load(staged.T, layout=layout, optimized=False)
         store_transposed(staged.T, y)
         plgpu.commit_smem()
         self.send(staged, self.out, tile)
@@ -275,15 +276,19 @@ def _views(ref: Any, flat: bool) -> tuple[Any, Any]:
 
 
 def store_transposed(ref: Any, values: jax.Array) -> None:
-    """Writes `values` [M, N], products or their like, to shared memory [N, M], of which `ref` is the transposed view.
-
-    A thread holds pairs of neighbours along N, which lie in different rows there.
-    """
-    if values.dtype.itemsize == 4:
-        # The hardware transposes 16-bit matrices on their way to shared memory; here the threads exchange pairs.
-        values = plgpu.layout_cast(values, plgpu.Layout.WGMMA_TRANSPOSED)
+    """Writes `values` [M, N], products or their like, to shared memory [N, M], whose transposed view is `ref`."""
+    values = plgpu.layout_cast(values, _transposed_layout(values.dtype))
     # jax 0.12 wants to be told that bank conflicts are accepted, jax 0.11 has no word for it and accepts them.
     if store := getattr(plgpu, "store", None):
         store(ref, values, optimized=False)
     else:
         ref[...] = values
+
+
+def _transposed_layout(dtype: Any) -> Any:
+    """The registers from which a matrix of products gets to the transposed place in shared memory, or from there.
+
+    A thread holds pairs of neighbours along N, which lie in different rows there. The hardware transposes 16-bit
+    matrices on the way; of wider ones the threads exchange pairs first.
+    """
+    return _WGMMA if dtype.itemsize == 2 else plgpu.Layout.WGMMA_TRANSPOSED

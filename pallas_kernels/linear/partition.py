@@ -2,8 +2,7 @@
 
 One block of the kernel owns `rows` output rows (twice that many weight rows where gate and up are two) and one split of
 the inputs, and streams its weights through shared memory. The operator is memory-bound, so what counts is that every
-multiprocessor loads the same number of bytes and always has enough of them in flight. Independent of the width of the
-stored weights, so quantised weights are cut by the same rules.
+multiprocessor loads the same number of bytes and always has enough of them in flight.
 """
 
 import dataclasses
@@ -12,6 +11,7 @@ from typing import Any
 
 from ..device import Device
 
+NUMBER = 2  # bytes of one weight or input
 TILE = 64  # inputs of a tile of shared memory: 128 bytes of 16-bit numbers, the widest swizzle
 MMA_ROWS = 64  # rows of wgmma's A operand; a tile of fewer rows leaves the rest of the operand unused
 BUFFER_ALIGNMENT = 1024  # of every buffer in shared memory
@@ -38,11 +38,10 @@ class Problem:
     """The shape of a skinny product, as the partition sees it.
 
     Attributes:
-        tokens: rows of `x`, a multiple of 8 or fewer than 8.
+        tokens: rows of `x`.
         outputs: columns of the result.
         inputs: the contracted dimension.
         operands: weight rows per output: 2 where gate and up are computed together.
-        weight_bits: bits of one stored weight; scales and the like are small and not counted.
         resident: `x` stays in shared memory as a whole (a norm is fused), else it streams beside the weights; steps
             then divide the inputs.
         flat: the weights' dimensions are not multiples of the tiles of shared memory, so that every step is one tile
@@ -55,7 +54,6 @@ class Problem:
     outputs: int
     inputs: int
     operands: int = 1
-    weight_bits: int = 16
     resident: bool = False
     flat: bool = False
     result_bytes: int = 2
@@ -107,8 +105,8 @@ def units(problem: Problem, tiling: Tiling) -> int:
 def slot_bytes(problem: Problem, rows: int, step: int) -> int:
     """Shared memory of one pipeline stage."""
     padded = -(-rows // MMA_ROWS) * MMA_ROWS
-    weights = aligned(problem.operands * padded * step * problem.weight_bits // 8)
-    return weights + (0 if problem.resident else aligned(problem.columns * step * 2))
+    weights = aligned(problem.operands * padded * step * NUMBER)
+    return weights + (0 if problem.resident else aligned(problem.columns * step * NUMBER))
 
 
 def direct(problem: Problem, tiling: Tiling) -> bool:
@@ -130,11 +128,11 @@ def aligned(size: int) -> int:
 def cost(problem: Problem, tiling: Tiling, device: Device) -> float:
     """Bytes that one multiprocessor could have loaded, at its fair share of the bandwidth, in the time this takes."""
     inputs = min(problem.inputs, steps_per_split(problem, tiling) * tiling.step)
-    tile = inputs * problem.operands * min(tiling.rows, problem.outputs) * problem.weight_bits / 8
-    x = 0 if problem.resident else inputs * problem.tokens * 2  # from the cache, but through the same port
+    tile = inputs * problem.operands * min(tiling.rows, problem.outputs) * NUMBER
+    x = 0 if problem.resident else inputs * problem.tokens * NUMBER  # from the cache, but through the same port
     busiest = -(-units(problem, tiling) // device.cores) * (tile + x)
-    fair = problem.operands * problem.outputs * problem.inputs * problem.weight_bits / 8 / device.cores
-    in_flight = (tiling.stages - 1) * tiling.step * problem.operands * tiling.rows * problem.weight_bits / 8
+    fair = problem.operands * problem.outputs * problem.inputs * NUMBER / device.cores
+    in_flight = (tiling.stages - 1) * tiling.step * problem.operands * tiling.rows * NUMBER
     # A little of `busiest` in any case: of equals the evenest.
     load = (max(fair, busiest / _ELASTICITY) + 0.1 * busiest) * max(1.0, min(_IN_FLIGHT, busiest) / in_flight)
     if tiling.splits > 1:  # float32 partial sums are written and read once
@@ -186,7 +184,7 @@ def best(problem: Problem, shared_memory: int, device: Device, count: int = 1) -
 
 def _step(problem: Problem, rows: int, shared_memory: int) -> int:
     """Inputs of a step: enough bytes to be worth it, few enough for a deep pipeline."""
-    per_input = problem.operands * rows * problem.weight_bits / 8
+    per_input = problem.operands * rows * NUMBER
     step = TILE
     while not problem.flat and step < 256 and step * per_input < _STEP:
         slot = slot_bytes(problem, rows, 2 * step)

@@ -165,15 +165,14 @@ def test_what_the_kernel_does_not_take(
     outputs=st.integers(1, 4000).map(lambda n: 8 * n) | st.integers(1, 130000),
     inputs=st.integers(1, 3600).map(lambda n: 8 * n),
     operands=st.sampled_from([1, 2]),
-    bits=st.sampled_from([4, 8, 16]),
     flat=st.booleans(),
     cores=st.sampled_from([1, 78, 132]),
 )
 @settings(max_examples=60, deadline=None)
 def test_a_partition_covers_everything_and_fits(
-    tokens: int, outputs: int, inputs: int, operands: int, bits: int, flat: bool, cores: int
+    tokens: int, outputs: int, inputs: int, operands: int, flat: bool, cores: int
 ) -> None:
-    problem = Problem(tokens, outputs, inputs, operands, bits, flat=flat)
+    problem = Problem(tokens, outputs, inputs, operands, flat=flat)
     device = dataclasses.replace(H200, cores=cores)
     tilings = best(problem, 220 * 1024, device, count=1000)
     assert tilings

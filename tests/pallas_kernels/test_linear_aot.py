@@ -3,13 +3,15 @@
 from functools import partial
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jdsi.pallas_kernels.device import H200
 from jdsi.pallas_kernels.linear import LinearForm, pallas
 from jdsi.pallas_kernels.linear.api import LINEAR
 from jdsi.pallas_kernels.linear.specs import argument_specs
+from jdsi.pallas_kernels.normalization import NormForm
+from jdsi.pallas_kernels.operator import ArgumentSpec
 from kernels import compile_for_h200
 
 SPECS = {spec.name: spec for spec in argument_specs()}
@@ -46,17 +48,32 @@ def test_one_launch_where_nothing_is_split() -> None:
     assert " fusion(" not in text
 
 
+FLOAT32 = np.dtype("float32")
+LAYER = NormForm(centred=True, eps=1e-5)
+
+
 @pytest.mark.aot
-def test_half_precision_and_odd_inputs() -> None:
-    x, weight = jax.ShapeDtypeStruct((3, 1608), jnp.float16), jax.ShapeDtypeStruct((4096, 1608), jnp.float16)
-    bias = jax.ShapeDtypeStruct((4096,), jnp.float32)
-    for form in (LinearForm("gelu"), LinearForm("tanh", gated=True)):
-        compiled = compile_for_h200(partial(LINEAR, implementation="pallas", form=form), x, weight, bias)
-        assert compiled.spills == 0
+@pytest.mark.parametrize(
+    ("form", "x", "rows", "others"),
+    [
+        (LinearForm("gelu"), ("float16", 3, 1608), 4096, {"bias": FLOAT32}),
+        (LinearForm("tanh", gated=True), ("float16", 3, 1608), 4096, {"bias": FLOAT32}),
+        (LinearForm(out_dtype=FLOAT32), ("bfloat16", 8, 512), 256, {"residual": FLOAT32}),
+        (LinearForm(norm=LAYER), ("bfloat16", 8, 512), 256, {"norm_weight": FLOAT32, "norm_bias": FLOAT32}),
+        (LinearForm(norm=LAYER), ("bfloat16", 1, 512), 256, {}),
+        (LinearForm(out_dtype=np.dtype("float16")), ("bfloat16", 11, 8), 8, {}),
+    ],
+)
+def test_other_dtypes_and_odd_sizes(form: LinearForm, x: tuple, rows: int, others: dict) -> None:
+    dtype, tokens, inputs = x
+    shapes = {"bias": (rows,), "residual": (tokens, rows), "norm_weight": (inputs,), "norm_bias": (inputs,)}
+    arrays = [jax.ShapeDtypeStruct((tokens, inputs), dtype), jax.ShapeDtypeStruct((rows, inputs), dtype)]
+    arrays += [jax.ShapeDtypeStruct(shapes[name], others[name]) if name in others else None for name in shapes]
+    assert compile_for_h200(partial(LINEAR, implementation="pallas", form=form), *arrays).spills == 0
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=lambda spec: spec.name)
-def test_every_spec_is_taken_and_has_candidates(spec) -> None:
+def test_every_spec_is_taken_and_has_candidates(spec: ArgumentSpec) -> None:
     arrays = spec.abstract()
     assert pallas.why_not(*arrays, device=H200, **spec.static) is None
     candidates = pallas.candidates(*arrays, device=H200, **spec.static)
@@ -71,3 +88,11 @@ def test_candidates_compile() -> None:
     for config in pallas.candidates(*arrays, device=H200, **spec.static)[::4]:
         compiled = compile_for_h200(partial(pallas.run, device=H200, config=config, **spec.static), *arrays)
         assert compiled.spills == 0
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("config", [{"stages": 1000}, {"rows": 256, "stages": 7}, {"step": 100}])
+def test_a_tiling_tuned_for_others_is_fitted_to_the_call(config: dict[str, int]) -> None:
+    spec = SPECS["llama-8b qkv T=8 bfloat16"]
+    run = partial(pallas.run, device=H200, config=config, **spec.static)
+    assert compile_for_h200(run, *spec.abstract()).spills == 0

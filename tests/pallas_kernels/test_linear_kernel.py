@@ -109,6 +109,16 @@ def test_activations(name: str) -> None:
         assert relative_error(call(arguments, "pallas"), oracle(arguments)) <= RELATIVE["bfloat16"]
 
 
+def test_wider_neighbours() -> None:
+    """Norm weights, bias and residual in float32 around 16-bit weights."""
+    arguments = case(3, 40, 128, bias=True, residual=True, norm=LAYER)
+    for name in ("bias", "residual", "norm_weight", "norm_bias"):
+        arguments[name] = arguments[name].astype(jnp.float32)
+    with kernels_run():
+        y = call(arguments, "pallas", out_dtype=jnp.dtype("float32"))
+    assert relative_error(y, oracle(arguments)) <= RELATIVE["bfloat16"]
+
+
 def test_a_large_mean_survives_the_fused_layer_norm() -> None:
     arguments = case(2, 40, 256, norm=LAYER)
     arguments["x"] = (arguments["x"] + 50).astype(jnp.bfloat16)
