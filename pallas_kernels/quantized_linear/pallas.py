@@ -22,7 +22,7 @@ from ..linear.epilogue import activation, combine, reduce_splits
 from ..linear.form import LinearForm
 from ..operator import Config
 from .tiling import CHUNK, MAX_TOKENS, ROWS, Shape, Tiling, candidates_of
-from .unpack import operand
+from .unpack import operand, patterns
 from .weight import BLOCK, QuantizedWeight, WeightFormat
 
 _ROW = plgpu.Layout.WGMMA.reduce(1)
@@ -86,7 +86,7 @@ def run(
     shape = Shape.of(x, weight, form)
     tiling = Tiling.choose(shape, device)
     assert tiling is not None  # `why_not` would have said so
-    tiling = dataclasses.replace(tiling, **(config or {}))
+    tiling = dataclasses.replace(tiling, **(config or {})).fit(shape, device)
     parts, out, tokens = shape.parts, shape.out, shape.tokens
     if tokens > 8 and tokens % 8:  # a tile in shared memory is of eight rows: fewer are filled up, more must be whole
         x = jnp.pad(x, ((0, -tokens % 8), (0, 0)))
@@ -97,6 +97,7 @@ def run(
         "values": weight.values.reshape(parts, out, -1),
         "scales": None if per_row else scales,
         "zeros": None if weight.zeros is None else weight.zeros.reshape(-1, parts, out),
+        "patterns": jnp.array(bits, jnp.int16) if (bits := patterns(weight.format, x.dtype)) else None,
     }
     last = {
         "scales": scales[0] if per_row else None,
@@ -191,7 +192,8 @@ def groups_of(stored: WeightFormat) -> int:
 
 def _fetched(streamed: Mapping[str, Any], stored: WeightFormat) -> list[str]:
     """What each step copies to shared memory; scales of blocks are single numbers, read where they are needed."""
-    return [name for name in streamed if name != "scales" or stored.group is not None]
+    names = ("x", "values", "zeros") if stored.group is None else ("x", "values", "scales", "zeros")
+    return [name for name in names if name in streamed]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,6 +220,11 @@ class _Block:
         steps = tiling.steps(self.shape)
         whole = -(-self.shape.inputs // (tiling.inputs * CHUNK))
         mine = lax.min(steps, whole - split * steps)
+        patterns = (
+            [self.streamed["patterns"][n] for n in range(self.streamed["patterns"].shape[0])]
+            if "patterns" in self.streamed
+            else []
+        )
 
         @pl.when(warpgroup == 0)
         def _() -> None:
@@ -228,7 +235,7 @@ class _Block:
         def step(index: jax.Array, totals: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             slot = lax.rem(index, stages)
             plgpu.barrier_wait(self.scratch["arrived"].at[slot])
-            totals = self.add_products(slot, split * steps + index, totals)
+            totals = self.add_products(slot, split * steps + index, totals, patterns)
             plgpu.commit_smem()  # this thread's reads of the slot come before the copies that overwrite it
             plgpu.barrier_arrive(self.scratch["consumed"].at[slot])
             ahead = index - 1 + stages
@@ -292,7 +299,9 @@ class _Block:
             for token in range(self.shape.tokens):
                 plgpu.copy_gmem_to_smem(source.at[token, rows], target.at[token], barrier)
 
-    def add_products(self, slot: jax.Array, step: jax.Array, totals: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+    def add_products(
+        self, slot: jax.Array, step: jax.Array, totals: Sequence[jax.Array], patterns: Sequence[jax.Array]
+    ) -> tuple[jax.Array, ...]:
         """Adds the products over the chunk of inputs that this warpgroup takes of a step."""
         groups, columns, totals = groups_of(self.stored), self.shape.columns, list(totals)
         width, size = CHUNK // self.stored.words, CHUNK // groups
@@ -305,7 +314,7 @@ class _Block:
             def products(*sums: Any, some: Sequence[Any] = some) -> list[jax.Array]:
                 for sum, (n, part, block, group) in zip(sums, some, strict=True):
                     inputs = pl.ds(pl.multiple_of(self.over_inputs * CHUNK + group * size, size), size)
-                    a = self.numbers(words[n], slot, part, block, group)
+                    a = self.numbers(words[n], patterns, slot, part, block, group)
                     plgpu.wgmma(sum, a, self.scratch["x"].at[slot, :, inputs].T)
                 plgpu.wgmma_wait(0)
                 return [sum[...] for sum in sums]
@@ -316,11 +325,15 @@ class _Block:
                 totals[n] += product if scale is None else product * scale
         return tuple(totals)
 
-    def numbers(self, words: jax.Array, slot: jax.Array, part: int, block: int, group: int) -> jax.Array:
+    def numbers(
+        self, words: jax.Array, patterns: Sequence[jax.Array], slot: jax.Array, part: int, block: int, group: int
+    ) -> jax.Array:
         """Operand A of one group: the integers (or narrow floats) less their zero point."""
         groups, dtype = groups_of(self.stored), self.streamed["x"].dtype
         width = words.shape[1] // groups
-        a = operand(words[:, group * width : (group + 1) * width] if groups > 1 else words, self.stored, dtype)
+        a = operand(
+            words[:, group * width : (group + 1) * width] if groups > 1 else words, self.stored, dtype, patterns
+        )
         if self.stored.zero_points:
             row = self.scratch["zeros"].at[slot, self.over_inputs * groups + group, part, self.own_rows(block)]
             zero = plgpu.load(row, layout=_ROW, optimized=False)

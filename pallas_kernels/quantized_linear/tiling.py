@@ -86,6 +86,10 @@ class Tiling:
         """Pipeline steps of each thread block; those past the end of the inputs bring zeros."""
         return _ceil(_ceil(shape.inputs, self.inputs * CHUNK), self.splits)
 
+    def fit(self, shape: Shape, device: Device) -> Self:
+        """The same with as many stages as there is room for: tuned ones were measured on a call much like this one."""
+        return dataclasses.replace(self, stages=min(self.stages, stages_that_fit(shape, self, device.shared_memory)))
+
     @classmethod
     def choose(cls, shape: Shape, device: Device) -> Self | None:
         """The default, or `None` where shared memory is too small.
