@@ -1,6 +1,6 @@
 """Which implementation and configuration of each operator is the fastest here, written to the tuning table.
 
-A configuration changes speed only: nothing whose results differ from the reference's is ever written.
+Tuning is about speed only: nothing whose results differ from the reference's by more than rounding is ever written.
 """
 
 import collections

@@ -20,7 +20,7 @@ def tune(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Time every kernel and configuration on this GPU and remember the fastest. Speed changes, results do not.
+    """Time every kernel and configuration on this GPU and remember the fastest that gives the right results.
 
     Each finding is written at once, so an interrupted run loses only the one in progress.
     """
