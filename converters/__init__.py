@@ -3,7 +3,7 @@
 from .checkpoint import Checkpoint, open_checkpoint, resolve
 from .config import parse_dtype
 from .convert import ConversionReport, convert
-from .huggingface import export_huggingface
+from .huggingface import export_huggingface, parse_size
 from .loader import load_model, load_parameters, load_spec
 from .orbax import OrbaxCheckpoint
 from .progress import Progress, ProgressBar
@@ -27,6 +27,7 @@ __all__ = [
     "load_spec",
     "open_checkpoint",
     "parse_dtype",
+    "parse_size",
     "random_checkpoint",
     "resolve",
 ]

@@ -15,6 +15,8 @@ from .buffers import OnBlock
 from .config import COMPANIONS, load_config, read_config, read_json
 from .orbax import MANIFEST, OrbaxCheckpoint
 from .safetensors_file import TensorInfo, read_header
+from .streaming import FORMAT as STREAMING
+from .streaming import StreamingCheckpoint
 from .torch_file import TorchFile
 
 PARTIAL = re.compile(r".*\.partial-[0-9a-f]{8}")
@@ -86,7 +88,7 @@ class Checkpoint:
             safetensors_file.read_into(info, out, rows=rows, on_block=on_block)
 
 
-def open_checkpoint(path_or_hub_id: str | Path) -> Checkpoint | OrbaxCheckpoint:
+def open_checkpoint(path_or_hub_id: str | Path) -> Checkpoint | OrbaxCheckpoint | StreamingCheckpoint:
     """Open a checkpoint and check that its files are whole; no weights are read yet.
 
     Args:
@@ -98,7 +100,8 @@ def open_checkpoint(path_or_hub_id: str | Path) -> Checkpoint | OrbaxCheckpoint:
     """
     folder = resolve(path_or_hub_id)
     if (folder / MANIFEST).is_file():
-        return OrbaxCheckpoint(folder)
+        streaming = read_json(folder / MANIFEST).get("format") == STREAMING
+        return StreamingCheckpoint(folder) if streaming else OrbaxCheckpoint(folder)
     read_config(folder)
     return Checkpoint(folder)
 

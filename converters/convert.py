@@ -16,6 +16,7 @@ from .huggingface import parse_size, write_huggingface
 from .orbax import OrbaxCheckpoint, write_orbax
 from .progress import Progress, Silent
 from .sources import MappedParameters, ParameterSource, total_bytes
+from .streaming import StreamingCheckpoint, write_streaming
 from .watch import Watcher
 
 
@@ -40,7 +41,7 @@ def convert(
     source: str | Path,
     destination: str | Path,
     *,
-    to: Literal["orbax", "hf"],
+    to: Literal["orbax", "hf", "streaming"],
     dtype: Any = None,
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
@@ -52,9 +53,9 @@ def convert(
     the model's size. The destination appears only when it is complete and on disk.
 
     Args:
-        source: a Hugging Face folder or hub id, or an Orbax folder of ours.
+        source: a Hugging Face folder or hub id, or a folder that this function made.
         destination: the folder to make.
-        to: `"orbax"` or `"hf"`.
+        to: `"orbax"`, `"hf"`, or `"streaming"`, from which models larger than memory run fastest.
         dtype: `"float32"`, `"bfloat16"` or `"float16"`; `None` keeps every parameter's type, and the way back is then
             bit-exact.
         max_shard_size: largest weight file of `"hf"`, in bytes or as text (`"500MB"`).
@@ -70,8 +71,8 @@ def convert(
         NonFiniteWarning: tensors hold NaN or infinity; they are converted as they are.
     """
     began = time.monotonic()
-    if to not in ("orbax", "hf"):
-        raise ConfigError(f"to={to!r}: wanted is 'orbax' or 'hf'")
+    if to not in ("orbax", "hf", "streaming"):
+        raise ConfigError(f"to={to!r}: wanted is 'orbax', 'hf' or 'streaming'")
     kept = None if dtype is None else parse_dtype(dtype)
     size = parse_size(max_shard_size)
     target = Path(destination)
@@ -81,7 +82,7 @@ def convert(
     weight_map = family.weight_map(spec)
     shapes = {name: tuple(leaf.shape) for name, leaf in abstract_parameters(spec).items()}
     parameters: ParameterSource
-    if isinstance(checkpoint, OrbaxCheckpoint):
+    if isinstance(checkpoint, OrbaxCheckpoint | StreamingCheckpoint):
         checkpoint.check(shapes)
         parameters = checkpoint
     else:
@@ -93,8 +94,9 @@ def convert(
     try:
         with new_folder(target, overwrite=overwrite, needed_bytes=needed) as partial:
             copy_companions(checkpoint.path, partial)
-            if to == "orbax":
-                write_orbax(parameters, partial, dtype=kept, watch=watcher)
+            if to != "hf":
+                write = write_orbax if to == "orbax" else write_streaming
+                write(parameters, partial, dtype=kept, watch=watcher)
                 shutil.copyfile(checkpoint.path / "config.json", partial / "config.json")
             else:
                 config = read_config(checkpoint.path)

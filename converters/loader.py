@@ -17,11 +17,12 @@ from .config import load_family, parse_dtype
 from .orbax import OrbaxCheckpoint
 from .progress import Progress, Silent
 from .sources import MappedParameters, ParameterSource
+from .streaming import StreamingCheckpoint
 from .watch import Watcher
 
 
 def load_parameters(
-    checkpoint: Checkpoint | OrbaxCheckpoint,
+    checkpoint: Checkpoint | OrbaxCheckpoint | StreamingCheckpoint,
     weight_map: WeightMap,
     abstract: Mapping[str, jax.ShapeDtypeStruct],
     *,
@@ -49,7 +50,7 @@ def load_parameters(
     try:
         shapes = {name: tuple(leaf.shape) for name, leaf in abstract.items()}
         source: ParameterSource
-        if isinstance(checkpoint, OrbaxCheckpoint):
+        if isinstance(checkpoint, OrbaxCheckpoint | StreamingCheckpoint):
             checkpoint.check(shapes)
             source = checkpoint
         else:

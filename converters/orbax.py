@@ -31,7 +31,7 @@ from jdsi.models.weight_map import Shape
 
 from .buffers import aligned_empty, cast, check_cast
 from .config import read_config, read_json
-from .sources import ParameterSource, Watch
+from .sources import ParameterSource, Watch, check_shapes
 
 MANIFEST = "jdsi.json"
 FORMAT = "jdsi-orbax"
@@ -126,18 +126,7 @@ class OrbaxCheckpoint:
 
     def check(self, shapes: Mapping[str, Shape]) -> None:
         """Raise `CheckpointError` unless the parameters have exactly the names and shapes given."""
-        lines = [f"missing: {name}" for name in shapes if name not in self.shapes]
-        lines += [f"not in the model: {name}" for name in self.shapes if name not in shapes]
-        lines += [
-            f"of another shape: {name}: {self.shapes[name]}, wanted {tuple(shape)}"
-            for name, shape in shapes.items()
-            if name in self.shapes and self.shapes[name] != tuple(shape)
-        ]
-        if lines:
-            more = f"\n  ... and {len(lines) - 20} more" if len(lines) > 20 else ""
-            raise CheckpointError(
-                f"{self.path} does not fit the model its config.json describes:\n  " + "\n  ".join(lines[:20]) + more
-            )
+        check_shapes(self.path, self.shapes, shapes)
 
     def read(self, name: str, dtype: np.dtype, watch: Watch) -> np.ndarray:
         """A parameter on the host, read and cast chunk by chunk into its final buffer."""

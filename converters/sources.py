@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jdsi.errors import CheckpointError
 from jdsi.models.weight_map import Identity, Op, Rows, Shape, WeightMap
 
 from .buffers import OnBlock, aligned_empty, cast, check_cast
@@ -87,11 +89,17 @@ class MappedParameters:
             else:
                 buffer = aligned_empty(info.shape, dtype)
                 self._store.read_into(info, buffer, on_block=on_block)
-                _place(source.op, buffer, target)
+                place(source.op, buffer, target)
         return out
 
+    def pieces(self, name: str) -> list[tuple[Op, TensorInfo, tuple[int, int]]]:
+        """The stored tensors that make up a parameter: how each changes its layout, where it lies, which rows it is."""
+        entry, shape = self._entries[name], self.shapes[name]
+        ranges = entry.row_ranges(shape) if shape else [(0, 0)]
+        return [(source.op, self._found[source.name], rows) for source, rows in zip(entry.sources, ranges, strict=True)]
 
-def _place(op: Op, stored: np.ndarray, out: np.ndarray) -> None:
+
+def place(op: Op, stored: np.ndarray, out: np.ndarray) -> None:
     """`out[...] = op.forward(stored)`, without the temporary copy that a gather of rows would make."""
     if isinstance(op, Rows):
         np.take(stored, np.asarray(op.order), axis=0, out=out, mode="clip")
@@ -127,3 +135,19 @@ def recast(array: np.ndarray, dtype: np.dtype, where: str) -> np.ndarray:
 def total_bytes(source: ParameterSource, dtype: np.dtype | None) -> int:
     """Bytes of all parameters, in `dtype` or as stored."""
     return sum(math.prod(shape) * (dtype or source.dtypes[name]).itemsize for name, shape in source.shapes.items())
+
+
+def check_shapes(path: Path, found: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> None:
+    """Raises `CheckpointError` unless the parameters found in the folder `path` are exactly those wanted."""
+    lines = [f"missing: {name}" for name in wanted if name not in found]
+    lines += [f"not in the model: {name}" for name in found if name not in wanted]
+    lines += [
+        f"of another shape: {name}: {found[name]}, wanted {tuple(shape)}"
+        for name, shape in wanted.items()
+        if name in found and found[name] != tuple(shape)
+    ]
+    if lines:
+        more = f"\n  ... and {len(lines) - 20} more" if len(lines) > 20 else ""
+        raise CheckpointError(
+            f"{path} does not fit the model its config.json describes:\n  " + "\n  ".join(lines[:20]) + more
+        )

@@ -11,7 +11,7 @@ import typer
 def convert(
     source: Annotated[str, typer.Argument(help="Folder of a checkpoint, or a hub id.")],
     destination: Annotated[str, typer.Argument(help="Folder to write.")],
-    to: Annotated[Literal["orbax", "hf"], typer.Option(help="Format to write.")] = "orbax",
+    to: Annotated[Literal["orbax", "hf", "streaming"], typer.Option(help="Format to write.")] = "orbax",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default as it is.")] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest file of --to hf, as 5GB.")] = "5GB",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing checkpoint.")] = False,
