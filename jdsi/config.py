@@ -9,8 +9,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Self
 
-from jdsi.converters import parse_dtype
+from jdsi.converters import parse_dtype, parse_size
 from jdsi.errors import ConfigError, nearest
+
+OFFLOADS = ("host", "nvme", "auto")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +31,10 @@ class InferenceConfig:
             where), a folder, or `False`, which leaves JAX as it is.
         kernels: run hand-written GPU kernels where the device has them; without, XLA's own. Also spelt
             `replace_with_kernel_inject`.
+        offload: where weights live that do not stay on the device: `"host"` memory, `"nvme"` (the checkpoint's own
+            files), or `"auto"`, which takes the fastest that the memory allows; `None` keeps the whole model there.
+        memory_limit: bytes, or text such as `"2GiB"`, of the device's memory that an offloaded model may take with its
+            KV cache; on a CPU that is the memory of the process. By default what is free.
     """
 
     dtype: str = "auto"
@@ -38,6 +44,8 @@ class InferenceConfig:
     tokenizer: str | os.PathLike[str] | None = None
     compilation_cache: bool | str | os.PathLike[str] = True
     kernels: bool = True
+    offload: str | None = None
+    memory_limit: int | str | None = None
 
     def __post_init__(self) -> None:
         if self.dtype != "auto":
@@ -49,6 +57,14 @@ class InferenceConfig:
             if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
                 raise ConfigError(f"{field}={value!r} must be an integer of at least 1")
             object.__setattr__(self, field, int(value))
+        if self.offload not in (None, *OFFLOADS):
+            raise ConfigError(
+                f"offload={self.offload!r}{nearest(str(self.offload), OFFLOADS)} must be one of {OFFLOADS}"
+            )
+        if self.memory_limit is not None:
+            object.__setattr__(self, "memory_limit", parse_size(self.memory_limit))
+            if self.offload is None:
+                raise ConfigError("memory_limit is for offload='host', 'nvme' or 'auto'")
         if not isinstance(self.kernels, bool):
             raise ConfigError(f"kernels={self.kernels!r} must be true or false")
 
@@ -82,6 +98,9 @@ class InferenceConfig:
         settings: dict[str, Any] = {}
         for key, value in options.items():
             if key in _DEEPSPEED_HOW:
+                continue
+            if key == "zero":
+                settings.update(_zero(value))
                 continue
             if key in _DEEPSPEED_ONLY:
                 _DEEPSPEED_ONLY[key](key, value)
@@ -123,10 +142,18 @@ def _off(key: str, value: Any) -> None:
         )
 
 
-def _no_offload(key: str, value: Any) -> None:
-    settings = value if isinstance(value, Mapping) else {"stage": value}
-    if settings.get("offload_param") or settings.get("stage"):
-        raise ConfigError(f"config key {key!r}={value!r} asks for weights outside the device, which is not offered")
+def _zero(value: Any) -> dict[str, Any]:
+    """Our settings for DeepSpeed's `zero`: its stage 3 with `offload_param` is what `offload` does here."""
+    settings = value or {}
+    if not isinstance(settings, Mapping):
+        raise ConfigError(f"config key 'zero'={value!r} must be an object with offload_param")
+    where = settings.get("offload_param") or {}
+    device = where.get("device", "none") if isinstance(where, Mapping) else where
+    if device in ("none", None):
+        return {}
+    if device not in _ZERO_DEVICES:
+        raise ConfigError(f"config key 'zero' asks for offload_param.device={device!r}; known: none, cpu, nvme")
+    return {"offload": _ZERO_DEVICES[device]}
 
 
 def _only(right: Any) -> Callable[[str, Any], None]:
@@ -137,6 +164,7 @@ def _only(right: Any) -> Callable[[str, Any], None]:
     return check
 
 
+_ZERO_DEVICES: Mapping[str, str] = MappingProxyType({"cpu": "host", "nvme": "nvme"})
 _DEEPSPEED_NAMES: Mapping[str, str] = MappingProxyType(
     {
         "kernel_inject": "kernels",
@@ -176,6 +204,5 @@ _DEEPSPEED_ONLY: Mapping[str, Callable[[str, Any], None]] = MappingProxyType(
         "min_out_tokens": _only(1),
         "moe_type": _only("standard"),
         "triangular_masking": _only(True),
-        "zero": _no_offload,
     }
 )

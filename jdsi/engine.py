@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -25,7 +25,9 @@ from jdsi.generation.prompts import Prompt, as_list, encode, encode_rows
 from jdsi.models import TransformerSpec
 from jdsi.runtime import Executor, GenerationStats, token_bucket
 from jdsi.runtime.beam_decoding import beam_search
-from jdsi.runtime.decoding import decode
+from jdsi.runtime.decoding import Batch, decode
+from jdsi.runtime.memory import peak_device_memory, peak_memory
+from jdsi.runtime.weight_stream import StreamReport
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +81,7 @@ class InferenceEngine:
         self.eos_token_ids = tuple(eos_token_ids)
         self.stats = GenerationStats()
         self._executor = executor
+        self._streamed_before: StreamReport | None = None
         self.max_tokens = config.max_tokens or executor.spec.max_positions
         table = executor.spec.position_table
         if table is not None and self.max_tokens > table:
@@ -90,6 +93,15 @@ class InferenceEngine:
     def spec(self) -> TransformerSpec:
         """What the model is."""
         return self._executor.spec
+
+    @property
+    def executor(self) -> Executor:
+        """What runs the model."""
+        return self._executor
+
+    def close(self) -> None:
+        """Ends the background work of an engine whose weights are offloaded; it is of no use afterwards."""
+        self._executor.close()
 
     def generate(
         self,
@@ -113,6 +125,7 @@ class InferenceEngine:
         """
         requests = self._requests(prompts, sampling)
         self.stats = GenerationStats(prompt_tokens=sum(len(r.prompt) for r in requests))
+        self._streamed_before = self._executor.stream_report()
         done: dict[int, Completion] = {}
         for batch in self._batches([r for r in requests if r.params.num_beams > 1]):
             done.update(self._beam_search(batch))
@@ -120,6 +133,12 @@ class InferenceEngine:
             if event.completion is not None:
                 done[event.index] = event.completion
         return [done[i] for i in range(len(requests))]
+
+    def _note_memory(self) -> None:
+        self.stats.peak_memory_bytes, self.stats.peak_device_bytes = peak_memory(), peak_device_memory()
+        report = self._executor.stream_report()
+        if report is not None:
+            self.stats.stream = report.since(self._streamed_before or StreamReport())
 
     def stream(
         self,
@@ -131,6 +150,7 @@ class InferenceEngine:
         if any(r.params.num_beams > 1 for r in requests):
             raise ConfigError("stream cannot run a beam search, which knows its text only at the end; use generate")
         self.stats = GenerationStats(prompt_tokens=sum(len(r.prompt) for r in requests))
+        self._streamed_before = self._executor.stream_report()
         return self._sample(requests)
 
     def forward(
@@ -200,7 +220,7 @@ class InferenceEngine:
                 self._beam_search(requests)
                 continue
             # Two tokens run the prefill and the decode program.
-            for _ in zip(range(2), self._decode(requests), strict=False):
+            for _ in zip(range(2), self._decode([requests]), strict=False):
                 pass
         return len(by_bucket)
 
@@ -256,10 +276,23 @@ class InferenceEngine:
             yield batch
             left = left[len(batch) :]
 
-    def _decode(self, batch: list[_Request]) -> Iterator[SampledTokens]:
-        prompts, params = [r.prompt for r in batch], [r.params for r in batch]
-        most = self.config.max_batch_size
-        return decode(self._executor, prompts, params, eos_token_ids=self.eos_token_ids, max_rows=most)
+    def _decode(
+        self, batches: Sequence[list[_Request]], dropped: Collection[int] = ()
+    ) -> Iterator[tuple[int, SampledTokens]]:
+        return decode(
+            self._executor,
+            [Batch([r.prompt for r in batch], [r.params for r in batch]) for batch in batches],
+            eos_token_ids=self.eos_token_ids,
+            max_rows=self.config.max_batch_size,
+            dropped=dropped,
+        )
+
+    def _passes(self, requests: list[_Request]) -> Iterator[list[list[_Request]]]:
+        """Batches that share their passes, as many as the executor wants."""
+        batches = list(self._batches(requests))
+        together = max(1, self._executor.batches_per_pass)
+        for start in range(0, len(batches), together):
+            yield batches[start : start + together]
 
     def _beam_search(self, batch: list[_Request]) -> dict[int, Completion]:
         start = time.perf_counter()
@@ -281,29 +314,37 @@ class InferenceEngine:
         return done
 
     def _sample(self, requests: list[_Request]) -> Iterator[StreamEvent]:
-        stats = self.stats
-        for batch in self._batches(requests):
-            builders = [request.builder(self.tokenizer) for request in batch]
-            steps = self._decode(batch)
-            for i, (step, seconds) in enumerate(_timed(steps)):
-                if i == 0:
-                    stats.first_token_seconds += seconds
+        for batches in self._passes(requests):
+            builders = [[request.builder(self.tokenizer) for request in batch] for batch in batches]
+            dropped: set[int] = set()
+            started: set[int] = set()
+            for (index, step), seconds in _timed(self._decode(batches, dropped)):
+                if index in started:
+                    self.stats.decode_seconds += seconds
                 else:
-                    stats.decode_seconds += seconds
-                for row, (request, builder) in enumerate(zip(batch, builders, strict=True)):
-                    broken = step.finish[row] == FinishCode.ERROR
-                    if builder.finish_reason is not None or not (step.valid[row] or broken):
-                        continue
-                    token = int(step.tokens[row])
-                    text = builder.add(token, int(step.finish[row]), _logprob(step, row))
-                    stats.new_tokens += 1
-                    done = builder.completion() if builder.finish_reason is not None else None
-                    yield StreamEvent(request.index, text, token, done)
-                if all(b.finish_reason is not None for b in builders):
-                    break
+                    self.stats.first_token_seconds += seconds
+                    started.add(index)
+                yield from self._events(batches[index], builders[index], step)
+                if all(b.finish_reason is not None for b in builders[index]):
+                    dropped.add(index)
+        self._note_memory()
+
+    def _events(
+        self, batch: list[_Request], builders: list[CompletionBuilder], step: SampledTokens
+    ) -> Iterator[StreamEvent]:
+        """What one step adds to the requests that are still open."""
+        for row, (request, builder) in enumerate(zip(batch, builders, strict=True)):
+            broken = step.finish[row] == FinishCode.ERROR
+            if builder.finish_reason is not None or not (step.valid[row] or broken):
+                continue
+            token = int(step.tokens[row])
+            text = builder.add(token, int(step.finish[row]), _logprob(step, row))
+            self.stats.new_tokens += 1
+            done = builder.completion() if builder.finish_reason is not None else None
+            yield StreamEvent(request.index, text, token, done)
 
 
-def _timed(steps: Iterator[SampledTokens]) -> Iterator[tuple[SampledTokens, float]]:
+def _timed[Item](steps: Iterator[Item]) -> Iterator[tuple[Item, float]]:
     """Each step with the seconds it was waited for."""
     while True:
         start = time.perf_counter()

@@ -7,14 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from jdsi.config import InferenceConfig
 from jdsi.converters import load_model, resolve
+from jdsi.converters.block_store import BlockStore
 from jdsi.engine import InferenceEngine
 from jdsi.errors import ConfigError
 from jdsi.generation.tokenizer import load_eos_token_ids, load_tokenizer
 from jdsi.models import Transformer, parameters
-from jdsi.runtime import ResidentExecutor, enable_compilation_cache
+from jdsi.pallas_kernels.operator import Implementation
+from jdsi.runtime import Executor, ResidentExecutor, enable_compilation_cache
+from jdsi.runtime.offload import offloaded_executor, plan_offload
 
 
 def init_inference(
@@ -45,25 +49,46 @@ def init_inference(
         raise ConfigError(f"{what}; give a folder, a hub id or a jdsi Transformer")
     if parsed.compilation_cache:
         enable_compilation_cache(None if parsed.compilation_cache is True else parsed.compilation_cache)
+    implementation = None if parsed.kernels else "xla"
     chosen = tokenizer if tokenizer is not None else parsed.tokenizer
     if isinstance(chosen, str | os.PathLike):
         chosen = load_tokenizer(chosen, required=True)
     ends: tuple[int, ...] = ()
     if isinstance(source, Transformer):
+        if parsed.offload is not None:
+            raise ConfigError("offload needs a checkpoint folder; this model is in memory already")
         loaded = source if parsed.dtype == "auto" else _cast(source, parsed.dtype)
+        executor: Executor = ResidentExecutor(loaded, implementation)
     else:
         folder = resolve(source if isinstance(source, str) else Path(source))
         ends = load_eos_token_ids(folder)
-        loaded = load_model(folder, dtype=parsed.dtype)
         chosen = load_tokenizer(folder) if chosen is None else chosen
+        if parsed.offload is None:
+            executor = ResidentExecutor(load_model(folder, dtype=parsed.dtype), implementation)
+        else:
+            executor = _offloaded(folder, parsed, implementation)
     end = getattr(chosen, "eos_token_id", None)
     if not ends and end is not None:
         ends = (end,)
     if eos_token_ids is not None:
         ends = tuple(eos_token_ids)
-    return InferenceEngine(
-        ResidentExecutor(loaded, None if parsed.kernels else "xla"), parsed, tokenizer=chosen, eos_token_ids=ends
+    return InferenceEngine(executor, parsed, tokenizer=chosen, eos_token_ids=ends)
+
+
+def _offloaded(folder: Path, config: InferenceConfig, implementation: Implementation | None) -> Executor:
+    store = BlockStore.open(folder)
+    dtype = np.dtype(
+        ("float32" if jax.default_backend() == "cpu" else "bfloat16") if config.dtype == "auto" else config.dtype
     )
+    plan = plan_offload(
+        store,
+        str(config.offload),
+        None if config.memory_limit is None else int(config.memory_limit),
+        dtype,
+        max_tokens=config.max_tokens or store.spec.max_positions,
+        max_batch_size=config.max_batch_size,
+    )
+    return offloaded_executor(store, plan, dtype, implementation)
 
 
 def _parse_config(config: Any, overrides: dict[str, Any]) -> InferenceConfig:

@@ -33,6 +33,13 @@ def test_convert_then_generate_gives_the_same(folder: Path, tmp_path: Path) -> N
     assert all(a.returncode == 0 for a in answers), [a.stderr for a in answers]
     completions = [json.loads(a.stdout)["completions"] for a in answers]
     assert completions[0] == completions[1] == completions[2]
+    assert jdsi("convert", folder, tmp_path / "streaming", "--to", "streaming").returncode == 0
+    assert jdsi("inspect", tmp_path / "streaming", "--verify").returncode == 0
+    streamed = jdsi("generate", tmp_path / "streaming", *options, "--offload", "nvme", "--memory-limit", "400.4MiB")
+    assert streamed.returncode == 0, streamed.stderr
+    answer = json.loads(streamed.stdout)
+    assert answer["completions"] == completions[0]
+    assert answer["stats"]["stream"]["blocks"] >= 2 * answer["stats"]["new_tokens"] / 2
     assert completions[0][0].keys() >= {"text", "token_ids", "finish_reason"}
     assert json.loads(answers[0].stdout)["stats"]["new_tokens"] == sum(len(c["token_ids"]) for c in completions[0])
 

@@ -57,7 +57,10 @@ def test_dtype_names(name: str, dtype: str) -> None:
         ({"mp_size": 4}, "mp_size=4"),
         ({"moe": {"enabled": True}}, "moe"),
         ({"quant": {"enabled": True}}, "quant"),
-        ({"zero": {"stage": 3, "offload_param": {"device": "cpu"}}}, "zero"),
+        ({"zero": {"stage": 3, "offload_param": {"device": "tape"}}}, "offload_param.device='tape'"),
+        ({"offload": "nvm"}, "did you mean 'nvme'"),
+        ({"memory_limit": "2GiB"}, "memory_limit is for offload"),
+        ({"offload": "nvme", "memory_limit": "much"}, "size 'much'"),
         ({"injection_policy": {"Block": "x"}}, "injection_policy"),
     ],
 )
@@ -69,6 +72,13 @@ def test_what_cannot_be_honoured_is_named(options: dict, message: str) -> None:
 def test_kernel_injection_is_a_choice_of_ours() -> None:
     assert InferenceConfig.from_dict({"replace_with_kernel_inject": True}).kernels
     assert not InferenceConfig.from_dict({"kernel_inject": False}).kernels
+
+
+def test_zero_offload_is_offload() -> None:
+    for device, ours in (("cpu", "host"), ("nvme", "nvme"), ("none", None)):
+        config = InferenceConfig.from_dict({"zero": {"stage": 3, "offload_param": {"device": device}}})
+        assert config.offload == ours
+    assert InferenceConfig(offload="nvme", memory_limit="2GiB").memory_limit == 2**31
 
 
 def test_overrides_win_whatever_their_spelling() -> None:

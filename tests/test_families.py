@@ -1,5 +1,6 @@
 """Every family through the whole path: Hugging Face folder, engine, logits and tokens, Orbax and back."""
 
+import contextlib
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,10 @@ from safetensors.numpy import load_file
 
 import jdsi
 from jdsi.converters import convert
+from jdsi.converters.block_store import BlockStore
 from jdsi.models.families import FAMILIES
+from jdsi.runtime.residency import plan_residency
+from jdsi.runtime.streamed import StreamedExecutor
 from parity import random_torch_model
 
 _DECODER = {"vocab_size": 89, "num_hidden_layers": 2, "bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}
@@ -81,6 +85,15 @@ def test_whole_path(name: str, tmp_path: Path) -> None:
             for row, completion in zip(PROMPTS, completions, strict=True):
                 out = model.generate(torch.tensor([row]), max_new_tokens=8, do_sample=False, pad_token_id=0)
                 assert completion.token_ids == out[0, len(row) :].tolist()
+
+    store = BlockStore.open(original)
+    streamed = StreamedExecutor(store, plan_residency(store, None, np.dtype("float32")), dtype="float32")
+    with contextlib.closing(jdsi.InferenceEngine(streamed, jdsi.InferenceConfig(dtype="float32"))) as offloaded:
+        np.testing.assert_allclose(offloaded.forward(PROMPTS), logits, rtol=1e-4, atol=1e-5)
+        if name not in ENCODERS:
+            again = offloaded.generate(PROMPTS, jdsi.SamplingParams(max_new_tokens=8, ignore_eos=True))
+            plain = engine.generate(PROMPTS, jdsi.SamplingParams(max_new_tokens=8, ignore_eos=True))
+            assert [c.token_ids for c in again] == [c.token_ids for c in plain]
 
     convert(original, orbax, to="orbax")
     np.testing.assert_array_equal(jdsi.init_inference(orbax, dtype="float32").forward(PROMPTS), logits)

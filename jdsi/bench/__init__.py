@@ -9,6 +9,7 @@ from .decode import bench_decode
 from .kernel_tuning import Change, Failure, tune_kernels
 from .kernels import Selection, bench_kernels
 from .memory import bench_memory
+from .offload import bench_offload
 from .prefill import bench_prefill
 from .rounds import Ratio, interleave
 from .start import bench_start
@@ -21,6 +22,7 @@ __all__ = [
     "bench_decode",
     "bench_kernels",
     "bench_memory",
+    "bench_offload",
     "bench_prefill",
     "bench_start",
     "interleave",

@@ -75,10 +75,28 @@ def start(folder: str, cache: str, prompt: list[int]) -> dict[str, Any]:
     }
 
 
+def offload(folder: str, dtype: str, limit: int) -> dict[str, Any]:
+    """Generates two tokens with weights that stay on disk."""
+    import jdsi
+
+    engine = jdsi.init_inference(
+        folder,
+        dtype=dtype,
+        offload="nvme",
+        memory_limit=limit,
+        max_batch_size=1,
+        max_tokens=64,
+        compilation_cache=False,
+    )
+    engine.generate([1, 2, 3], jdsi.SamplingParams(max_new_tokens=2, ignore_eos=True))
+    engine.close()
+    return {"peak": peak_bytes()}
+
+
 def main() -> None:
     """Runs the job named in the argument."""
     settings = json.loads(sys.argv[1])
-    answer = {"load": load, "convert": convert, "start": start}[settings.pop("job")](**settings)
+    answer = {"load": load, "convert": convert, "start": start, "offload": offload}[settings.pop("job")](**settings)
     sys.stdout.write(json.dumps(answer) + "\n")
 
 

@@ -147,3 +147,34 @@ def kernels(
     show(report, as_json=as_json)
     if report.settings["interrupted"]:
         raise typer.Exit(130)
+
+
+@bench.command()
+def offload(
+    gigabytes: Annotated[float, typer.Option(help="Size of the random checkpoint, written twice.")] = 3.0,
+    dtype: Annotated[str, typer.Option(help="That it is stored in.")] = "bfloat16",
+    compute_dtype: Annotated[str, typer.Option(help="That the model runs in.")] = "float32",
+    batch: Annotated[int, typer.Option(help="Rows of a batch.")] = 1,
+    batches_per_pass: Annotated[str, typer.Option(help="Batches that share a pass, as 1,2,4.")] = "1,2,4,8",
+    rounds: Rounds = 3,
+    folder: Annotated[str | None, typer.Option(help="Where to write; the temporary folder by default.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """A model streamed from disk: seconds a pass beside the disk's own limit, and peak memory."""
+    from jdsi.bench import bench_offload
+    from jdsi.bench.report import show
+
+    try:
+        counts = [int(part) for part in batches_per_pass.split(",")]
+    except ValueError:
+        raise ConfigError(f"--batches-per-pass {batches_per_pass!r} must be numbers with commas between them") from None
+    report = bench_offload(
+        gigabytes=gigabytes,
+        dtype=dtype,
+        compute_dtype=compute_dtype,
+        batch=batch,
+        batches_per_pass=counts,
+        rounds=rounds,
+        folder=folder,
+    )
+    show(report, as_json=as_json)

@@ -1,5 +1,6 @@
 """`jdsi generate`: text from a checkpoint."""
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -9,6 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from jdsi.errors import PromptError
+
+from .progress import progress_line
 
 _SAMPLING = "Sampling"
 _PROMPTS = "Prompts (each may be repeated)"
@@ -48,6 +51,13 @@ def generate(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.", rich_help_panel=_SAMPLING)] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    offload: Annotated[
+        str | None, typer.Option(help="host, nvme or auto: weights that need not stay on the device.")
+    ] = None,
+    memory_limit: Annotated[
+        str | None, typer.Option(help="With --offload: memory to keep to, as 2GiB; by default what is free.")
+    ] = None,
+    kernels: Annotated[bool, typer.Option(help="Use hand-written GPU kernels.")] = True,
     tokenizer: Annotated[str | None, typer.Option(help="Folder or hub id, if not the model's own.")] = None,
     stream: Annotated[bool, typer.Option("--stream", help="Print text as it comes (one prompt).")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -77,7 +87,14 @@ def generate(
         logprobs=logprobs,
         seed=seed,
     )
-    engine = init_inference(model, dtype=dtype, tokenizer=tokenizer)
+    engine = init_inference(
+        model, dtype=dtype, tokenizer=tokenizer, offload=offload, memory_limit=memory_limit, kernels=kernels
+    )
+    with contextlib.closing(engine), progress_line(engine):
+        _run(engine, prompts, sampling, stream=stream, as_json=as_json)
+
+
+def _run(engine: Any, prompts: list[Any], sampling: Any, *, stream: bool, as_json: bool) -> None:
     if stream:
         for event in engine.stream(prompts, sampling):
             sys.stdout.write(event.text if engine.tokenizer is not None else f"{event.token_id} ")

@@ -16,17 +16,33 @@ _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 def inspect(
     model: Annotated[str, typer.Argument(help="Folder of a checkpoint, or a hub id.")],
     parameters: Annotated[bool, typer.Option("--parameters", help="List every parameter.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read all weights of a streaming folder and compare checksums.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show the spec, the parameters and the memory a model takes."""
     from jdsi.converters import load_spec
 
+    if verify:
+        _verify(model)
     report = _report(load_spec(model))
     if as_json:
         json.dump(report, sys.stdout)
         sys.stdout.write("\n")
         return
     _show(report, parameters)
+
+
+def _verify(model: str) -> None:
+    from jdsi.converters import ProgressBar, open_checkpoint
+    from jdsi.converters.streaming import StreamingCheckpoint
+    from jdsi.errors import ConfigError
+
+    checkpoint = open_checkpoint(model)
+    if not isinstance(checkpoint, StreamingCheckpoint):
+        raise ConfigError(f"{model}: only folders that `jdsi convert --to streaming` made hold checksums to verify")
+    checkpoint.verify(ProgressBar("verifying"))
 
 
 def _report(spec: TransformerSpec) -> dict[str, Any]:

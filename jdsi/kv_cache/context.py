@@ -1,6 +1,6 @@
 """The attention context: what ties packed tokens to sequences."""
 
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 from jaxtyping import Array, Float, Int
 
@@ -36,4 +36,16 @@ class AttentionContext(Protocol):
 
     def commit(self) -> Self:
         """The context after the last layer of a call: the call's tokens are now part of their sequences."""
+        ...
+
+    def memory(self, layer: int) -> Any:
+        """What the context holds of one layer, a pytree: all that `attend` for that layer changes."""
+        ...
+
+    def only(self, memory: Any) -> Self:
+        """This context with `memory` as that of its only layer, layer 0: for executors that run layer by layer."""
+        ...
+
+    def with_memory(self, layer: int, memory: Any) -> Self:
+        """This context with another memory of one layer."""
         ...

@@ -115,9 +115,20 @@ class ContiguousContext:
             out = decode_attention(q, keys, values, form, q_start=self.lengths)
         else:
             out = prefill_attention(q, keys, values, form, q_start=self.lengths)
-        context = dataclasses.replace(
+        return out.reshape(-1, *out.shape[2:]), self.with_memory(layer, (keys, values))
+
+    def memory(self, layer: int) -> tuple[Float[Array, "B K L D"], Float[Array, "B K L Dv"]]:
+        """See `AttentionContext.memory`."""
+        return self.keys[layer], self.values[layer]
+
+    def only(self, memory: tuple[Array, Array]) -> Self:
+        """See `AttentionContext.only`."""
+        return dataclasses.replace(self, keys=memory[:1], values=memory[1:])
+
+    def with_memory(self, layer: int, memory: tuple[Array, Array]) -> Self:
+        """See `AttentionContext.with_memory`."""
+        return dataclasses.replace(
             self,
-            keys=(*self.keys[:layer], keys, *self.keys[layer + 1 :]),
-            values=(*self.values[:layer], values, *self.values[layer + 1 :]),
+            keys=(*self.keys[:layer], memory[0], *self.keys[layer + 1 :]),
+            values=(*self.values[:layer], memory[1], *self.values[layer + 1 :]),
         )
-        return out.reshape(-1, *out.shape[2:]), context

@@ -99,6 +99,18 @@ class PackedContext:
         """See `AttentionContext.commit`; there is nothing to remember."""
         return self
 
+    def memory(self, layer: int) -> tuple:
+        """See `AttentionContext.memory`."""
+        return ()
+
+    def only(self, memory: tuple) -> Self:
+        """See `AttentionContext.only`."""
+        return self
+
+    def with_memory(self, layer: int, memory: tuple) -> Self:
+        """See `AttentionContext.with_memory`."""
+        return self
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -125,3 +137,15 @@ class RecordingContext(PackedContext):
         out = jnp.einsum("bkgsl,bkld->bskgd", weights, rows_v.astype(jnp.float32)).astype(q.dtype)
         by_head = weights.reshape(self.rows, -1, *weights.shape[3:])
         return out.reshape(*q.shape[:2], -1), dataclasses.replace(self, weights=(*self.weights, by_head))
+
+    def memory(self, layer: int) -> tuple[Float[Array, "rows H S S"], ...]:
+        """See `AttentionContext.memory`; layers come in order, so a layer that was not seen yet has none."""
+        return self.weights[layer : layer + 1]
+
+    def only(self, memory: tuple[Array, ...]) -> Self:
+        """See `AttentionContext.only`."""
+        return dataclasses.replace(self, weights=memory)
+
+    def with_memory(self, layer: int, memory: tuple[Array, ...]) -> Self:
+        """See `AttentionContext.with_memory`."""
+        return dataclasses.replace(self, weights=(*self.weights[:layer], *memory, *self.weights[layer + 1 :]))

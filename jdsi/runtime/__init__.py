@@ -1,7 +1,7 @@
 """Executors: where weights live and how steps run."""
 
 from .compilation_cache import compilation_counts, enable_compilation_cache
-from .executor import Epilogue, Executor
+from .executor import Epilogue, Executor, Step
 from .resident import ResidentExecutor
 from .shapes import batch_bucket, capacity_bucket, token_bucket
 from .stats import GenerationStats
@@ -11,6 +11,7 @@ __all__ = [
     "Executor",
     "GenerationStats",
     "ResidentExecutor",
+    "Step",
     "batch_bucket",
     "capacity_bucket",
     "compilation_counts",

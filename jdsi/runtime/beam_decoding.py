@@ -14,7 +14,7 @@ from jdsi.generation import SamplingParams, beam
 from jdsi.kv_cache import ContiguousContext
 
 from .decoding import PaddedPrompts, new_context
-from .executor import Executor
+from .executor import Executor, Step
 from .shapes import batch_bucket
 
 
@@ -33,6 +33,10 @@ class BeamEpilogue:
 @partial(jax.jit, donate_argnums=0)
 def _follow(context: ContiguousContext, parents: Array) -> ContiguousContext:
     return context.select(parents)
+
+
+def _step(executor: Executor, step: Step) -> tuple[Any, ContiguousContext, Any]:
+    return executor.steps([step])[0]
 
 
 def beam_search(
@@ -68,13 +72,13 @@ def beam_search(
     context = new_context(executor, rows, padded.width, steps)
     context = context.extend(jnp.asarray(padded.lengths), padded.width)
     prefill = BeamEpilogue(features, repeat=beams)
-    (tokens, parents, done), context, state = executor.step(padded.tokens, context, padded.last, prefill, state)
+    (tokens, parents, done), context, state = _step(executor, Step(padded.tokens, context, padded.last, prefill, state))
     # Nothing can be donated here: every prompt's row becomes `beams` rows.
     context = context.select(parents // beams).extend(jnp.ones(rows * beams, jnp.int32), 1)
     epilogue = BeamEpilogue(features)
     for _ in range(steps - 1):
         if np.asarray(done):
             break
-        (tokens, parents, done), context, state = executor.step(tokens, context, None, epilogue, state)
+        (tokens, parents, done), context, state = _step(executor, Step(tokens, context, None, epilogue, state))
         context = _follow(context, parents)
     return beam.finish(state, [*names, *["padding"] * idle])[: len(prompts)]

@@ -1,7 +1,7 @@
-"""Prefill and decode of one batch: the loop between executor and sampler."""
+"""Prefill and decode of batches: the loop between executor and sampler."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from jdsi.generation import SampledTokens, SamplerFeatures, SamplerState, SamplingParams, init_state, pad_rows, sample
 from jdsi.kv_cache import ContiguousContext
 
-from .executor import Executor
+from .executor import Executor, Step
 from .shapes import batch_bucket, capacity_bucket, token_bucket
 
 
@@ -58,56 +58,89 @@ def new_context(executor: Executor, rows: int, width: int, new_tokens: int) -> C
     return ContiguousContext.create(executor.spec.kv_heads, rows, capacity, executor.dtype)
 
 
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Requests decoded together: `prompts` are token ids, `params` one per prompt."""
+
+    prompts: Sequence[Sequence[int]]
+    params: Sequence[SamplingParams]
+
+
 def decode(
     executor: Executor,
-    prompts: Sequence[Sequence[int]],
-    params: Sequence[SamplingParams],
+    batches: Sequence[Batch],
     *,
     eos_token_ids: Sequence[int] = (),
     max_rows: int,
-) -> Iterator[SampledTokens]:
-    """Generates for a batch of prompts, yielding one token per row and step as NumPy arrays.
+    dropped: Collection[int] = (),
+) -> Iterator[tuple[int, SampledTokens]]:
+    """Generates for batches that share every pass, yielding one token per row and step as NumPy arrays.
 
-    While a step's tokens are read, the next step is already running, so that reading never holds the device up. Rows
-    past `len(prompts)` in the yielded arrays are padding and never valid. The iterator ends when every row has; closing
-    it earlier is fine.
+    While a step's tokens are read, the next step is already running where the executor wants that, so that reading
+    never holds the device up. Rows past a batch's prompts are padding and never valid. A batch ends when every row of
+    it has; the iterator when every batch has, and closing it earlier is fine.
 
     Args:
         executor: runs the model.
-        prompts: token ids, at most `max_rows` prompts.
-        params: one per prompt.
+        batches: each of at most `max_rows` prompts.
         eos_token_ids: end the requests that do not ignore them.
-        max_rows: the batch is not padded beyond.
+        max_rows: no batch is padded beyond.
+        dropped: batches, by index, nobody waits for any more; the caller may add to it at any time.
+
+    Yields:
+        The batch's index and its tokens.
     """
-    rows = min(batch_bucket(len(prompts)), max_rows)
-    idle = rows - len(prompts)
-    padded = PaddedPrompts.of(prompts, rows)
-    features = SamplerFeatures.of(params)
-    state = init_state(
-        [*params, *[None] * idle],
-        [*prompts, *[()] * idle],
-        vocab_size=executor.spec.vocab_size,
-        eos_token_ids=eos_token_ids,
-        features=features,
-    )
-    epilogue = SampleEpilogue(features)
-    steps = max(p.max_new_tokens for p in params)
-    context = new_context(executor, rows, padded.width, steps)
-    context = context.extend(jnp.asarray(padded.lengths), padded.width)
-    sampled, context, state = executor.step(padded.tokens, context, padded.last, epilogue, state)
-    host = jax.device_get(sampled)
-    yield host  # at once, for the decode program may have to be compiled first
-    if host.finish.all():
-        return
-    context = context.extend(jnp.ones(rows, jnp.int32), 1)
-    running = None
-    for _ in range(steps - 1):
-        sampled, context, state = executor.step(sampled.tokens, context, None, epilogue, state)
-        if running is not None:
-            host = jax.device_get(running)
-            yield host
-            if host.finish.all():
-                return
-        running = sampled
-    if running is not None:
-        yield jax.device_get(running)
+    rows = [min(batch_bucket(len(batch.prompts)), max_rows) for batch in batches]
+    running = [
+        _Running.start(executor, i, batch, n, eos_token_ids)
+        for i, (batch, n) in enumerate(zip(batches, rows, strict=True))
+    ]
+    ahead = False  # the first tokens are read at once, for the decode program may have to be compiled first
+    while running:
+        outcomes = executor.steps([one.step for one in running])
+        for one, (sampled, context, state) in zip(running, outcomes, strict=True):
+            one.advance(sampled, context, state)
+        ended = set()
+        for one in running:
+            while len(one.unread) > (ahead and one.steps_left > 0):
+                host = jax.device_get(one.unread.pop(0))
+                yield one.index, host
+                if host.finish.all():
+                    ended.add(one.index)
+        running = [one for one in running if one.steps_left and one.index not in ended and one.index not in dropped]
+        ahead = executor.runs_ahead
+
+
+@dataclasses.dataclass
+class _Running:
+    """A batch between two steps: `step` is what it wants run next."""
+
+    index: int
+    step: Step
+    steps_left: int
+    unread: list[SampledTokens] = dataclasses.field(default_factory=list)
+
+    @classmethod
+    def start(cls, executor: Executor, index: int, batch: Batch, rows: int, eos_token_ids: Sequence[int]) -> "_Running":
+        idle = rows - len(batch.prompts)
+        padded = PaddedPrompts.of(batch.prompts, rows)
+        features = SamplerFeatures.of(batch.params)
+        state = init_state(
+            [*batch.params, *[None] * idle],
+            [*batch.prompts, *[()] * idle],
+            vocab_size=executor.spec.vocab_size,
+            eos_token_ids=eos_token_ids,
+            features=features,
+        )
+        steps = max(p.max_new_tokens for p in batch.params)
+        context = new_context(executor, rows, padded.width, steps)
+        context = context.extend(jnp.asarray(padded.lengths), padded.width)
+        return cls(index, Step(padded.tokens, context, padded.last, SampleEpilogue(features), state), steps)
+
+    def advance(self, sampled: SampledTokens, context: ContiguousContext, state: SamplerState) -> None:
+        first = self.step.last is not None
+        if first:
+            context = context.extend(jnp.ones(context.batch, jnp.int32), 1)
+        self.step = Step(sampled.tokens, context, None, self.step.epilogue, state)
+        self.steps_left -= 1
+        self.unread.append(sampled)

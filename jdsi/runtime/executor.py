@@ -1,17 +1,40 @@
 """Where weights live and how a step reaches them."""
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jdsi.kv_cache import AttentionContext
 from jdsi.models import TransformerSpec
+
+from .weight_stream import StreamReport
 
 Epilogue = Callable[[Float[Array, "B V"], Any], tuple[Any, Any]]
 """`(logits, carry) -> (result, carry)`: pure, hashable by value, traced behind the model so that it costs no launch."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One batch's forward pass and what is done with its logits.
+
+    Attributes:
+        tokens: packed ids.
+        context: which token belongs where. Donated: use the one returned from here on.
+        last: index in `tokens` of each row whose logits are wanted; `None` for all tokens.
+        epilogue: applied to the logits in the same program.
+        carry: its state. Donated.
+        token_types: segment ids of families that have them.
+    """
+
+    tokens: Int[Array | np.ndarray, " T"]
+    context: Any
+    last: Int[Array | np.ndarray, " B"] | None
+    epilogue: Epilogue
+    carry: Any
+    token_types: Int[Array, " T"] | None = None
 
 
 class Executor(Protocol):
@@ -27,25 +50,21 @@ class Executor(Protocol):
         """Dtype of weights and activations."""
         ...
 
-    def step[Context: AttentionContext](
-        self,
-        tokens: Int[Array | np.ndarray, " T"],
-        context: Context,
-        last: Int[Array | np.ndarray, " B"] | None,
-        epilogue: Epilogue,
-        carry: Any,
-    ) -> tuple[Any, Context, Any]:
-        """One forward pass and what is done with its logits.
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether a step should be issued before the last one's results are read: where a needless step is cheap."""
+        ...
 
-        Args:
-            tokens: packed ids.
-            context: which token belongs where. Donated: use the returned one from here on.
-            last: index in `tokens` of each row whose logits are wanted; `None` for all tokens.
-            epilogue: applied to the logits in the same program.
-            carry: its state. Donated.
+    @property
+    def batches_per_pass(self) -> int:
+        """How many batches should share a pass; one unless weights are fetched for every pass."""
+        ...
+
+    def steps(self, batches: Sequence[Step]) -> list[tuple[Any, Any, Any]]:
+        """One pass for each batch; executors that fetch weights fetch them once for all.
 
         Returns:
-            The epilogue's result, the context that has seen the tokens, the epilogue's new state.
+            Per batch the epilogue's result, the context that has seen the tokens, the epilogue's new state.
         """
         ...
 
@@ -53,4 +72,12 @@ class Executor(Protocol):
         self, tokens: Int[Array, "B S"], lengths: Int[Array, " B"], token_types: Int[Array, "B S"] | None = None
     ) -> Float[Array, "B S V"]:
         """Logits of every token of a right-padded batch, without a cache (hidden states if the model has no head)."""
+        ...
+
+    def stream_report(self) -> StreamReport | None:
+        """What fetching weights has taken so far; `None` where all stay on the device."""
+        ...
+
+    def close(self) -> None:
+        """Ends background work; the executor is of no use afterwards."""
         ...

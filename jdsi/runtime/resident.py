@@ -1,11 +1,11 @@
 """The executor for models that fit: all layers in one compiled step."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -13,7 +13,7 @@ from jdsi.kv_cache import AttentionContext
 from jdsi.models import Transformer, TransformerSpec
 from jdsi.pallas_kernels.operator import Implementation, default_implementation
 
-from .executor import Epilogue
+from .executor import Epilogue, Step
 
 
 class ResidentExecutor:
@@ -37,13 +37,14 @@ class ResidentExecutor:
             leaves: list[Array],
             tokens: Array,
             context: AttentionContext,
+            token_types: Array | None,
             last: Array | None,
             epilogue: Epilogue,
             carry: Any,
         ) -> tuple[Any, AttentionContext, Any]:
             model = rebuild(leaves)
             with default_implementation(implementation):
-                hidden, context = model.forward(tokens, context)
+                hidden, context = model.forward(tokens, context, token_types)
                 if last is not None:
                     hidden = hidden[last]
                 result, carry = epilogue(model.logits(hidden), carry)
@@ -66,19 +67,31 @@ class ResidentExecutor:
         """Dtype of weights and activations."""
         return self._leaves[0].dtype
 
-    def step[Context: AttentionContext](
-        self,
-        tokens: Int[Array | np.ndarray, " T"],
-        context: Context,
-        last: Int[Array | np.ndarray, " B"] | None,
-        epilogue: Epilogue,
-        carry: Any,
-    ) -> tuple[Any, Context, Any]:
-        """See `Executor.step`."""
-        return self._step(self._leaves, tokens, context, last, epilogue, carry)
+    @property
+    def runs_ahead(self) -> bool:
+        """See `Executor.runs_ahead`."""
+        return True
+
+    @property
+    def batches_per_pass(self) -> int:
+        """See `Executor.batches_per_pass`."""
+        return 1
+
+    def steps(self, batches: Sequence[Step]) -> list[tuple[Any, Any, Any]]:
+        """See `Executor.steps`."""
+        return [
+            self._step(self._leaves, b.tokens, b.context, b.token_types, b.last, b.epilogue, b.carry) for b in batches
+        ]
 
     def logits(
         self, tokens: Int[Array, "B S"], lengths: Int[Array, " B"], token_types: Int[Array, "B S"] | None = None
     ) -> Float[Array, "B S V"]:
         """See `Executor.logits`."""
         return self._logits(self._leaves, tokens, lengths, token_types)
+
+    def stream_report(self) -> None:
+        """See `Executor.stream_report`."""
+        return None
+
+    def close(self) -> None:
+        """See `Executor.close`; there is no background work."""

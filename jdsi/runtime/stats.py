@@ -1,6 +1,9 @@
 """What a generation took."""
 
 import dataclasses
+from typing import Any
+
+from .weight_stream import StreamReport
 
 
 @dataclasses.dataclass
@@ -12,12 +15,17 @@ class GenerationStats:
         first_token_seconds: from the start of each batch to its first tokens, summed over batches. A beam search knows
             its tokens only at the end, so all its time counts here.
         decode_seconds: the rest of the time.
+        peak_memory_bytes: the most this process has held so far, and the device, where it is not the same memory.
+        stream: what fetching weights took, where they do not stay on the device.
     """
 
     prompt_tokens: int = 0
     new_tokens: int = 0
     first_token_seconds: float = 0.0
     decode_seconds: float = 0.0
+    peak_memory_bytes: int = 0
+    peak_device_bytes: int | None = None
+    stream: StreamReport | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -25,13 +33,22 @@ class GenerationStats:
         seconds = self.first_token_seconds + self.decode_seconds
         return self.new_tokens / seconds if seconds else 0.0
 
-    def as_dict(self) -> dict[str, float]:
+    def as_dict(self) -> dict[str, Any]:
         """All figures by name."""
-        return {**dataclasses.asdict(self), "tokens_per_second": self.tokens_per_second}
+        stream = None if self.stream is None else self.stream.as_dict()
+        return {**dataclasses.asdict(self), "stream": stream, "tokens_per_second": self.tokens_per_second}
 
     def summary(self) -> str:
         """One line for people."""
-        return (
+        text = (
             f"{self.prompt_tokens} prompt and {self.new_tokens} new tokens; first after "
             f"{self.first_token_seconds:.2f} s, then {self.decode_seconds:.2f} s"
+        )
+        if self.stream is None:
+            return text
+        stream = self.stream.as_dict()
+        return (
+            f"{text}\nstreamed {stream['bytes_streamed'] / 1e9:.2f} GB in {stream['blocks']} blocks at "
+            f"{stream['gigabytes_per_second']:.2f} GB/s, link busy {stream['link_busy']:.0%} of the time; "
+            f"peak memory {self.peak_memory_bytes / 1e9:.2f} GB"
         )

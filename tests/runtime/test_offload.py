@@ -1,0 +1,211 @@
+"""Weights outside the device: the same tokens and logits wherever they live, errors instead of stale weights."""
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import jdsi
+from checkpoints import save_llama
+from jdsi.converters import convert
+from jdsi.converters.block_store import BlockStore
+from jdsi.errors import CapacityError, CheckpointError, ConfigError
+from jdsi.runtime.offload import PROCESS_BYTES, kv_bytes, plan_offload
+from jdsi.runtime.residency import plan_residency
+from jdsi.runtime.streamed import StreamedExecutor
+
+PROMPTS = [[5, 9, 2, 7], [11, 4, 4, 60, 33, 21, 8], [3]]
+SAMPLING = jdsi.SamplingParams(max_new_tokens=7, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("offload") / "llama"
+    save_llama(folder, num_hidden_layers=9)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def streaming(llama: Path) -> Path:
+    convert(llama, llama.with_name("streaming"), to="streaming")
+    return llama.with_name("streaming")
+
+
+@pytest.fixture(scope="module")
+def expected(llama: Path) -> list[list[int]]:
+    engine = jdsi.init_inference(llama, dtype="float32")
+    return [c.token_ids for c in engine.generate(PROMPTS, SAMPLING)]
+
+
+def limit_for(folder: Path, layers: int, edges: bool = True, *, batch: int = 64, max_tokens: int = 256) -> int:
+    """The memory limit that keeps so many layers, and the embedding and the head or not."""
+    store = BlockStore.open(folder)
+    size = {name: block.nbytes for name, block in store.blocks.items()}
+    layer = size["layers.0"]
+    streamed = layer if edges else max(size.values())
+    kept = {name: block.nbytes_as(np.dtype("float32")) for name, block in store.blocks.items()}
+    weights = 3 * streamed + kept["norm"] + layers * kept["layers.0"]
+    weights += (kept["embedding"] + kept["head"]) if edges else 0
+    kv = batch * kv_bytes(store.spec, max_tokens, np.dtype("float32"))
+    return PROCESS_BYTES + weights + min(kv, weights)  # for KV no more than half is set aside
+
+
+@pytest.mark.parametrize("layout", ["llama", "streaming"])
+@pytest.mark.parametrize(("layers", "edges"), [(0, False), (0, True), (2, True)])
+def test_tokens_do_not_depend_on_where_weights_live(
+    layout: str, layers: int, edges: bool, request: pytest.FixtureRequest, expected: list[list[int]]
+) -> None:
+    folder = request.getfixturevalue(layout)
+    engine = jdsi.init_inference(
+        folder,
+        dtype="float32",
+        offload="nvme",
+        memory_limit=limit_for(folder, layers, edges, batch=2),
+        max_batch_size=2,
+    )
+    streamed = engine.executor.residency.streamed
+    assert len([name for name in streamed if name.startswith("layers.")]) == 9 - layers
+    assert ("embedding" in streamed) is not edges
+    assert [c.token_ids for c in engine.generate(PROMPTS, SAMPLING)] == expected
+    # A pass that is given up half-way must not shift what the next one gets.
+    next(iter(engine.stream(PROMPTS[0], SAMPLING)))
+    assert [c.token_ids for c in engine.generate(PROMPTS, SAMPLING)] == expected
+    engine.close()
+
+
+@pytest.mark.parametrize("batches", [1, 2, 3])
+def test_batches_share_a_pass(llama: Path, expected: list[list[int]], batches: int) -> None:
+    store = BlockStore.open(llama)
+    executor = StreamedExecutor(
+        store, plan_residency(store, None, np.dtype("float32")), dtype="float32", batches_per_pass=batches
+    )
+    config = jdsi.InferenceConfig(dtype="float32", max_batch_size=1)
+    engine = jdsi.InferenceEngine(executor, config)
+    passes = -(-3 // batches) * 7
+    assert [c.token_ids for c in engine.generate(PROMPTS, SAMPLING)] == expected
+    report = engine.stats.stream
+    assert report is not None
+    stored = sum(store.blocks[name].bytes_stored for name in executor.residency.streamed)
+    slack = executor.residency.slots * max(store.blocks[name].bytes_stored for name in executor.residency.streamed)
+    assert passes * stored <= report.bytes_streamed <= passes * stored + slack
+    engine.close()
+
+
+def test_logits_and_beams(llama: Path, streaming: Path) -> None:
+    plain = jdsi.init_inference(llama, dtype="float32")
+    engine = jdsi.init_inference(
+        streaming, dtype="float32", offload="nvme", memory_limit=limit_for(streaming, 0, False)
+    )
+    rows = [[1, 2, 3, 4], [5, 6, 7, 8]]
+    np.testing.assert_allclose(engine.forward(rows), plain.forward(rows), rtol=1e-5, atol=1e-5)
+    beams = jdsi.SamplingParams(max_new_tokens=5, num_beams=2)
+    assert engine.generate(PROMPTS[0], beams)[0].token_ids == plain.generate(PROMPTS[0], beams)[0].token_ids
+    engine.close()
+
+
+def test_host_offload_and_auto(llama: Path, expected: list[list[int]]) -> None:
+    for settings in (
+        {"offload": "host"},
+        {"offload": "auto"},
+        {"zero": {"stage": 3, "offload_param": {"device": "cpu"}}},
+    ):
+        engine = jdsi.init_inference(llama, dtype="float32", **settings)
+        assert [c.token_ids for c in engine.generate(PROMPTS, SAMPLING)] == expected
+        engine.close()
+
+
+def test_narrow_weights_are_widened_as_when_loaded(llama: Path, tmp_path: Path) -> None:
+    convert(llama, tmp_path / "narrow", to="streaming", dtype="bfloat16")
+    plain = jdsi.init_inference(tmp_path / "narrow", dtype="float32")
+    engine = jdsi.init_inference(
+        tmp_path / "narrow", dtype="float32", offload="nvme", memory_limit=limit_for(tmp_path / "narrow", 0, False)
+    )
+    np.testing.assert_allclose(engine.forward([[1, 2, 3]]), plain.forward([[1, 2, 3]]), rtol=1e-5, atol=1e-5)
+    engine.close()
+
+
+def test_a_limit_too_small_says_what_is_needed(llama: Path) -> None:
+    with pytest.raises(CapacityError, match=r"two buffers of its largest block, .*take [\d,]+"):
+        jdsi.init_inference(llama, offload="nvme", memory_limit=PROCESS_BYTES + 1000)
+    with pytest.raises(ConfigError, match="memory_limit is for offload"):
+        jdsi.init_inference(llama, memory_limit="1GiB")
+    with pytest.raises(ConfigError, match="did you mean 'nvme'"):
+        jdsi.init_inference(llama, offload="nvm")
+
+
+def test_a_changed_file_is_an_error_not_other_weights(llama: Path, tmp_path: Path) -> None:
+    convert(llama, tmp_path / "model", to="streaming")
+    engine = jdsi.init_inference(
+        tmp_path / "model", dtype="float32", offload="nvme", memory_limit=limit_for(tmp_path / "model", 0, False)
+    )
+    engine.generate(PROMPTS[0], SAMPLING)
+    file = tmp_path / "model" / "weights.bin"
+    os.utime(file, ns=(1, 1))
+    with pytest.raises(CheckpointError, match=r"weights\.bin was changed or replaced"):
+        engine.generate(PROMPTS[0], SAMPLING)
+    with pytest.raises(CheckpointError, match=r"weights\.bin was changed"):
+        engine.generate(PROMPTS[0], SAMPLING)
+    engine.close()
+
+
+def test_closing_ends_the_thread(llama: Path) -> None:
+    before = threading.active_count()
+    engine = jdsi.init_inference(llama, dtype="float32", offload="nvme", memory_limit=limit_for(llama, 0, False))
+    assert threading.active_count() > before
+    engine.close()
+    assert not [t for t in threading.enumerate() if t.name.startswith("jdsi-")]
+
+
+def test_plan_prefers_the_fastest_place(llama: Path) -> None:
+    store = BlockStore.open(llama)
+    narrow = {"max_tokens": 64, "max_batch_size": 1}
+    dtype = np.dtype("float32")
+    assert plan_offload(store, "auto", PROCESS_BYTES + (1 << 30), dtype, **narrow).where == "device"
+    small = limit_for(llama, 0, batch=1, max_tokens=64)
+    assert plan_offload(store, "auto", small, dtype, **narrow).where == "nvme"
+    more = plan_offload(store, "nvme", PROCESS_BYTES + (1 << 30), dtype, **narrow)
+    assert more.residency.streamed == ()
+    assert more.batches_per_pass > 10
+
+
+UNDER_A_CAP = """
+import resource, sys
+import jax, jax.numpy as jnp, jdsi
+jnp.zeros(8).block_until_ready()
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + int(sys.argv[2]), -1))
+if sys.argv[3] == "streamed":
+    settings = {"offload": "nvme", "memory_limit": int(sys.argv[4])}
+else:
+    settings = {}
+engine = jdsi.init_inference(sys.argv[1], dtype="float32", max_batch_size=1, max_tokens=64, **settings)
+print(engine.generate([5, 9, 2, 7], jdsi.SamplingParams(max_new_tokens=3, ignore_eos=True))[0].token_ids)
+"""
+
+
+@pytest.mark.slow
+def test_a_model_larger_than_the_cap_runs_streamed_only(tmp_path: Path) -> None:
+    """The address space is capped below the weights: loading must fail and streaming succeed."""
+    save_llama(tmp_path / "big", hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=8)
+    convert(tmp_path / "big", tmp_path / "store", to="streaming")
+    store = BlockStore.open(tmp_path / "store")
+    cap = int(0.7 * store.nbytes)
+
+    def run(how: str) -> subprocess.CompletedProcess[str]:
+        limit = str(PROCESS_BYTES + cap // 4)
+        arguments = [str(tmp_path / "store"), str(cap), how, limit]
+        return subprocess.run(
+            [sys.executable, "-c", UNDER_A_CAP, *arguments], capture_output=True, text=True, timeout=600
+        )
+
+    loaded, streamed = run("loaded"), run("streamed")
+    assert loaded.returncode != 0
+    assert streamed.returncode == 0, streamed.stderr
+    expected = jdsi.init_inference(tmp_path / "store", dtype="float32").generate(
+        [5, 9, 2, 7], jdsi.SamplingParams(max_new_tokens=3, ignore_eos=True)
+    )
+    assert streamed.stdout.strip() == str(expected[0].token_ids)
