@@ -17,14 +17,16 @@ from typing import Any
 from jdsi.errors import ConfigError, UnsupportedError
 from jdsi.pallas_kernels import tuning
 from jdsi.pallas_kernels.device import Device, current_device
-from jdsi.pallas_kernels.operator import ArgumentSpec, Config, Implementation, Operator
+from jdsi.pallas_kernels.operator import IMPLEMENTATIONS, ArgumentSpec, Config, Implementation, Operator
 
 from .contest import Function, Outcome, contest, reason
-from .kernels import Selection, memory_budget, too_large
+from .kernels import Selection, check_implementations, memory_budget, too_large
 from .report import warn, warn_if_busy
 from .rounds import Ratio
 
 _WORTH = 1.02  # a gain below this is noise, for which the table is left as it is
+_ALL = 16  # up to so many configurations are all tried, of more only some: see `_search`
+_FINALISTS = 4  # of each kernel; these are measured in all rounds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +100,7 @@ Contest = Callable[..., Outcome]
 def tune_kernels(
     selection: Selection | None = None,
     *,
+    implementations: Sequence[str] = (),
     rounds: int = 5,
     output: Path | None = None,
     run: Contest = contest,
@@ -106,19 +109,22 @@ def tune_kernels(
 
     Args:
         selection: by default all arguments of all operators.
+        implementations: names of the kernels whose configurations are tried; by default all. What runs so far and XLA
+            are always measured beside them.
         rounds: of measuring.
         output: the tuning table to write; by default the user's.
         run: takes the place of `contest`.
 
     Raises:
-        ConfigError: there is no NVIDIA GPU, the rounds are not positive, nothing is selected, or the table cannot be
-            written.
+        ConfigError: there is no NVIDIA GPU, the rounds are not positive, an operator or an implementation is unknown,
+            nothing is selected, or the table cannot be written.
     """
     device = current_device()
     if device.platform != "cuda":
         raise ConfigError(f"tuning chooses between kernels for NVIDIA GPUs; here is only {device.kind}")
     if rounds < 1:
         raise ConfigError(f"{rounds=} must be at least 1")
+    check_implementations(implementations, IMPLEMENTATIONS)
     buckets: dict[tuple[str, str], tuple[Operator, list[ArgumentSpec]]] = {}
     for operator, spec in selection or Selection():
         key = operator.name, operator.bucket(*spec.abstract(), **spec.static)
@@ -138,8 +144,9 @@ def tune_kernels(
         if not fitting:
             continue
         try:
-            one = partial(run, rounds=rounds, max_bytes=max_bytes)
-            change, entry = _tune(operator, bucket, fitting, device, one)
+            asked = [kernel for kernel in operator.kernels if kernel in implementations or not implementations]
+            one = partial(run, max_bytes=max_bytes)
+            change, entry = _tune(operator, bucket, fitting, device, asked, rounds, one)
         except ConfigError:  # a damaged tuning table
             raise
         except Exception as error:  # the next one may do better
@@ -158,45 +165,36 @@ def _check_writable(path: Path) -> None:
         raise ConfigError(f"tuning table {path} cannot be written: {error}") from error
 
 
-def choices(operator: Operator, bucket: str, spec: ArgumentSpec, device: Device) -> tuple[list[Choice], dict[str, str]]:
-    """All ways to run the operator on these arguments, what runs now first, and why some kernels are not among them."""
-    arrays = spec.abstract()
-    found: list[Choice] = []
-    left_out: dict[str, str] = {}
-    for kernel in operator.kernels:
-        if why := operator.why_not(kernel, *arrays, device=device, **spec.static):
-            left_out[kernel] = why
-            continue
-        configs = operator.module(kernel).candidates(*arrays, device=device, **spec.static)
-        found += [Choice(kernel), *(Choice.of(kernel, config) for config in configs)]
-    found.append(Choice("xla"))
-    tuned = tuning.lookup(device.kind, operator.name, bucket)
-    if tuned is not None and any(choice.implementation == tuned["implementation"] for choice in found):
-        found.insert(0, Choice.of(tuned["implementation"], tuned["config"]))
-    return list(dict.fromkeys(found)), left_out
-
-
 def _tune(
-    operator: Operator, bucket: str, specs: Sequence[ArgumentSpec], device: Device, run: Contest
+    operator: Operator,
+    bucket: str,
+    specs: Sequence[ArgumentSpec],
+    device: Device,
+    kernels: Sequence[Implementation],
+    rounds: int,
+    run: Contest,
 ) -> tuple[Change, dict[str, Any]]:
     """The best choice for all `specs` together, which share a bucket, and the table's entry for it."""
-    before: list[Choice] = []
-    figures: dict[Choice, list[list[float]]] = collections.defaultdict(list)
+    before = list(dict.fromkeys(_present(operator, bucket, spec, device) for spec in specs))
+    found = [*before, Choice("xla")]
     left_out: dict[str, str] = {}
+    for kernel in kernels:
+        if why := operator.why_not(kernel, *specs[0].abstract(), device=device, **specs[0].static):
+            left_out[kernel] = why
+        else:
+            finalists, reasons = _search(operator, specs[0], device, kernel, run)
+            found += [Choice(kernel), *finalists]
+            left_out |= reasons
+    figures: dict[Choice, list[list[float]]] = collections.defaultdict(list)
     for spec in specs:
-        found, reasons = choices(operator, bucket, spec, device)
-        before.append(found[0])
-        functions = {str(choice): choice.function(operator, spec, device) for choice in found}
-        outcome = run(spec, functions["xla"], functions)
-        left_out |= reasons | outcome.left_out
-        for choice in found:
+        outcome = _measure(operator, spec, device, found, rounds, run)
+        left_out |= outcome.left_out
+        for choice in dict.fromkeys(found):
             if str(choice) in outcome.seconds:
                 figures[choice].append(outcome.seconds[str(choice)])
-        if "xla" not in outcome.seconds:
-            raise UnsupportedError(f"XLA's result for {spec.name} cannot be compared with: {outcome.left_out['xla']}")
     # What fails on one of the arguments is no choice for the bucket.
     together = {choice: _means(times) for choice, times in figures.items() if len(times) == len(specs)}
-    present = before[0] if len(set(before)) == 1 and before[0] in together else None
+    present = before[0] if len(before) == 1 and before[0] in together else None
     best = min(together, key=lambda choice: statistics.median(together[choice]))
     if present is not None and Ratio.of(together[present], together[best]).median < _WORTH:
         best = present
@@ -205,7 +203,7 @@ def _tune(
         operator.name,
         bucket,
         tuple(spec.name for spec in specs),
-        " or ".join(dict.fromkeys(map(str, before))),
+        " or ".join(map(str, before)),
         str(best),
         microseconds,
         None if present is None else Ratio.of(together[present], together[best]),
@@ -214,6 +212,61 @@ def _tune(
     )
     config = json.loads(best.config)
     return change, {"implementation": best.implementation, "config": config, "microseconds": round(microseconds, 3)}
+
+
+def _present(operator: Operator, bucket: str, spec: ArgumentSpec, device: Device) -> Choice:
+    """What runs so far if no implementation is named."""
+    tuned = tuning.lookup(device.kind, operator.name, bucket) or {"implementation": None, "config": {}}
+    first = tuned["implementation"]
+    for name in () if first == "xla" else sorted(operator.kernels, key=lambda name: name != first):
+        if operator.why_not(name, *spec.abstract(), device=device, **spec.static) is None:
+            return Choice.of(name, tuned["config"] if name == first else None)
+    return Choice("xla")
+
+
+def _search(
+    operator: Operator, spec: ArgumentSpec, device: Device, kernel: Implementation, run: Contest
+) -> tuple[list[Choice], dict[str, str]]:
+    """The fastest configurations of a kernel, each measured in one round, and why others have no time.
+
+    Of many, only some are tried: the first and those that differ from it in one value; then those that differ in one
+    value from the best so far, until there are none left to try.
+    """
+    configs = operator.module(kernel).candidates(*spec.abstract(), device=device, **spec.static)
+    candidates = list(dict.fromkeys(Choice.of(kernel, config) for config in configs))
+    seconds: dict[Choice, float] = {}
+    left_out: dict[str, str] = {}
+    front = candidates if len(candidates) <= _ALL else candidates[:1] + _neighbours(candidates[0], candidates)
+    while front:
+        outcome = _measure(operator, spec, device, [Choice("xla"), *front], 1, run)
+        left_out |= outcome.left_out
+        seconds |= {choice: outcome.seconds.get(str(choice), [math.inf])[0] for choice in front}
+        best = min(seconds, key=lambda choice: seconds[choice])
+        front = [choice for choice in _neighbours(best, candidates) if choice not in seconds]
+    ranked = sorted(seconds, key=lambda choice: seconds[choice])
+    return [choice for choice in ranked if seconds[choice] < math.inf][:_FINALISTS], left_out
+
+
+def _neighbours(choice: Choice, among: Sequence[Choice]) -> list[Choice]:
+    """Those whose configuration differs in one value."""
+    config = json.loads(choice.config)
+
+    def distance(other: Choice) -> int:
+        theirs = json.loads(other.config)
+        return sum(config.get(key) != theirs.get(key) for key in config.keys() | theirs.keys())
+
+    return [other for other in among if distance(other) == 1]
+
+
+def _measure(
+    operator: Operator, spec: ArgumentSpec, device: Device, choices: Sequence[Choice], rounds: int, run: Contest
+) -> Outcome:
+    """A contest of the choices, XLA among them."""
+    functions = {str(choice): choice.function(operator, spec, device) for choice in choices}
+    outcome = run(spec, functions["xla"], functions, rounds=rounds)
+    if "xla" not in outcome.seconds:
+        raise UnsupportedError(f"XLA's result for {spec.name} cannot be compared with: {outcome.left_out['xla']}")
+    return outcome
 
 
 def _means(figures: Sequence[Sequence[float]]) -> list[float]:

@@ -98,10 +98,7 @@ def bench_kernels(
     max_bytes = memory_budget(device) if max_bytes is None else max_bytes
     if min(rounds, max_bytes) < 1:
         raise ConfigError(f"{rounds=} and {max_bytes=} must be positive")
-    known = (*IMPLEMENTATIONS, *{name: None for names in PEERS.values() for name in names})
-    for name in implementations:
-        if name not in known:
-            raise ConfigError(f"implementation {name!r} is not known{nearest(name, known)}; known: {', '.join(known)}")
+    check_implementations(implementations, (*IMPLEMENTATIONS, *(name for names in PEERS.values() for name in names)))
     cases = list(selection or Selection())
     warn_if_busy()
     limits = DeviceLimits.of(device.platform)
@@ -132,6 +129,13 @@ def bench_kernels(
     except KeyboardInterrupt:
         settings["interrupted"] = True
     return Report("kernels", settings, results, _table(results), (*_NOTES, *_left_out(results)))
+
+
+def check_implementations(names: Sequence[str], known: Sequence[str]) -> None:
+    """Raises `ConfigError` for a name that is not among `known`."""
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"implementation {name!r} is not known{nearest(name, known)}; known: {', '.join(known)}")
 
 
 def memory_budget(device: Device) -> int:

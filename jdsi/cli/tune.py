@@ -14,6 +14,9 @@ from .bench import AsJson, Match, Operators, Rounds
 def tune(
     op: Operators = None,
     match: Match = "",
+    implementation: Annotated[
+        list[str] | None, typer.Option(help="Kernels to tune: pallas or triton; may be repeated; by default all.")
+    ] = None,
     rounds: Rounds = 5,
     output: Annotated[
         Path | None, typer.Option(help="Tuning table to write; by default $JDSI_TUNING or one in the cache folder.")
@@ -32,7 +35,8 @@ def tune(
     found: list[Change | Failure] = []
     interrupted = False
     try:
-        for outcome in tune_kernels(Selection(op or (), match), rounds=rounds, output=table):
+        selection = Selection(op or (), match)
+        for outcome in tune_kernels(selection, implementations=implementation or (), rounds=rounds, output=table):
             found.append(outcome)
             if not as_json:
                 sys.stdout.write(f"{outcome.operator}, {outcome.bucket}: {_text(outcome)}\n")

@@ -41,9 +41,7 @@ class Linear(nnx.Module):
             **_norm_arguments(norm),
         )
 
-    def gated(
-        self, x: Float[Array, "T in"], *, activation: str, norm: Norm | None = None
-    ) -> Float[Array, "T half"]:
+    def gated(self, x: Float[Array, "T in"], *, activation: str, norm: Norm | None = None) -> Float[Array, "T half"]:
         """`activation(gate) * up` where the rows of the weight are those of gate, then those of up."""
         bias = None if self.bias is None else self.bias[...]
         return gated_linear(x, self.weight[...], bias, activation=activation, **_norm_arguments(norm))

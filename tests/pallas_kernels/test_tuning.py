@@ -82,6 +82,34 @@ def test_a_bucket_gets_what_is_best_for_all_its_arguments(monkeypatch: pytest.Mo
     assert entry(table) == {**entry(table, "large"), "microseconds": 3e6}
 
 
+def test_of_many_configurations_only_some_are_tried(monkeypatch: pytest.MonkeyPatch, table: Path) -> None:
+    """A valley in two dimensions, from its rim to its floor."""
+    module = fake.kernel()
+    module.candidates = lambda *_, **__: [{"a": a, "b": b} for a in range(7) for b in range(7)]
+    fake.register(monkeypatch, fake.specs(sizes=(4,)), pallas=module)
+    tried = set()
+
+    def times(spec: ArgumentSpec, name: str) -> float:
+        tried.add(name)
+        config = json.loads(name.partition(" ")[2] or "{}")
+        return 1.0 + abs(config["a"] - 4) + abs(config["b"] - 2) if config else 100.0
+
+    (change,) = tune(times)
+    assert isinstance(change, Change)
+    assert entry(table)["config"] == {"a": 4, "b": 2}
+    assert len(tried) < 30
+
+
+def test_kernels_can_be_chosen(monkeypatch: pytest.MonkeyPatch, table: Path) -> None:
+    fake.register(monkeypatch, fake.specs(sizes=(4,)), pallas=fake.kernel(), triton=fake.kernel())
+    times = {"xla": 9.0, "pallas": 5.0, "triton": 4.0, 'triton {"block": 8}': 6.0, 'triton {"block": 16}': 3.0}
+    (change,) = tune(times, implementations=["triton"])
+    assert isinstance(change, Change)
+    assert (change.before, change.after) == ("pallas", 'triton {"block": 16}')
+    with pytest.raises(ConfigError, match="did you mean 'triton'"):
+        tune(times, implementations=["tritn"])
+
+
 def test_a_gain_that_may_be_noise_changes_nothing(monkeypatch: pytest.MonkeyPatch, table: Path) -> None:
     fake.register(monkeypatch, fake.specs(sizes=(4,)), pallas=fake.kernel())
     (change,) = tune({**SLOW, "pallas": 2.01})
