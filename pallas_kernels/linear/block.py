@@ -34,7 +34,6 @@ class Plan:
     """Everything static about one call.
 
     Attributes:
-        tokens: of the result, without padding.
         blocks: of the grid: at most one per multiprocessor.
         result: dtype.
         pipeline_bytes: shared memory for the pipeline and the staging of results.
@@ -43,7 +42,6 @@ class Plan:
     problem: Problem
     tiling: Tiling
     form: LinearForm
-    tokens: int
     blocks: int
     result: np.dtype
     pipeline_bytes: int
@@ -52,16 +50,26 @@ class Plan:
     def direct(self) -> bool:
         return direct(self.problem, self.tiling)
 
+    @property
+    def x_step(self) -> int:
+        """Inputs of one copy of `x`."""
+        return TILE if self.problem.ragged else self.tiling.step
+
+    @property
+    def x_copies(self) -> int:
+        """Copies of `x` in a pipeline step."""
+        return self.tiling.step // self.x_step
+
 
 def call(plan: Plan, x: Array, weight: Array, **extras: Array | None) -> Array:
     """The kernel: the result `[T, out]`, or float32 `[splits, operands, T, out rounded up]` for a second pass."""
     problem, tiling = plan.problem, plan.tiling
     present = {name: array for name, array in extras.items() if array is not None}
     if plan.direct:
-        out = jax.ShapeDtypeStruct((plan.tokens, problem.outputs), plan.result)
+        out = jax.ShapeDtypeStruct((plan.problem.tokens, problem.outputs), plan.result)
     else:
         padded = -(-problem.outputs // 4) * 4
-        out = jax.ShapeDtypeStruct((tiling.splits, problem.operands, plan.tokens, padded), jnp.float32)
+        out = jax.ShapeDtypeStruct((tiling.splits, problem.operands, plan.problem.tokens, padded), jnp.float32)
 
     def body(x_g: Any, weight_g: Any, *rest: Any, **scratch: Any) -> None:
         *refs, out_g = rest
@@ -83,23 +91,25 @@ def _scratch(plan: Plan, dtype: Any, present: Mapping[str, Array]) -> dict[str, 
     swizzle: Any = plgpu.SwizzleTransform(2 * TILE)  # pyright: ignore[reportAbstractUsage]
     tiles: Any = plgpu.TilingTransform((8, TILE))  # pyright: ignore[reportAbstractUsage]
 
-    def operand(*shape: int) -> Any:
+    def operand(flat: bool, *shape: int) -> Any:
         tiled = plgpu.SMEM(shape, dtype, transforms=(tiles, swizzle))
         # TMA refuses tiles that do not divide the array. One column of tiles is stored as if there were none, and
         # without tiles TMA takes any array.
-        return plgpu.RefUnion(plgpu.SMEM(shape, dtype, transforms=(swizzle,)), tiled) if problem.flat else tiled
+        return plgpu.RefUnion(plgpu.SMEM(shape, dtype, transforms=(swizzle,)), tiled) if flat else tiled
 
-    chunks = problem.inputs // tiling.step if problem.resident else tiling.stages
+    chunks = problem.inputs // tiling.step if problem.resident else tiling.stages * plan.x_copies
     scratch: dict[str, Any] = {
-        "weights_s": operand(tiling.stages, problem.operands, padded, tiling.step),
-        "x_s": operand(chunks, columns, tiling.step),
+        "weights_s": operand(problem.flat, tiling.stages, problem.operands, padded, tiling.step),
+        "x_s": operand(problem.flat or problem.ragged, chunks, columns, plan.x_step),
         "staged_s": [plgpu.SMEM((columns, padded), plan.result if plan.direct else jnp.float32)]
         * (1 if plan.direct else problem.operands),
-        "arrived": plgpu.Barrier(num_arrivals=problem.operands + (not problem.resident), num_barriers=tiling.stages),
+        "arrived": plgpu.Barrier(
+            num_arrivals=problem.operands + (0 if problem.resident else plan.x_copies), num_barriers=tiling.stages
+        ),
     }
     if "bias" in present:
         scratch["bias_s"] = plgpu.SMEM((problem.operands, padded), present["bias"].dtype)
-    if arrivals := problem.operands * ("bias" in present) + plan.tokens * ("residual" in present):
+    if arrivals := problem.operands * ("bias" in present) + plan.problem.tokens * ("residual" in present):
         scratch["extras_arrived"] = plgpu.Barrier(num_arrivals=arrivals)
     if problem.resident:
         norm = {name: array for name, array in present.items() if name.startswith("norm_")}
@@ -176,8 +186,11 @@ class Block:
         splits = self.plan.tiling.splits
         return unit // splits, lax.rem(unit, splits)
 
-    def views(self, name: str) -> tuple[Any, Any]:
-        return _views(self.scratch[name], self.plan.problem.flat)
+    def weights(self) -> tuple[Any, Any]:
+        return _views(self.scratch["weights_s"], self.plan.problem.flat)
+
+    def xs(self) -> tuple[Any, Any]:
+        return _views(self.scratch["x_s"], self.plan.problem.flat or self.plan.problem.ragged)
 
     def fetch(self, slot: jax.Array, tile: jax.Array, step: jax.Array) -> None:
         problem, tiling = self.plan.problem, self.plan.tiling
@@ -186,13 +199,17 @@ class Block:
         for operand in range(problem.operands):
             plgpu.copy_gmem_to_smem(
                 self.weight.at[pl.ds(operand * problem.outputs + tile * tiling.rows, tiling.rows), inputs],
-                self.views("weights_s")[0].at[slot, operand, pl.ds(0, tiling.rows)],
+                self.weights()[0].at[slot, operand, pl.ds(0, tiling.rows)],
                 barrier,
             )
         if not problem.resident:
-            # A traced zero: with fewer than 8 tokens the block reaches past the array, and TMA fills it with zeros.
+            # A traced zero: where the columns reach past the tokens, TMA fills in zeros.
             columns = pl.ds(slot * 0, problem.columns)
-            plgpu.copy_gmem_to_smem(self.x.at[columns, inputs], self.views("x_s")[0].at[slot], barrier)
+            for copy in range(self.plan.x_copies):
+                inputs = pl.ds(step * tiling.step + copy * self.plan.x_step, self.plan.x_step)
+                plgpu.copy_gmem_to_smem(
+                    self.x.at[columns, inputs], self.xs()[0].at[slot * self.plan.x_copies + copy], barrier
+                )
 
     def fetch_x(self) -> None:
         prologue.fetch(
@@ -213,7 +230,7 @@ class Block:
                     self.scratch["extras_arrived"],
                 )
         if "residual" in self.extras:
-            for token in range(self.plan.tokens):
+            for token in range(self.plan.problem.tokens):
                 plgpu.copy_gmem_to_smem(
                     self.extras["residual"].at[token, pl.ds(tile * tiling.rows, tiling.rows)],
                     self.scratch["staged_s"][0].at[token, pl.ds(0, tiling.rows)],
@@ -222,12 +239,14 @@ class Block:
 
     def multiply(self, sums: Sequence[Any], slot: jax.Array, step: jax.Array) -> None:
         """Waits for a step's operands and starts its products; those of the step before are done on return."""
-        weights = self.views("weights_s")[1]
-        x = self.views("x_s")[1].at[step if self.plan.problem.resident else slot]
+        plan, weights, x = self.plan, self.weights()[1], self.xs()[1]
+        first = step if plan.problem.resident else slot * plan.x_copies
         plgpu.barrier_wait(self.scratch["arrived"].at[slot])
-        for operand, ref in enumerate(sums):
-            plgpu.wgmma(ref, weights.at[slot, operand], x.T)
-        plgpu.wgmma_wait(len(sums))
+        for copy in range(plan.x_copies):
+            inputs = pl.ds(copy * plan.x_step, plan.x_step)
+            for operand, ref in enumerate(sums):
+                plgpu.wgmma(ref, weights.at[slot, operand, :, inputs], x.at[first + copy].T)
+        plgpu.wgmma_wait(len(sums) * plan.x_copies)
 
     def write_result(self, sums: Sequence[jax.Array], tile: jax.Array) -> None:
         """The epilogue on the transposed products in registers, and the tile on its way to the result."""
@@ -262,7 +281,7 @@ class Block:
         The copies of the last tile stop at the end of a row by themselves.
         """
         rows = self.plan.tiling.rows
-        for token in range(self.plan.tokens):
+        for token in range(self.plan.problem.tokens):
             plgpu.copy_smem_to_gmem(
                 staged.at[token, pl.ds(0, rows)], out.at[token, pl.ds(tile * rows, rows)], commit_group=False
             )

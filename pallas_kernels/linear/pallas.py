@@ -67,7 +67,7 @@ def run(
     """See `linear`; `config` overrides fields of the default `Tiling`.
 
     The norm is part of the kernel for up to 8 tokens, as long as `x` leaves the pipeline enough shared memory; else it
-    runs before, as one XLA fusion. More than 8 tokens are padded to a multiple of 8, by another one.
+    runs before, as one XLA fusion.
     """
     plan = _plan(x, weight, bias, (norm_weight, norm_bias), device, form, config)
     extras = {"norm_weight": norm_weight, "norm_bias": norm_bias}
@@ -75,7 +75,6 @@ def run(
         if form.norm is not None:
             x = normalise(x, norm_weight, norm_bias, form.norm)
         extras = {}
-    x = jnp.pad(x, ((0, plan.problem.tokens - plan.tokens), (0, 0)))
     if plan.direct:
         return call(plan, x, weight, bias=bias, residual=residual, **extras)
     return reduce_splits(call(plan, x, weight, **extras), bias, residual, form, plan.problem.outputs, plan.result)
@@ -112,7 +111,7 @@ def _plan(
     result = form.result_dtype(x.dtype)
     flat = weight.shape[0] % 8 != 0 or inputs % TILE != 0
     problem = Problem(
-        tokens=tokens if tokens < 8 or flat else -(-tokens // 8) * 8,
+        tokens=tokens,
         outputs=outputs,
         inputs=inputs,
         operands=form.operands,
@@ -136,4 +135,4 @@ def _plan(
             problem, room, tiling = fused, left, found[0]
     # What was tuned for arguments of the same bucket may not suit these: they may leave less shared memory.
     tiling = fitted(problem, tiling.override(config), room) or tiling
-    return Plan(problem, tiling, form, tokens, min(units(problem, tiling), device.cores), result, room)
+    return Plan(problem, tiling, form, min(units(problem, tiling), device.cores), result, room)

@@ -64,6 +64,11 @@ class Problem:
         """Columns of wgmma's B operand: tokens rounded up to 8."""
         return -(-self.tokens // 8) * 8
 
+    @property
+    def ragged(self) -> bool:
+        """Whether tiles of 8 rows do not divide `x`, so that it comes in single tiles of inputs as flat weights do."""
+        return self.tokens > 8 and self.tokens % 8 != 0
+
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:

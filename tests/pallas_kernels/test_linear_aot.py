@@ -40,9 +40,10 @@ def test_compiles_without_spills(name: str) -> None:
 
 
 @pytest.mark.aot
-def test_one_launch_where_nothing_is_split() -> None:
-    """Norm, bias, activation and residual cost no kernel of their own."""
-    spec = SPECS["gpt-j up T=1 bfloat16"]
+@pytest.mark.parametrize("name", ["gpt-j up T=1 bfloat16", "mixtral-8x7b expert gate_up T=10 bfloat16"])
+def test_one_launch_where_nothing_is_split(name: str) -> None:
+    """Norm, bias, activation, gate and tokens that fill no tile cost no kernel of their own."""
+    spec = SPECS[name]
     text = compile_for_h200(partial(LINEAR, implementation="pallas", **spec.static), *spec.abstract()).text
     assert text.count("custom-call(") == 1
     assert " fusion(" not in text
