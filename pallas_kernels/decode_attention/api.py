@@ -183,7 +183,7 @@ def _check(
     for name, scales, of in (("k_scales", k_scales, k), ("v_scales", v_scales, v)):
         if (scales is not None) != (narrow and of is not None):
             raise ValueError(f"{name} {'are missing' if scales is None else 'do not go'} with {k.dtype}")
-        if scales is not None and scales.shape != of.shape[:3]:
+        if scales is not None and of is not None and scales.shape != of.shape[:3]:
             raise ValueError(f"{name} have shape {scales.shape}, not {of.shape[:3]}")
     if v is not None and v.dtype != k.dtype:
         raise ValueError(f"keys are {k.dtype}, values {v.dtype}")

@@ -36,7 +36,8 @@ def body(plan: Plan, inputs: Inputs, out: Any, lse: Any, memory: dict[str, Any])
     A part without visible keys writes zeros and -inf.
     """
     row, split, column_tile = lax.axis_index("row"), lax.axis_index("split"), lax.axis_index("column_tile")
-    columns = pl.ds(column_tile * plan.tiling.columns, plan.tiling.columns)
+    first_column = column_tile * plan.tiling.columns
+    columns = pl.ds(first_column, plan.tiling.columns)
     group = lax.axis_index("warpgroup") if plan.warpgroups > 1 else None
 
     @_on_leader(group)
@@ -50,7 +51,7 @@ def body(plan: Plan, inputs: Inputs, out: Any, lse: Any, memory: dict[str, Any])
     begin = jnp.minimum(split * share, tiles.count)
     stop = jnp.minimum(begin + share, tiles.count)
     source = Memory(plan, inputs, sequence, head, tiles)
-    block = _Block(plan, source, memory, group, begin, stop, columns.start, q_start, k_length)
+    block = _Block(plan, source, memory, group, begin, stop, first_column, q_start, k_length)
     block.fill()
     if inputs.slopes is not None:
         block.slopes = plgpu.load(inputs.slopes.at[head, columns], layout=_BY_COLUMN, optimized=False)
@@ -156,7 +157,7 @@ class _Block:
         refill = number + plan.tiling.stages - (plan.warpgroups - 1)
         places = self.source.find(refill)  # tables are read long before the copies need them
         plgpu.barrier_wait(memory["k_ready"].at[slot])
-        values = self.tile_values(number, slot) if plan.shared else None  # where few registers are in use
+        values: Any = self.tile_values(number, slot) if plan.shared else None  # where few registers are in use
         scores, factor = self.scores(number, slot)
         early = plan.warpgroups == 1 and not plan.shared and not plan.narrow
         if early:
@@ -186,16 +187,18 @@ class _Block:
             plgpu.barrier_wait(memory["v_ready"].at[slot])
             values = self.tile_values(number, slot)
         if plan.narrow:
-            weights = jnp.where(weights > 0, weights * _by_row(memory["v_scales"].at[slot], weights.shape), 0.0)
+            weights = jnp.where(weights > 0, weights * _by_row(memory["v_scales"].at[slot], scores.shape), 0.0)
 
-        def weigh(weights_s: Any) -> jax.Array:
+        def weigh(weights_s: Any) -> Any:
             self.store_weights(weights_s, weights.astype(plan.dtype))
             plgpu.commit_smem()
             if plan.narrow and plan.warpgroups == 1:
                 # Threads read the keys, and their reads are complete only now.
                 self.copy(refill, "k", places=places)
             self.meet()
-            return pl.run_state(lambda sums: plgpu.wgmma(sums, values.T, weights_s.T))(plgpu.ACC.init(sums))
+            return pl.run_state(lambda sums: plgpu.wgmma(sums, values.T, weights_s.T))(
+                plgpu.WGMMAAccumulatorRef.init(sums)
+            )
 
         if self.group is None:
             sums = weigh(memory["weights"])
@@ -225,7 +228,7 @@ class _Block:
             return accumulator[...]
 
         shape = (plan.tiling.keys, plan.tiling.columns)
-        raw = pl.run_scoped(product, plgpu.ACC(shape, jnp.float32))
+        raw = pl.run_scoped(product, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
         if plan.narrow:
             raw *= _by_row(memory["k_scales"].at[slot], shape)
         place, column = (plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA) for axis in (0, 1))
@@ -299,7 +302,7 @@ def _widen(x: jax.Array, dtype: Any) -> jax.Array:
     return x.astype(dtype)
 
 
-def _by_row(scales: Any, shape: tuple[int, int]) -> jax.Array:
+def _by_row(scales: Any, shape: tuple[int, ...]) -> jax.Array:
     return lax.broadcast_in_dim(plgpu.load(scales, layout=_BY_ROW, optimized=False), shape, [0])
 
 

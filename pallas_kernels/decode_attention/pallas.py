@@ -14,7 +14,7 @@ from ..attention.tile import combine, why_not_form
 from ..device import Device
 from ..operator import Config
 from .body import body
-from .plan import ROWS, Inputs, Plan, default_tiling
+from .plan import ROWS, Inputs, Plan, default_tiling, width_of_values
 
 
 def why_not(
@@ -48,12 +48,12 @@ def why_not(
     if 0 in q.shape or 0 in k.shape:
         return "there are no queries or no keys"
     line = 16 if k.dtype == q.dtype else 32
-    values = value_dim if v is None else v.shape[3]
+    values = width_of_values(v, value_dim)
     for name, dim in (("keys", q.shape[3]), ("values", values)):
         if dim % line:
             return f"{name} have {dim} dimensions, not a multiple of {line}"
-    if v is None and value_dim % ROWS:
-        return f"values that are part of the keys need a multiple of {ROWS} dimensions, not {value_dim}"
+    if v is None and values % ROWS:
+        return f"values that are part of the keys need a multiple of {ROWS} dimensions, not {values}"
     if values > 512:
         return f"values have {values} dimensions, more than 512"
     unit = k.shape[2]
@@ -109,7 +109,7 @@ def run(
     kv_heads, unit = k.shape[1:3]
     group = heads // kv_heads
     tiling = default_tiling(q, k, v, block_tables, form, value_dim, device)
-    values = value_dim if v is None else v.shape[3]
+    values = width_of_values(v, value_dim)
     assert tiling is not None  # checked by `why_not`
     assert values is not None
     plan = Plan(
@@ -143,8 +143,9 @@ def run(
     given = [x is not None for x in inputs]
 
     def decode_kernel(*refs: Any, **memory: Any) -> None:
-        arrays = iter(refs[:-2])
-        body(plan, Inputs(*(next(arrays) if there else None for there in given)), *refs[-2:], memory)
+        *arrays, out, lse = refs
+        left = iter(arrays)
+        body(plan, Inputs(*(next(left) if there else None for there in given)), out, lse, memory)
 
     parts = (plan.tiling.splits, batch * kv_heads)
     threads: dict[str, Any] = {}
@@ -176,7 +177,7 @@ def _by_kv_head(q: Array, kv_heads: int, width: int) -> Array:
     batch, length, heads, dim = q.shape
     group = heads // kv_heads
     grouped = q.reshape(batch, length, kv_heads, group, dim).swapaxes(1, 2).reshape(-1, length * group, dim)
-    if length * group in (1, 2, 4, width):
+    if length * group < 8 or length * group == width:
         return grouped  # copies may reach beyond an array's end
     return jnp.pad(grouped, [(0, 0), (0, width - length * group), (0, 0)])
 

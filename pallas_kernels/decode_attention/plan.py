@@ -153,12 +153,20 @@ def _tiled(shape: tuple[int, ...], dtype: Any, line: int) -> Any:
     """Memory in the layout that tensor cores read, whose swizzle must divide a line of so many numbers."""
     bits = jnp.dtype(dtype).itemsize * 8
     swizzle = plgpu.find_swizzle(line * bits)
-    transforms = (plgpu.TilingTransform((8, swizzle * 8 // bits)), plgpu.SwizzleTransform(swizzle))
-    return plgpu.SMEM(shape, dtype, transforms=transforms)
+    tiles: Any = plgpu.TilingTransform((8, swizzle * 8 // bits))  # pyright: ignore[reportAbstractUsage]
+    swizzled: Any = plgpu.SwizzleTransform(swizzle)  # pyright: ignore[reportAbstractUsage]
+    return plgpu.SMEM(shape, dtype, transforms=(tiles, swizzled))
 
 
 def _warpgroups(value_rows: int, columns: int) -> int:
     return 2 if value_rows * columns > 64 * 128 else 1
+
+
+def width_of_values(v: Array | None, value_dim: int | None) -> int:
+    """Dims of a value, whether they are part of the keys or not."""
+    width = value_dim if v is None else v.shape[3]
+    assert width is not None
+    return width
 
 
 def default_tiling(
@@ -174,8 +182,7 @@ def default_tiling(
     batch, length, heads, dim = q.shape
     kv_heads, unit = k.shape[1:3]
     narrow = k.dtype != q.dtype
-    value_rows = value_dim if v is None else -(-v.shape[3] // ROWS) * ROWS
-    assert value_rows is not None
+    value_rows = -(-width_of_values(v, value_dim) // ROWS) * ROWS
     queries = length * (heads // kv_heads)
     # What registers hold. Blocks of other queries then read the same keys again, but from the cache.
     column_tiles = -(-queries // (32 if v is not None and value_rows > 128 else 64))

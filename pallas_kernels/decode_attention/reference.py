@@ -1,6 +1,7 @@
 """Attention of few queries to a long KV memory, reference form."""
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -65,7 +66,7 @@ def decode_attention(
     return (out, jnp.where(seen, lse, -jnp.inf)) if return_lse else out
 
 
-def _gathered(pages: Array | None, block_tables: Int[Array, "B N"]) -> Array | None:
+def _gathered(pages: Any, block_tables: Int[Array, "B N"]) -> Any:
     """`[P, K, page, ...]` as `[B, K, N * page, ...]`; holes get some page."""
     if pages is None:
         return None

@@ -46,6 +46,7 @@ SHAPES = {
     "narrow keys of many queries": Shape(8, 64, 8, 128, narrow="int8"),
     "a rank's heads of latents": Shape(1, 32, 1, 576, 512),
     "every form": Shape(2, 32, 8, 128, form=EVERYTHING),
+    "groups of seven": Shape(1, 28, 4, 128),
     "head dim 64": Shape(1, 32, 8, 64, dtype="float16"),
     "head dim 80": Shape(1, 32, 32, 80),
     "head dim 96": Shape(3, 32, 32, 96, narrow="float8_e4m3fn"),
