@@ -159,9 +159,13 @@ def _remote(request: tuple) -> list[np.ndarray]:
     assert process.stdin is not None
     assert process.stdout is not None
     with _LOCK:  # devices of a mesh launch at the same time
-        pickle.dump(request, process.stdin)
-        process.stdin.flush()
-        answer = pickle.load(process.stdout)
+        try:
+            pickle.dump(request, process.stdin)
+            process.stdin.flush()
+            answer = pickle.load(process.stdout)
+        except (EOFError, BrokenPipeError):
+            _worker.cache_clear()  # the next launch has a new one
+            answer = RuntimeError(f"{request[1]} broke down, as a kernel does that reads far outside of its arrays")
     if isinstance(answer, BaseException):
         raise answer
     return answer

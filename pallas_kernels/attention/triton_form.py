@@ -27,11 +27,15 @@ class Blocks:
     warps: int
     stages: int
 
+    def paged_stages(self) -> int:
+        """What Triton must be told for `stages` with a block table, whose entries it loads just as early again."""
+        return 2 * self.stages - 1
+
     def shared_memory(self, dim: int, value_dim: int, itemsize: int, *, shared_values: bool) -> int:
-        """Bytes the kernel takes: keys and values of all stages, queries, weights."""
+        """Bytes the kernel takes at most: keys and values of all stages, queries, weights, a block table's entries."""
         main, tail = split(dim)
         keys = (self.stages - 1) * self.block_n * (main + tail + (0 if shared_values else power(value_dim))) * itemsize
-        return keys + 2 * self.block_m * (main + tail + self.block_n)
+        return keys + 2 * self.block_m * (main + tail + self.block_n) + 8 * self.stages * self.block_n
 
 
 def power(n: int) -> int:

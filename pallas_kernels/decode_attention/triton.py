@@ -140,8 +140,7 @@ def run(
         grid=(batch * k.shape[1], -(-length * (heads // k.shape[1]) // tiling.block_m), chunks),
         device=device,
         warps=tiling.warps,
-        # One more for the block table's entries, which come before the keys.
-        stages=tiling.stages + (block_tables is not None),
+        stages=tiling.stages if block_tables is None else tiling.paged_stages(),
         HEADS=heads,
         KV_HEADS=k.shape[1],
         PAGE=k.shape[2],

@@ -127,7 +127,8 @@ def _blocks_in(weight: QuantizedWeight) -> tuple[int, ...]:
     """Inputs that a block may take at a time, best first; 4 bits need 64 for the tensor cores' 16 of one place."""
     group = weight.format.columns
     if group is None:
-        return (256, 128, 64)
+        # Wide loads for int8, whose conversion is cheap; float8 takes more registers on the way.
+        return (256, 128, 64) if weight.format.kind == "int8" else (128, 256, 64)
     if weight.format.kind == "int4":
         return (64, 128) if group < 128 else (128,)
     return (group,)

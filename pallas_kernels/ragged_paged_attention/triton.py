@@ -117,7 +117,7 @@ def run(
         grid=(tokens // queries + sequences + 1, kv_heads),
         device=device,
         warps=chosen.warps,
-        stages=chosen.stages + 1,  # for the block table's entries, which come before the keys
+        stages=chosen.paged_stages(),
         HEADS=heads,
         KV_HEADS=kv_heads,
         PAGE=page,
