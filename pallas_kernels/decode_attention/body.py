@@ -5,11 +5,15 @@ The tiles of keys are the left operand of both products, the queries the right o
 decoding step need not be padded to 64: what the tensor cores and the softmax do for a key grows with the queries, and
 keys of one byte become that left operand in registers.
 
-Counted for heads of 128 dims in bfloat16 with up to 8 queries: a multiprocessor's share of the H200's memory brings a
-tile of 64 keys and values, 32 KB, in about 1700 cycles. The tensor cores need 64 operations, each of which reads 2 KB
-of shared memory in 16 cycles: 1024. The rest of a step, where they wait, is latency, which a second block hides. For
-keys of one byte the tile takes 850 cycles, its products as long as before less the keys' half, which come from
-registers; two blocks at a time are then needed.
+Counted for heads of 128 dims in bfloat16 and up to 8 queries: a multiprocessor's share of the H200's bandwidth brings a
+tile of 64 keys and values, 32 KB, in about 1800 cycles. Its 16 tensor core operations each read 2 KB of shared memory,
+in 16 cycles: 256. The rest of a step is latency of one thing waiting for the other, which a second block on the
+multiprocessor hides. For keys of one byte the tile takes 900 cycles, and each of 128 threads converts 128 numbers and
+stores half of them: a step is then longer than its copies, so two blocks are needed.
+
+Latents of 128 heads are another matter: with 242 operations for each byte they are limited by the tensor cores. Both
+warpgroups compute all scores there, half again as many operations as needed, since exchanging them costs more
+registers than there are.
 """
 
 import dataclasses
