@@ -115,7 +115,8 @@ def _call(
 def _jax_triton() -> Any:
     import jax_triton
     from jax.interpreters import partial_eval
+    from jax_triton import triton_lib
 
     # Version 0.4.1 keeps unused calls by a rule in the form that JAX had before 0.12; the default rule drops them.
-    partial_eval.dce_rules.pop(jax_triton.triton_lib.triton_kernel_call_p, None)
+    partial_eval.dce_rules.pop(triton_lib.triton_kernel_call_p, None)
     return jax_triton

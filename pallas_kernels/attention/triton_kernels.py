@@ -4,6 +4,9 @@ A head's `D` numbers are taken as `D_MAIN`, a power of two, and `D_TAIL`, a powe
 576 waste little. Weights are powers of two: `weight = 2 ** (score - top)`, the scores being base-2 logarithms.
 """
 
+# Triton's language only looks like Python, whose types do not hold in it.
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
+
 import triton
 import triton.language as tl
 

@@ -1,5 +1,8 @@
 """Skinny products with quantised weights in Triton: `y^T = W x^T`, scales applied to float32 sums of their inputs."""
 
+# Triton's language only looks like Python, whose types do not hold in it.
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
+
 import triton
 import triton.language as tl
 

@@ -1,5 +1,8 @@
 """Attention of packed queries, prompt chunks and decodes mixed, to paged KV memory, in Triton."""
 
+# Triton's language only looks like Python, whose types do not hold in it.
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
+
 import triton
 import triton.language as tl
 
