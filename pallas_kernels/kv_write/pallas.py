@@ -197,14 +197,14 @@ class _Job:
         rotated, pairs = self.rotary.dim, self.rotary.dim // 2
         if self.rotary.interleaved:
             halves = [(pl.ds(0, pairs), half) for half in (0, 1)]
-            spread = Spread.best(self.heads, pairs, 1)  # every other number is of the other half
             rest = (pl.ds(pairs, self.dim // 2 - pairs), pl.ds(0, 2))
-            rest_spread = Spread.best(self.heads, self.dim // 2 - pairs, 1, paired=True)
+            spread = Spread.best(self.heads, pairs, 1, whole=self.dim // 2)  # every other number is of the other half
+            rest_spread = spread.same_lanes(self.dim // 2 - pairs, 1, paired=True)
         else:
             halves = [(pl.ds(half * pairs, pairs),) for half in (0, 1)]
-            spread = Spread.best(self.heads, pairs, _aligned(widest, pairs, self.dim))
             rest = (pl.ds(rotated, self.dim - rotated),)
-            rest_spread = Spread.best(self.heads, self.dim - rotated, _aligned(widest, rotated, self.dim))
+            spread = Spread.best(self.heads, pairs, _aligned(widest, pairs, self.dim), whole=self.dim)
+            rest_spread = spread.same_lanes(self.dim - rotated, _aligned(widest, rotated, self.dim))
         # All is asked for before anything waits.
         loaded = [spread.load(source, half) for half in halves]
         copied = rest_spread.load(source, rest) if rotated < self.dim else []

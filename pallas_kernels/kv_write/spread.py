@@ -33,15 +33,26 @@ class Spread:
     paired: bool = False
 
     @classmethod
-    def best(cls, heads: int, numbers: int, widest: int, paired: bool = False) -> Self:
-        """The fewest accesses to memory; among those the fewest idle threads, then the longest contiguous accesses."""
+    def best(cls, heads: int, numbers: int, widest: int, paired: bool = False, whole: int = 0) -> Self:
+        """The fewest accesses to memory; among those the fewest idle threads, then the longest contiguous accesses.
+
+        `whole`: numbers that as many lanes are to divide too.
+        """
         found = [cls(heads, max(numbers, 1), 1, 1, 1, paired)]
         for vector in (1 << i for i in range(widest.bit_length())):
             for lanes in (1 << i for i in range(_LANES.bit_length())):
-                if numbers % (lanes * vector) == 0:
+                if numbers % (lanes * vector) == 0 and whole % lanes == 0:
                     rows = min(THREADS // lanes, 1 << (heads.bit_length() - 1))
                     found.append(cls(heads, numbers, rows, lanes, vector, paired))
         return min(found, key=lambda s: (s.accesses, -s.rows * s.lanes, -s.lanes * s.vector))
+
+    def same_lanes(self, numbers: int, widest: int, paired: bool = False) -> Self:
+        """Other numbers of the same heads, with the widest accesses of the same lanes.
+
+        Mosaic wants one layout for all that has one number for each head: constants are shared among them.
+        """
+        vector = max(1 << i for i in range(widest.bit_length()) if numbers % (self.lanes << i) == 0)
+        return dataclasses.replace(self, numbers=numbers, vector=vector, paired=paired)
 
     @property
     def starts(self) -> list[int]:

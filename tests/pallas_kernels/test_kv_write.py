@@ -351,7 +351,7 @@ AWKWARD = ["neox", "falcon", "few-heads", "ntk", "wider-memory"]
 
 @pytest.mark.aot
 @pytest.mark.parametrize(
-    ("name", "memory"), [*((name, None) for name in AWKWARD), ("llama", "int8"), ("gpt-j", "float8_e4m3fn")]
+    ("name", "memory"), [*((name, None) for name in AWKWARD), ("neox", "int8"), ("gpt-j", "float8_e4m3fn")]
 )
 def test_awkward_heads_compile_without_spills(name: str, memory: str | None) -> None:
     case = dataclasses.replace(CASES[name], memory=memory or CASES[name].memory)
