@@ -21,8 +21,8 @@ from ..linear.block import store_transposed
 from ..linear.epilogue import activation, combine, reduce_splits
 from ..linear.form import LinearForm
 from ..operator import Config
-from .tiling import CHUNK, MAX_TOKENS, ROWS, Shape, Tiling, candidates_of
-from .unpack import operand, patterns
+from .tiling import CHUNK, MAX_TOKENS, ROWS, Shape, Tiling, best
+from .unpack import bit_patterns, operand
 from .weight import BLOCK, QuantizedWeight, WeightFormat
 
 _ROW = plgpu.Layout.WGMMA.reduce(1)
@@ -56,7 +56,7 @@ def why_not(
         return f"inputs must be a multiple of {CHUNK} and outputs of 16, not {shape.inputs} and {shape.out}"
     if weight.format.blocks and form.gated and shape.out % BLOCK:
         return f"{shape.out} rows of the gate are not a multiple of the {BLOCK} that share a scale"
-    if Tiling.choose(shape, device) is None:
+    if not best(shape, device):
         return f"two stages of its pipeline do not fit {device.shared_memory} bytes of shared memory"
     return None
 
@@ -70,7 +70,7 @@ def candidates(
     device: Device,
     form: LinearForm,
 ) -> Sequence[Config]:
-    return candidates_of(Shape.of(x, weight, form), device)
+    return [dataclasses.asdict(tiling) for tiling in best(Shape.of(x, weight, form), device, count=8)]
 
 
 def run(
@@ -84,8 +84,7 @@ def run(
     form: LinearForm,
 ) -> jax.Array:
     shape = Shape.of(x, weight, form)
-    tiling = Tiling.choose(shape, device)
-    assert tiling is not None  # `why_not` would have said so
+    [tiling] = best(shape, device)
     tiling = dataclasses.replace(tiling, **(config or {})).fit(shape, device)
     parts, out, tokens = shape.parts, shape.out, shape.tokens
     if tokens > 8 and tokens % 8:  # a tile in shared memory is of eight rows: fewer are filled up, more must be whole
@@ -97,7 +96,7 @@ def run(
         "values": weight.values.reshape(parts, out, -1),
         "scales": None if per_row else scales,
         "zeros": None if weight.zeros is None else weight.zeros.reshape(-1, parts, out),
-        "patterns": jnp.array(bits, jnp.int16) if (bits := patterns(weight.format, x.dtype)) else None,
+        "patterns": _patterns(shape, x.dtype),
     }
     last = {
         "scales": scales[0] if per_row else None,
@@ -185,6 +184,13 @@ def _scratch(
     return scratch
 
 
+def _patterns(shape: Shape, dtype: jnp.dtype) -> jax.Array | None:
+    """What `operand` wants in memory; constants do where there is no register left to keep them in."""
+    stored = shape.weight.format
+    bits = bit_patterns(stored, dtype)
+    return jnp.array(bits, jnp.int16) if bits and (stored.group != 32 or shape.columns <= 32) else None
+
+
 def groups_of(stored: WeightFormat) -> int:
     """Groups with a scale of their own in one chunk of inputs."""
     return 1 if stored.group is None else CHUNK // stored.group
@@ -220,11 +226,9 @@ class _Block:
         steps = tiling.steps(self.shape)
         whole = -(-self.shape.inputs // (tiling.inputs * CHUNK))
         mine = lax.min(steps, whole - split * steps)
-        patterns = (
-            [self.streamed["patterns"][n] for n in range(self.streamed["patterns"].shape[0])]
-            if "patterns" in self.streamed
-            else []
-        )
+        patterns = [jnp.int16(bits) for bits in bit_patterns(self.stored, self.streamed["x"].dtype)]
+        if "patterns" in self.streamed:
+            patterns = [self.streamed["patterns"][n] for n in range(len(patterns))]
 
         @pl.when(warpgroup == 0)
         def _() -> None:
@@ -304,17 +308,15 @@ class _Block:
     ) -> tuple[jax.Array, ...]:
         """Adds the products over the chunk of inputs that this warpgroup takes of a step."""
         groups, columns, totals = groups_of(self.stored), self.shape.columns, list(totals)
-        width, size = CHUNK // self.stored.words, CHUNK // groups
-        own = pl.ds(pl.multiple_of(self.over_inputs * width, width), width)
-        words = [self.scratch["values"][slot, part, self.own_rows(block), own] for part, block in self.sections]
+        size = CHUNK // groups
         work = [(n, *section, group) for n, section in enumerate(self.sections) for group in range(groups)]
         at_once = max(1, 2 * _PARTIAL_REGISTERS // columns)
         for some in (work[start : start + at_once] for start in range(0, len(work), at_once)):
 
             def products(*sums: Any, some: Sequence[Any] = some) -> list[jax.Array]:
-                for sum, (n, part, block, group) in zip(sums, some, strict=True):
+                for sum, (_, part, block, group) in zip(sums, some, strict=True):
                     inputs = pl.ds(pl.multiple_of(self.over_inputs * CHUNK + group * size, size), size)
-                    a = self.numbers(words[n], patterns, slot, part, block, group)
+                    a = self.numbers(patterns, slot, part, block, group)
                     plgpu.wgmma(sum, a, self.scratch["x"].at[slot, :, inputs].T)
                 plgpu.wgmma_wait(0)
                 return [sum[...] for sum in sums]
@@ -325,15 +327,16 @@ class _Block:
                 totals[n] += product if scale is None else product * scale
         return tuple(totals)
 
-    def numbers(
-        self, words: jax.Array, patterns: Sequence[jax.Array], slot: jax.Array, part: int, block: int, group: int
-    ) -> jax.Array:
+    def numbers(self, patterns: Sequence[jax.Array], slot: jax.Array, part: int, block: int, group: int) -> jax.Array:
         """Operand A of one group: the integers (or narrow floats) less their zero point."""
-        groups, dtype = groups_of(self.stored), self.streamed["x"].dtype
-        width = words.shape[1] // groups
-        a = operand(
-            words[:, group * width : (group + 1) * width] if groups > 1 else words, self.stored, dtype, patterns
-        )
+        groups, dtype, width = groups_of(self.stored), self.streamed["x"].dtype, CHUNK // self.stored.words
+        own = pl.ds(pl.multiple_of(self.over_inputs * width, width), width)
+        # Loaded anew for every group, of which the compiler keeps what the group needs: loads stay where they are
+        # among the products, while unpacking would move ahead of them all and take too many registers.
+        stored = self.scratch["values"][slot, part, self.own_rows(block), own]
+        if groups > 1:
+            stored = stored[:, group * width // groups : (group + 1) * width // groups]
+        a = operand(stored, self.stored, dtype, patterns)
         if self.stored.zero_points:
             row = self.scratch["zeros"].at[slot, self.over_inputs * groups + group, part, self.own_rows(block)]
             zero = plgpu.load(row, layout=_ROW, optimized=False)

@@ -5,12 +5,12 @@ weights it meets; `linear.partition` knows neither.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import Any, Self
 
 from ..device import Device
 from ..linear.form import LinearForm
-from ..operator import Config
+from ..linear.partition import aligned
 from .weight import QuantizedWeight
 
 MAX_TOKENS = 64
@@ -18,6 +18,8 @@ CHUNK = 128  # inputs one warpgroup takes at a step: the largest group, and the 
 ROWS = 64  # rows of the tensor core's operand A
 _RESERVED = 4 * 1024  # shared memory for barriers, alignment and Mosaic itself
 _MAX_STAGES = 8
+# A second launch takes about two microseconds, in which a multiprocessor loads about this many bytes.
+_LAUNCH = 64 * 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,44 +92,42 @@ class Tiling:
         """The same with as many stages as there is room for: tuned ones were measured on a call much like this one."""
         return dataclasses.replace(self, stages=min(self.stages, stages_that_fit(shape, self, device.shared_memory)))
 
-    @classmethod
-    def choose(cls, shape: Shape, device: Device) -> Self | None:
-        """The default, or `None` where shared memory is too small.
 
-        Few tokens: four warpgroups share rows, which keeps the tiles of rows many and the partial sums few. More
-        tokens: two warpgroups, for their sums need the registers, of many rows each, for all share the activations.
-        """
-        wide = shape.tokens > 16
-        rows, blocks, inputs = (2, 2 // shape.parts, 1) if wide else (1, 1, 4)
-        while inputs > 1 and inputs * CHUNK > shape.inputs:
-            inputs //= 2
-        return cls._deepest(shape, device, rows, blocks, inputs)
-
-    @classmethod
-    def _deepest(
-        cls, shape: Shape, device: Device, rows: int, blocks: int, inputs: int, splits: int | None = None
-    ) -> Self | None:
-        if splits is None:
-            splits = _splits(shape, device, rows * blocks * ROWS, inputs * CHUNK)
-        tiling = cls(rows, blocks, inputs, splits, _MAX_STAGES)
-        stages = min(_MAX_STAGES, stages_that_fit(shape, tiling, device.shared_memory), max(2, tiling.steps(shape)))
-        return dataclasses.replace(tiling, stages=stages) if stages >= 2 else None
+def tilings(shape: Shape, device: Device) -> Iterator[Tiling]:
+    """All sensible ways to cut a product, with pipelines as deep as they can be."""
+    # Four warpgroups have 128 registers a thread, two have 255. Sums take columns / 2 of each block of rows.
+    four, two = ((1, 1, 4), (2, 1, 2), (4, 1, 1)), ((1, 1, 2), (2, 1, 1), (2, 2, 1))
+    sums = shape.parts * shape.columns
+    for rows, blocks, inputs in four if sums <= 32 else two:
+        if sums * blocks > 128 or (inputs > 1 and inputs * CHUNK > shape.inputs):
+            continue
+        steps = _ceil(shape.inputs, inputs * CHUNK)
+        for splits in range(1, 17):
+            # Four steps fill a pipeline; no split is left without any.
+            if splits == 1 or (4 * splits <= steps and _ceil(steps, _ceil(steps, splits)) == splits):
+                tiling = Tiling(rows, blocks, inputs, splits, max(2, min(_MAX_STAGES, _ceil(steps, splits))))
+                tiling = tiling.fit(shape, device)
+                if tiling.stages >= 2:
+                    yield tiling
 
 
-def _splits(shape: Shape, device: Device, height: int, step: int) -> int:
-    """Thread blocks come in waves of one per core, and a last wave of few leaves the others idle.
+def best(shape: Shape, device: Device, count: int = 1) -> tuple[Tiling, ...]:
+    """The `count` tilings that should load fastest, the best first; none where shared memory is too small."""
+    return tuple(sorted(tilings(shape, device), key=lambda tiling: load_per_core(shape, tiling, device))[:count])
 
-    A split costs a second launch, about two microseconds, and traffic for the partial sums: worth it for a tenth.
-    """
-    tiles, steps = _ceil(shape.out, height), _ceil(shape.inputs, step)
-    # Four steps fill a pipeline; splits that leave none empty.
-    options = [n for n in range(1, 17) if n == 1 or (n * 4 <= steps and _ceil(steps, _ceil(steps, n)) == n)]
 
-    def cost(splits: int) -> float:
-        waves = _ceil(tiles * splits, device.cores)
-        return waves * _ceil(steps, splits) * (1.0 if splits == 1 else 1.1 + 0.01 * splits)
-
-    return min(options, key=lambda splits: (cost(splits), splits))
+def load_per_core(shape: Shape, tiling: Tiling, device: Device) -> float:
+    """Bytes that the busiest multiprocessor loads, and what a second pass costs in the same currency."""
+    stored, rows = shape.weight.format, shape.parts * tiling.height
+    waves = _ceil(_ceil(shape.out, tiling.height) * tiling.splits, device.cores)
+    inputs = min(tiling.steps(shape) * tiling.inputs * CHUNK, shape.inputs)
+    # The activations come from the second-level cache, at about twice the speed.
+    load = (
+        waves * inputs * (rows * shape.weight.values.dtype.itemsize / stored.words + shape.tokens * shape.itemsize / 2)
+    )
+    if tiling.splits > 1:  # float32 partial sums are written and read once
+        load += _LAUNCH + 8 * tiling.splits * shape.tokens * shape.parts * shape.out / device.cores
+    return load
 
 
 def stages_that_fit(shape: Shape, tiling: Tiling, shared_memory: int) -> int:
@@ -136,41 +136,14 @@ def stages_that_fit(shape: Shape, tiling: Tiling, shared_memory: int) -> int:
     height, inputs = shape.parts * tiling.height, tiling.inputs * CHUNK
     values = height * inputs * shape.weight.values.dtype.itemsize // stored.words
     groups = 0 if stored.group is None else inputs // stored.group
-    scales = groups * height * (shape.weight.scales.dtype.itemsize + (shape.weight.zeros is not None))
-    stage = sum(map(_aligned, (values, shape.columns * inputs * shape.itemsize, scales)))
+    scales, zeros = groups * height * shape.weight.scales.dtype.itemsize, groups * height * stored.zero_points
+    stage = sum(map(aligned, (values, shape.columns * inputs * shape.itemsize, scales, zeros)))
     tile = tiling.height * shape.columns
     results = tile * (4 * shape.parts if tiling.splits > 1 else shape.result)
     sums = (tiling.inputs - 1) * shape.parts * tile * 4
-    last = tile * 2 + 2 * height * 4  # residual, scales and bias
-    return (shared_memory - _RESERVED - sum(map(_aligned, (results, sums, last)))) // stage
+    last = (tile * shape.result, height * 4, height * 4)  # residual, scales and bias
+    return (shared_memory - _RESERVED - sum(map(aligned, (results, sums, *last)))) // stage
 
 
 def _ceil(n: int, unit: int) -> int:
     return -(-n // unit)
-
-
-def _aligned(size: int) -> int:
-    return _ceil(size, 1024) * 1024
-
-
-def candidates_of(shape: Shape, device: Device) -> Sequence[Config]:
-    """Configurations worth timing, the default first."""
-    found = [Tiling.choose(shape, device)]
-    for rows, blocks, inputs in (
-        (1, 1, 4),
-        (1, 1, 3),
-        (1, 1, 2),
-        (2, 1, 1),
-        (2, 1, 2),
-        (3, 1, 1),
-        (2, 2, 1),
-        (4, 1, 1),
-    ):
-        height, step = rows * blocks * ROWS, inputs * CHUNK
-        if step <= shape.inputs and blocks * shape.parts * shape.columns <= 128:
-            best = _splits(shape, device, height, step)
-            steps = _ceil(shape.inputs, step)
-            for splits in sorted({1, best} | {n for n in (2, 4, 8) if _ceil(steps, _ceil(steps, n)) == n}):
-                found.append(Tiling._deepest(shape, device, rows, blocks, inputs, splits))
-    configs = [dataclasses.asdict(tiling) for tiling in found if tiling is not None]
-    return [config for n, config in enumerate(configs) if config not in configs[:n]]

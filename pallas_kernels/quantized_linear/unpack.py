@@ -16,8 +16,8 @@ from .weight import RUN, WeightFormat
 LANES = RUN // 4  # neighbouring inputs that share bit positions in 4-bit words
 
 
-def patterns(form: WeightFormat, dtype: jnp.dtype) -> tuple[int, ...]:
-    """Bit patterns that `operand` wants as scalars from memory.
+def bit_patterns(form: WeightFormat, dtype: jnp.dtype) -> tuple[int, ...]:
+    """Bit patterns that `operand` wants as scalars, better from memory than as constants.
 
     `bits & mask | pattern` is one instruction with the mask in it and the pattern in a register, but two where the
     compiler sees that both are constants.
