@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-pytest.importorskip("jax_triton")
+pytest.importorskip("triton")
 
 from jdsi.errors import UnsupportedError
 from jdsi.pallas_kernels.attention import Alibi, AttentionForm, RoundedAlibi
@@ -252,5 +252,5 @@ def test_what_it_cannot_take_is_said() -> None:
         (A100, (q, k, v), dataclasses.replace(FORM, alibi=alibi(3)), {}, "3 ALiBi slopes for 4 query heads"),
         (A100, (q[..., :24], k[..., :24], None), FORM, {"value_dim": 20}, "value_dim must be at most 16 of 24"),
     ]:
-        with target(device), pytest.raises(UnsupportedError, match=message):
+        with interpreted_triton(), target(device), pytest.raises(UnsupportedError, match=message):
             decode_attention(*given, form, **rest, **more)

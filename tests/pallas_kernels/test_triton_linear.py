@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-pytest.importorskip("jax_triton")
+pytest.importorskip("triton")
 
 from jdsi.errors import UnsupportedError
 from jdsi.pallas_kernels.activations import ACTIVATIONS
@@ -160,5 +160,5 @@ def test_what_it_cannot_take_is_said() -> None:
         (A100, (x[:1], weight.astype(jnp.float16)), {}, "x is bfloat16 but weight is float16"),
         (A100, (x[:1], weight), {"out_dtype": jnp.int8}, "the result cannot be int8"),
     ]:
-        with target(device), pytest.raises(UnsupportedError, match=message):
+        with interpreted_triton(), target(device), pytest.raises(UnsupportedError, match=message):
             linear(*arrays, implementation="triton", **more)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-pytest.importorskip("jax_triton")
+pytest.importorskip("triton")
 
 from jdsi.errors import UnsupportedError
 from jdsi.pallas_kernels.attention import Alibi, AttentionForm, RoundedAlibi
@@ -133,5 +133,5 @@ def test_what_it_cannot_take_is_said() -> None:
         (A100, batch.arrays[:3], dataclasses.replace(FORM, alibi=Alibi((1.0,))), "1 ALiBi slopes for 4 query heads"),
         (A100, batch.arrays[:3], dataclasses.replace(FORM, softcap=-1.0), "the soft cap must be positive"),
     ]:
-        with target(device), pytest.raises(UnsupportedError, match=message):
+        with interpreted_triton(), target(device), pytest.raises(UnsupportedError, match=message):
             other(*arrays, batch.block_tables, form, implementation="triton")
