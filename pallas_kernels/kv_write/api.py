@@ -5,8 +5,7 @@ from jaxtyping import Array, Float, Int
 
 from ..operator import Implementation, Operator
 from ..rotary import Rotary
-from .quantized import LARGEST
-from .reference import rotary_kv_write_reference
+from .reference import LARGEST, rotary_kv_write_reference
 
 
 def _bucket(

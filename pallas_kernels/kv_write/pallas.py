@@ -19,7 +19,8 @@ from jaxtyping import Array, Float, Int
 from ..device import Device
 from ..operator import Config
 from ..rotary import Rotary, rotary_frequencies
-from .quantized import LARGEST, quantize_parts
+from .quantized import quantize_parts
+from .reference import LARGEST
 from .spread import THREADS, Part, Spread, one_each, store
 
 _FLOATS = (jnp.bfloat16, jnp.float16, jnp.float32)

@@ -1,4 +1,4 @@
-"""Keys and values of 8 bits, with one scale for each token and head."""
+"""Keys and values of 8 bits inside the kernel: the reference's `quantize` of heads that come in parts."""
 
 import dataclasses
 import functools
@@ -7,29 +7,10 @@ from typing import Any
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
+from .reference import LARGEST, divisor, rounded
 from .spread import Part, store
-
-LARGEST = {jnp.dtype(jnp.int8): 127.0, jnp.dtype(jnp.float8_e4m3fn): 448.0}
-
-
-def quantize(x: Float[Array, "*heads D"], dtype: Any) -> tuple[Array, Float[Array, "*heads"]]:
-    """Every head over its scale, rounded to `dtype`, and the scales, which make its largest magnitude the type's.
-
-    A head of zeros has scale 0.
-    """
-    wide = x.astype(jnp.float32)
-    scales = jnp.max(jnp.abs(wide), axis=-1) / LARGEST[jnp.dtype(dtype)]
-    return _rounded(wide / _divisor(scales)[..., None], dtype), scales
-
-
-def _divisor(scales: Array) -> Array:
-    return jnp.where(scales > 0, scales, jnp.ones_like(scales))
-
-
-def _rounded(numbers: Array, dtype: Any) -> Array:
-    return (jnp.round(numbers) if jnp.dtype(dtype) == jnp.int8 else numbers).astype(dtype)
 
 
 def quantize_parts(parts: list[Part], maxima: Any, barrier: Any, dtype: Any) -> tuple[list[Part], list[Array]]:
@@ -56,7 +37,7 @@ def quantize_parts(parts: list[Part], maxima: Any, barrier: Any, dtype: Any) -> 
         for start, chunk in zip(part.spread.starts, part.chunks, strict=True):
             of_parts = (part.spread.load_each(maxima.at[i], start) for i in range(len(parts)))
             scale = functools.reduce(jnp.maximum, of_parts) / LARGEST[jnp.dtype(dtype)]
-            chunks.append(_rounded(chunk.astype(jnp.float32) / part.spread.over_heads(_divisor(scale)), dtype))
+            chunks.append(rounded(chunk.astype(jnp.float32) / part.spread.over_heads(divisor(scale)), dtype))
             if part is parts[0]:
                 scales.append(scale)
         narrow.append(dataclasses.replace(part, chunks=chunks))

@@ -1,9 +1,33 @@
 """Rotary embedding and the write into the KV memory, reference form."""
 
+from typing import Any
+
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ..rotary import Rotary, apply_rotary
-from .quantized import quantize
+
+LARGEST = {jnp.dtype(jnp.int8): 127.0, jnp.dtype(jnp.float8_e4m3fn): 448.0}
+
+
+def quantize(x: Float[Array, "*heads D"], dtype: Any) -> tuple[Array, Float[Array, "*heads"]]:
+    """Every head over its scale, rounded to `dtype`, and the scales, which make its largest magnitude the type's.
+
+    A head of zeros has scale 0.
+    """
+    wide = x.astype(jnp.float32)
+    scales = jnp.max(jnp.abs(wide), axis=-1) / LARGEST[jnp.dtype(dtype)]
+    return rounded(wide / divisor(scales)[..., None], dtype), scales
+
+
+def divisor(scales: Array) -> Array:
+    """The scales, but 1 where they are 0."""
+    return jnp.where(scales > 0, scales, jnp.ones_like(scales))
+
+
+def rounded(numbers: Array, dtype: Any) -> Array:
+    """To `dtype`, ties to even."""
+    return (jnp.round(numbers) if jnp.dtype(dtype) == jnp.int8 else numbers).astype(dtype)
 
 
 def rotary_kv_write_reference(
