@@ -235,8 +235,13 @@ def _compute_item(
 
             def hide(scores: Array) -> Array:
                 visible = lax.broadcast_in_dim(there.of(_index(tiling.step, 1) + offset), scores.shape, [1])
-                within = within_form(form, _distance(key + offset - position, tiling))
-                return jnp.where(visible if within is None else visible & within, scores, -jnp.inf)
+                distance = _distance(key + offset - position, tiling)
+                within = within_form(form, distance)
+                if (
+                    within is None
+                ):  # always true; without a mask of both axes the compiler's search for layouts is endless
+                    within = distance > jnp.iinfo(jnp.int32).min
+                return jnp.where(visible & within, scores, -jnp.inf)
 
             scores = lax.cond(open_, lambda scores: scores, hide, scores)
             weights, rescale, softmax = update(softmax, scores, factor)

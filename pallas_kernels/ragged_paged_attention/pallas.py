@@ -49,7 +49,11 @@ def run(
     device: Device,
     config: Config | None,
 ) -> Any:
-    """See `reference.ragged_paged_attention`."""
+    """See `reference.ragged_paged_attention`.
+
+    Where tables have room for sequences that will be split, the parts take `splits * T * H * Dv` float32 numbers of
+    memory, of which only those that are needed are written and read.
+    """
     (tokens, heads, _), (_, kv_heads, page, _), v_dim = q.shape, k_pages.shape, v_pages.shape[3]
     tiling = dataclasses.replace(default_tiling(q, k_pages, v_pages, form, device), **(config or {}))
     room = block_tables.shape[1] * page
@@ -67,9 +71,8 @@ def run(
         units=kv_heads * head_blocks(heads // kv_heads, tiling),
         cores=device.cores,
     )
-    arrays = Inputs(
-        schedule.items, schedule.shares, block_tables, _row_slopes(form, heads, kv_heads, tiling), q, k_pages, v_pages
-    )
+    tables, slopes = block_tables.astype(jnp.int32), _row_slopes(form, heads, kv_heads, tiling)
+    arrays = Inputs(schedule.items, schedule.shares, tables, slopes, q, k_pages, v_pages)
     out, lse, parts = _call(arrays, form, tiling, device, splits=splits, lse=return_lse or splits > 1)
     if lse is not None:
         lse = _by_token(lse, schedule, heads // kv_heads, tiling, splits)

@@ -22,7 +22,7 @@ from kernels import ON_GPU, RELATIVE, compile_for_h200, interpreted_or_gpu, rela
 from ragged_cases import Batch, exact, make_batch
 
 FORM = AttentionForm(scale=0.125)
-MIX = ((1, 33), (37, 37), (0, 5), (1, 1), (0, 0), (20, 50), (1, 16))
+MIX = ((1, 65), (37, 37), (0, 5), (1, 1), (0, 0), (20, 50), (1, 16))
 SPLIT = {"chunk": 64, "splits": 4, "stages": 2}  # so that short sequences are split, and stages used again
 
 
@@ -217,6 +217,8 @@ def test_compiles_for_the_h200_without_spills(spec: Any) -> None:
 VARIANTS = {
     "dim 64, page 16": (64, 16, FORM),
     "dim 80": (80, 32, FORM),
+    "both ways": (64, 128, dataclasses.replace(FORM, causal=False)),
+    "both ways, ALiBi": (64, 8, dataclasses.replace(FORM, causal=False, alibi=slopes(8))),
     "dim 96, ALiBi": (96, 64, dataclasses.replace(FORM, alibi=slopes(8))),
     "dim 128, ALiBi": (128, 256, dataclasses.replace(FORM, alibi=slopes(8))),
     "dim 256, softcap and window": (256, 64, dataclasses.replace(FORM, softcap=50.0, window=4096)),
