@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from ..activations import ACTIVATIONS
@@ -26,14 +27,17 @@ def linear(
     """`residual + act(norm(x) weight^T + bias)`, or gated; see `LinearForm`.
 
     Rounds where a model made of single operators does: the norm to the dtype of `x`, the product with bias, activation
-    and gate (all float32, never TF32) to the dtype of the result, and then the sum with the residual.
+    and gate (all float32, never TF32) to the dtype of the result, and then the sum with the residual. Of more than 64
+    narrow tokens gate and up are rounded too.
     """
     if form.norm is not None:
         x = normalise(x, norm_weight, norm_bias, form.norm)
     if x.shape[0] <= (_SKINNY_FLOAT32 if x.dtype == jnp.float32 else _SKINNY_NARROW):
         y = jax.lax.platform_dependent(x, weight, cpu=_skinny_cpu, default=_product)
     else:
-        y = _product(x, weight)
+        # What a gate needs of the product is twice as wide as the result. As a matrix of float32 in between it would
+        # take as long to write and read as the product takes.
+        y = _product(x, weight, x.dtype if form.gated else jnp.float32).astype(jnp.float32)
     if bias is not None:
         y += bias.astype(jnp.float32)
     if form.gated:
@@ -46,9 +50,9 @@ def linear(
     return y if residual is None else residual + y
 
 
-def _product(x: Array, weight: Array) -> Array:
+def _product(x: Array, weight: Array, dtype: DTypeLike = jnp.float32) -> Array:
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jax.lax.dot_general(x, weight, _CONTRACT_LAST, precision=precision, preferred_element_type=jnp.float32)
+    return jax.lax.dot_general(x, weight, _CONTRACT_LAST, precision=precision, preferred_element_type=dtype)
 
 
 def _skinny_cpu(x: Array, weight: Array) -> Array:
