@@ -144,7 +144,7 @@ def tune_kernels(
         if not fitting:
             continue
         try:
-            asked = [kernel for kernel in operator.kernels if kernel in implementations or not implementations]
+            asked: list[Implementation] = [k for k in operator.kernels if not implementations or k in implementations]
             one = partial(run, max_bytes=max_bytes)
             change, entry = _tune(operator, bucket, fitting, device, asked, rounds, one)
         except ConfigError:  # a damaged tuning table
