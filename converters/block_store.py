@@ -16,7 +16,7 @@ from jdsi.models.weight_map import Identity, Op
 from .checkpoint import open_checkpoint
 from .config import load_family
 from .direct_io import Segment, round_up
-from .orbax import groups
+from .orbax import OrbaxCheckpoint, groups
 from .sources import MappedParameters, place
 from .streaming import StreamingCheckpoint
 
@@ -120,7 +120,7 @@ class BlockStore:
             checkpoint.check(shapes)
             blocks = {name: _stored_block(checkpoint, name) for name in groups(shapes)}
         else:
-            if not hasattr(checkpoint, "tensors") or any(info.offset < 0 for info in checkpoint.tensors.values()):
+            if isinstance(checkpoint, OrbaxCheckpoint) or any(info.offset < 0 for info in checkpoint.tensors.values()):
                 raise CheckpointError(
                     f"{checkpoint.path}: only safetensors files and streaming folders can be streamed; "
                     "`jdsi convert SRC DST --to streaming` makes the latter from any other"

@@ -178,17 +178,18 @@ def _traced_once(choice: _Choice) -> Callable[..., Any]:
     reference = partial(choice.operator.reference, **static)
     kernel = partial(choice.operator.module(choice.kernel).run, device=choice.device, config=config, **static)
 
-    @jax.custom_jvp
-    def run(*arrays: Any) -> Any:
+    def forward(*arrays: Any) -> Any:
         if choice.wherever:
             return kernel(*arrays)
         return jax.lax.platform_dependent(*arrays, cuda=kernel, default=reference)
+
+    forward.__name__ = f"{choice.operator.name}_{choice.kernel}"
+    run = jax.custom_jvp(forward)
 
     @run.defjvp
     def _(primals: Arrays, tangents: Arrays) -> tuple[Any, Any]:
         return jax.jvp(reference, primals, tangents)
 
-    run.__name__ = f"{choice.operator.name}_{choice.kernel}"
     return jax.jit(run)
 
 

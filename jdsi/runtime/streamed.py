@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jdsi.converters.block_store import Block, BlockStore
@@ -60,7 +61,7 @@ class StreamedExecutor:
     def _load(self, source: BlockSource, block: Block) -> dict[str, Array]:
         # On the CPU JAX uses this memory as it is; nothing writes to it again.
         arrays = source.read(block, PageBuffer(block.nbytes).bytes)
-        return jax.device_put({name: recast(array, self._dtype, name) for name, array in arrays.items()})
+        return jax.device_put({name: recast(np.asarray(array), self._dtype, name) for name, array in arrays.items()})
 
     @property
     def spec(self) -> TransformerSpec:

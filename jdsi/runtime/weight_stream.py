@@ -19,7 +19,7 @@ from jdsi.errors import CheckpointError
 class BlockSource(Protocol):
     """Where a stream takes blocks from."""
 
-    def read(self, block: Block, memory: np.ndarray) -> dict[str, np.ndarray]:
+    def read(self, block: Block, memory: np.ndarray) -> Mapping[str, np.ndarray | jax.Array]:
         """The block's parameters, in `memory` or elsewhere on the host; called from the stream's thread."""
         ...
 
@@ -107,9 +107,7 @@ class WeightStream:
         report: what it has done, kept up to date.
     """
 
-    def __init__(
-        self, source: BlockSource, blocks: Sequence[Block], slots: int, device: jax.Device | None = None
-    ) -> None:
+    def __init__(self, source: BlockSource, blocks: Sequence[Block], slots: int, device: Any = None) -> None:
         self._blocks = tuple(blocks)
         self.report = StreamReport()
         self._began: float | None = None
@@ -172,7 +170,7 @@ def _deliver(
     free: "queue.SimpleQueue[tuple[int, Any] | None]",
     ready: "queue.SimpleQueue[Delivery | BaseException]",
     closing: threading.Event,
-    device: jax.Device | None,
+    device: Any,
     report: StreamReport,
 ) -> None:
     try:

@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
+from ..mosaic import store, tiled
 from . import prologue
 from .epilogue import activation, combine
 from .form import LinearForm
@@ -88,8 +89,7 @@ def _scratch(plan: Plan, dtype: Any, present: Mapping[str, Array]) -> dict[str, 
     """Shared memory and barriers of a block."""
     problem, tiling = plan.problem, plan.tiling
     columns, padded = problem.columns, tiling.padded_rows
-    swizzle: Any = plgpu.SwizzleTransform(2 * TILE)  # pyright: ignore[reportAbstractUsage]
-    tiles: Any = plgpu.TilingTransform((8, TILE))  # pyright: ignore[reportAbstractUsage]
+    tiles, swizzle = tiled(TILE)
 
     def operand(flat: bool, *shape: int) -> Any:
         tiled = plgpu.SMEM(shape, dtype, transforms=(tiles, swizzle))
@@ -297,11 +297,7 @@ def _views(ref: Any, flat: bool) -> tuple[Any, Any]:
 def store_transposed(ref: Any, values: jax.Array) -> None:
     """Writes `values` [M, N], products or their like, to shared memory [N, M], whose transposed view is `ref`."""
     values = plgpu.layout_cast(values, _transposed_layout(values.dtype))
-    # jax 0.12 wants to be told that bank conflicts are accepted, jax 0.11 has no word for it and accepts them.
-    if store := getattr(plgpu, "store", None):
-        store(ref, values, optimized=False)
-    else:
-        ref[...] = values
+    store(ref, values)
 
 
 def _transposed_layout(dtype: Any) -> Any:

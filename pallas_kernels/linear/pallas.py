@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from ..device import Device
+from ..mosaic import not_hopper
 from ..normalization import normalise
 from .block import Plan, call
 from .epilogue import reduce_splits
@@ -34,8 +35,8 @@ def why_not(
     form: LinearForm = PLAIN,
 ) -> str | None:
     """Why the kernel cannot take these arguments, or `None`."""
-    if device.capability[0] != 9:
-        return f"it needs a Hopper GPU (wgmma), not compute capability {'.'.join(map(str, device.capability))}"
+    if reason := not_hopper(device):
+        return reason
     if x.dtype not in (jnp.bfloat16, jnp.float16):
         return f"x must be bfloat16 or float16, not {x.dtype}"
     if weight.dtype != x.dtype:

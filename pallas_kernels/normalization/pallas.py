@@ -19,6 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from ..device import Device
+from ..mosaic import not_hopper, store
 from ..operator import Config
 from .form import NormForm
 
@@ -98,8 +99,8 @@ def why_not(
     form: NormForm,
 ) -> str | None:
     """See `KernelModule.why_not`."""
-    if device.capability[0] != 9:
-        return f"it is written for Hopper GPUs, not {device.kind}"
+    if reason := not_hopper(device):
+        return reason
     for name, array in (("x", x), ("bias", bias), ("weight", weight), ("norm_bias", norm_bias)):
         if array is not None and array.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
             return f"{name} is {array.dtype}, not bfloat16, float16 or float32"
@@ -249,7 +250,7 @@ class _Block:
     def write(self, piece: Any, chunks: list[Array]) -> None:
         """The opposite of `read`."""
         for start, chunk in zip(self.starts, chunks, strict=True):
-            _store(piece.at[self.columns(start)], chunk)
+            store(piece.at[self.columns(start)], chunk)
 
     def total(self, chunks: list[Array]) -> Array:
         """The sum over a row: a scalar, or one for each warp where each has a row."""
@@ -278,10 +279,3 @@ class _Block:
 def _add(arrays: Sequence[Array]) -> Array:
     """The sum in float32, from the first to the last."""
     return functools.reduce(operator.add, (array.astype(jnp.float32) for array in arrays))
-
-
-def _store(ref: Any, value: Array) -> None:
-    if hasattr(plgpu, "store"):  # from jax 0.12 on, plain assignment refuses what is not perfectly coalesced
-        plgpu.store(ref, value, optimized=False)
-    else:
-        ref[...] = value

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 
 from ..attention.form import AttentionForm
 from ..attention.tile import Softmax, finish, start, tile_scores, update
+from ..mosaic import ACC
 from .spans import Span, geometric_span
 
 WARPGROUPS = 2
@@ -169,7 +170,7 @@ class _Block:
             self._in_place_of(step - 1, self._fetch_keys)
             return scores[...]
 
-        raw = pl.run_scoped(products, plgpu.ACC((ROWS, self.size), jnp.float32))
+        raw = pl.run_scoped(products, ACC((ROWS, self.size), jnp.float32))
         distance = None if self.form.alibi is None else self._distance(step)
         scores, factor = tile_scores(raw, self.form, distance, slope=self.slope, masked=False)
         block = self.span.first + step
@@ -188,7 +189,7 @@ class _Block:
         def weigh(values: Any) -> None:
             plgpu.wgmma(values, weights, self.memory.v.at[slot])
 
-        weighed: Any = pl.run_state(weigh)(plgpu.ACC.init(values))
+        weighed: Any = pl.run_state(weigh)(ACC.init(values))
         return weighed, softmax
 
     def _number(self, axis: int) -> Array:

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from ..attention.form import AttentionForm
 from ..attention.tile import why_not_form
 from ..device import Device
+from ..mosaic import not_hopper, tiled
 from ..operator import Config
 from .body import QUERY_BLOCK, ROWS, WARPGROUPS, Inputs, Memory, attend
 from .spans import segment_spans
@@ -52,7 +53,7 @@ def _transforms(columns: int) -> tuple[Any, ...]:
     Head dims of 80 and 96 thus get narrower swizzles instead of copies padded to 128.
     """
     width = next(w for w in (64, 32, 16) if columns % w == 0)
-    return plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(2 * width)
+    return tiled(width)
 
 
 def run(
@@ -167,8 +168,8 @@ def why_not(
     """See `KernelModule.why_not`."""
     dtypes = {str(x.dtype) for x in (q, k, v)}
     dim, value_dim = q.shape[-1], v.shape[-1]
-    if device.capability[0] != 9:
-        return f"it needs a Hopper GPU (compute capability 9.x), not {device.kind}"
+    if reason := not_hopper(device):
+        return reason
     if len(dtypes) > 1 or not dtypes <= {"bfloat16", "float16"}:
         return f"q, k and v must all be bfloat16 or all float16, not {', '.join(sorted(dtypes))}"
     if dim % 16 or value_dim % 16 or not (16 <= dim <= 256 and 16 <= value_dim <= 256):

@@ -47,7 +47,7 @@ def quantized_linear(
         residual: added after the product was rounded; of the dtype of the result.
         norm: applied to `x` first, as an operator of its own; `norm_weight` and `norm_bias` are its arrays.
         out_dtype: of the result, by default that of `x`.
-        implementation: "xla", "pallas", or `None` for the fastest that takes the arguments.
+        implementation: one by name, or the fastest that takes the arguments.
 
     Raises:
         ValueError: shapes or dtypes that do not go together.

@@ -20,6 +20,7 @@ from ..device import Device
 from ..linear.block import store_transposed
 from ..linear.epilogue import activation, combine, reduce_splits
 from ..linear.form import LinearForm
+from ..mosaic import ACC, not_hopper, tiled
 from ..operator import Config
 from .tiling import CHUNK, MAX_TOKENS, ROWS, Shape, Tiling, best
 from .unpack import bit_patterns, operand
@@ -39,8 +40,8 @@ def why_not(
     device: Device,
     form: LinearForm,
 ) -> str | None:
-    if device.capability[0] != 9:
-        return f"it is made for Hopper, compute capability 9, not {device.capability[0]}.{device.capability[1]}"
+    if reason := not_hopper(device):
+        return reason
     if x.dtype not in (jnp.bfloat16, jnp.float16):
         return f"activations are bfloat16 or float16, not {x.dtype}"
     if form.result_dtype(x.dtype) not in (jnp.bfloat16, jnp.float16, jnp.float32):
@@ -141,8 +142,8 @@ def _call(
 
 
 def _scratch(
-    streamed: dict[str, jax.Array],
-    last: dict[str, jax.Array],
+    streamed: Mapping[str, Any],
+    last: Mapping[str, Any],
     result: jax.ShapeDtypeStruct,
     shape: Shape,
     tiling: Tiling,
@@ -152,17 +153,16 @@ def _scratch(
     parts, columns, height, stages = shape.parts, shape.columns, tiling.height, tiling.stages
     groups = tiling.inputs * groups_of(stored)
 
-    def tiled(*dims: int, dtype: Any, inner: int) -> Any:
-        transforms = (plgpu.TilingTransform((8, inner)), plgpu.SwizzleTransform(inner * dtype.itemsize))
-        return plgpu.SMEM(dims, dtype, transforms=transforms)
+    def operand_memory(*dims: int, dtype: Any, inner: int) -> Any:
+        return plgpu.SMEM(dims, dtype, transforms=tiled(inner, dtype.itemsize))
 
     width = CHUNK // stored.words
     scratch: dict[str, Any] = {
         # Tiles no wider than what one instruction, or one warpgroup, takes of them.
-        "x": tiled(
+        "x": operand_memory(
             stages, columns, tiling.inputs * CHUNK, dtype=streamed["x"].dtype, inner=min(64, CHUNK // groups_of(stored))
         ),
-        "values": tiled(
+        "values": operand_memory(
             stages, parts, height, tiling.inputs * width, dtype=jnp.dtype(streamed["values"].dtype), inner=width
         ),
         "out_tile": plgpu.SMEM((parts if tiling.splits > 1 else 1, columns, height), result.dtype),
@@ -321,7 +321,7 @@ class _Block:
                 plgpu.wgmma_wait(0)
                 return [sum[...] for sum in sums]
 
-            found = pl.run_scoped(products, *[plgpu.ACC((ROWS, columns), jnp.float32)] * len(some))
+            found = pl.run_scoped(products, *[ACC((ROWS, columns), jnp.float32)] * len(some))
             for product, (n, part, block, group) in zip(found, some, strict=True):
                 scale = self.scale(slot, step, part, block, group)
                 totals[n] += product if scale is None else product * scale

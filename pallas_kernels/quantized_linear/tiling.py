@@ -48,7 +48,8 @@ class Shape:
     def of(cls, x: Any, weight: QuantizedWeight, form: LinearForm) -> Self:
         """The sizes of `x` and `weight`, arrays or their shapes."""
         result = form.result_dtype(x.dtype).itemsize
-        return cls(*x.shape, weight.shape[0] // form.operands, form.operands, x.dtype.itemsize, result, weight)
+        tokens, inputs = x.shape
+        return cls(tokens, inputs, weight.shape[0] // form.operands, form.operands, x.dtype.itemsize, result, weight)
 
     @property
     def columns(self) -> int:

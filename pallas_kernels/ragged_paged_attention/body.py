@@ -12,6 +12,7 @@ from jaxtyping import Array
 
 from ..attention.form import AttentionForm
 from ..attention.tile import Softmax, finish, start, tile_scores, update, within_form
+from ..mosaic import ACC, store
 from .schedule import BEGIN, END, POSITION, SEQUENCE, SPLIT, SPLITS, TOKEN, TOKENS
 from .tiling import PART_COLUMNS, ROWS, Tiling, head_blocks, operand_width
 
@@ -20,14 +21,6 @@ from .tiling import PART_COLUMNS, ROWS, Tiling, head_blocks, operand_width
 _LOAD_REGISTERS, _COMPUTE_REGISTERS = 40, 232
 _WGMMA = plgpu.Layout.WGMMA
 _STORED = 64  # columns of results converted at a time
-
-
-def store_unaligned(ref: Any, value: Array) -> None:
-    """Writes registers whose layout does not fill whole sectors; later versions of JAX want to be asked for that."""
-    if store := getattr(plgpu, "store", None):  # jax >= 0.12
-        store(ref, value, optimized=False)
-    else:
-        ref[...] = value
 
 
 class Inputs(NamedTuple):
@@ -227,7 +220,7 @@ def _compute_item(
                 plgpu.wgmma(accumulator, queries, scratch.k.at[slot, some].T)
                 return accumulator[...]
 
-            raw = pl.run_scoped(products, plgpu.ACC((ROWS, tiling.step), jnp.float32))
+            raw = pl.run_scoped(products, ACC((ROWS, tiling.step), jnp.float32))
             row_slope = None if slope is None else lax.broadcast_in_dim(slope, raw.shape, [0])
             distance = _distance(key + offset - position, tiling) if slope is not None else None
             scores, factor = tile_scores(raw, form, distance, slope=row_slope, masked=False)
@@ -237,9 +230,8 @@ def _compute_item(
                 visible = lax.broadcast_in_dim(there.of(_index(tiling.step, 1) + offset), scores.shape, [1])
                 distance = _distance(key + offset - position, tiling)
                 within = within_form(form, distance)
-                if (
-                    within is None
-                ):  # always true; without a mask of both axes the compiler's search for layouts is endless
+                if within is None:
+                    # Always true: without a mask of both axes the compiler's search for layouts is endless.
                     within = distance > jnp.iinfo(jnp.int32).min
                 return jnp.where(visible & within, scores, -jnp.inf)
 
@@ -251,7 +243,8 @@ def _compute_item(
             def weigh(accumulator: Any) -> None:
                 plgpu.wgmma(accumulator, weights, scratch.v.at[slot, some])
 
-            return pl.run_state(weigh)(plgpu.ACC.init(values)), softmax
+            summed: Any = pl.run_state(weigh)(ACC.init(values))
+            return summed, softmax
 
         active = count > 0
         if form.causal:
@@ -268,7 +261,7 @@ def _compute_item(
     reciprocal, lse = finish(softmax)
     values = values * lax.broadcast_in_dim(reciprocal, values.shape, [0])
     if results.lse is not None:
-        store_unaligned(results.lse.at[item, unit, warpgroup], lse)
+        store(results.lse.at[item, unit, warpgroup], lse)
     out = scratch.rows if scratch.out is None else scratch.out
     whole = inputs.items[item, SPLITS] == 1
 

@@ -11,7 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from ..attention.tile import LOWEST
-from .body import store_unaligned
+from ..mosaic import store
 
 _ROWS = 64
 
@@ -67,7 +67,7 @@ def combine_parts(
             return total + weigh(weights.at[split, at], parts.at[split, at])
 
         total = lax.fori_loop(0, most[block], add, weigh(alone.at[at], whole.at[at]))
-        store_unaligned(out.at[at], total.astype(out.dtype))
+        store(out.at[at], total.astype(out.dtype))
 
     return plgpu.kernel(
         body,

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from ..attention.form import AttentionForm
 from ..attention.tile import why_not_form
 from ..device import Device
+from ..mosaic import not_hopper, tiled
 from ..operator import Config
 from .body import Inputs, Results, Scratch, run_block
 from .combine import combine_parts, part_weights, whole_blocks
@@ -147,13 +148,15 @@ def _call(
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
     )(*(arrays[i] for i in present))
-    results = [written_arrays[written.index(i)] if i in written else None for i in range(len(Results._fields))]
+    results: list[Any] = [
+        written_arrays[written.index(i)] if i in written else None for i in range(len(Results._fields))
+    ]
     return results[0], results[1], results[2]
 
 
 def _transforms(width: int) -> tuple[Any, ...]:
     """The layout that matrix products read."""
-    return plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(2 * width)
+    return tiled(width)
 
 
 def _row_slopes(form: AttentionForm, heads: int, kv_heads: int, tiling: Tiling) -> Array | None:
@@ -199,8 +202,8 @@ def why_not(
     """See `KernelModule.why_not`."""
     (_, heads, dim), page, v_dim = q.shape, k_pages.shape[2], v_pages.shape[3]
     dtypes = {str(x.dtype) for x in (q, k_pages, v_pages)}
-    if device.capability[0] != 9:
-        return f"it needs a Hopper GPU (compute capability 9.x), not {device.kind}"
+    if reason := not_hopper(device):
+        return reason
     if len(dtypes) > 1 or not dtypes <= {"bfloat16", "float16"}:
         return f"q and pages must all be bfloat16 or all float16, not {', '.join(sorted(dtypes))}"
     if 0 in (*q.shape, *k_pages.shape, *block_tables.shape):

@@ -253,7 +253,7 @@ def test_what_the_kernel_cannot_take_is_named() -> None:
 
     mixed = dataclasses.replace(batch, q=batch.q.astype(jnp.float16))
     for arguments, message in [
-        ({"device": dataclasses.replace(H200, capability=(8, 0))}, "needs a Hopper GPU"),
+        ({"device": dataclasses.replace(H200, capability=(8, 0))}, "for Hopper GPUs"),
         ({"batch": make_batch(((2, 3),), dtype=jnp.float32)}, "all be bfloat16 or all float16, not float32"),
         ({"batch": mixed}, "not bfloat16, float16"),
         ({"batch": make_batch(((0, 3),))}, "nothing to compute"),
