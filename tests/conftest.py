@@ -14,6 +14,9 @@ if not ON_GPU:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     # The CUDA plugin is here only to compile with: it must not look for a driver.
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+# A kernel's warpgroups are threads in the interpreter, and they wait for each other: on a machine with fewer cores than
+# warpgroups XLA's thread pool would not run them all, and the test would never end.
+os.environ.setdefault("NPROC", "8")
 # Most of the time goes into compiling the same small programs; a second run reads them back. The size limit also turns
 # on the file lock that keeps parallel workers from reading half-written entries.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
