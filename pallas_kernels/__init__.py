@@ -4,7 +4,7 @@ from .activations import ACTIVATIONS
 from .attention import Alibi, AttentionForm, RoundedAlibi, attention, attention_weights
 from .decode_attention import decode_attention, paged_decode_attention
 from .device import H200, Device, current_device, target
-from .kv_write import rotary_kv_write
+from .kv_write import rotary_kv_write, rotary_kv_write_fused
 from .linear import gated_linear, linear
 from .normalization import NormForm, add_norm, layer_norm, norm, rms_norm
 from .operator import Implementation, default_implementation
@@ -40,5 +40,6 @@ __all__ = [
     "ragged_paged_attention",
     "rms_norm",
     "rotary_kv_write",
+    "rotary_kv_write_fused",
     "target",
 ]

@@ -1,17 +1,20 @@
 """The step between the attention's input projections and the attention itself."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ..operator import Implementation, Operator
 from ..rotary import Rotary
-from .reference import LARGEST, rotary_kv_write_reference
+from .reference import LARGEST, rotary_kv_write_reference, separate
 
 
 def _bucket(
     q: Float[Array, "T H D"],
-    k: Float[Array, "T K D"],
-    v: Float[Array, "T K Dv"],
+    k: Float[Array, "T K D"] | None,
+    v: Float[Array, "T K Dv"] | None,
     keys: Array,
     values: Array,
     rows: Array,
@@ -23,12 +26,14 @@ def _bucket(
     *,
     rotary: Rotary | None,
     ascending: bool,
+    num_heads: int = 0,
 ) -> str:
     tokens, heads, dim = q.shape
+    heads, fused = (num_heads, " fused") if k is None else (heads, "")
     turned = "" if rotary is None else f" rotary={rotary.dim}{'i' * rotary.interleaved}"
-    return (
-        f"T={1 << max(tokens - 1, 0).bit_length()} H={heads} K={k.shape[1]} D={dim}/{v.shape[2]}{turned} {keys.dtype}"
-    )
+    kv_heads, value_dim = values.shape[1], values.shape[3]
+    tokens = 1 << max(tokens - 1, 0).bit_length()
+    return f"T={tokens} H={heads} K={kv_heads} D={dim}/{value_dim}{turned} {keys.dtype}{fused}"
 
 
 ROTARY_KV_WRITE = Operator("rotary_kv_write", "jdsi.pallas_kernels.kv_write", rotary_kv_write_reference, _bucket)
@@ -77,6 +82,84 @@ def rotary_kv_write(
         ValueError: arrays that do not fit together.
         UnsupportedError: the named implementation cannot take the arguments.
     """
+    return _write(
+        (q, k, v),
+        0,
+        keys,
+        values,
+        rows,
+        slots,
+        positions,
+        rotary,
+        lengths=lengths,
+        key_scales=key_scales,
+        value_scales=value_scales,
+        ascending=ascending,
+        implementation=implementation,
+    )
+
+
+def rotary_kv_write_fused(
+    qkv: Float[Array, "T H+2*K D"],
+    num_heads: int,
+    keys: Float[Array, "R K L D"],
+    values: Float[Array, "R K L D"],
+    rows: Int[Array, " T"],
+    slots: Int[Array, " T"],
+    positions: Int[Array, " T"],
+    rotary: Rotary | None,
+    *,
+    lengths: Int[Array, " T"] | None = None,
+    key_scales: Float[Array, "R K L"] | None = None,
+    value_scales: Float[Array, "R K L"] | None = None,
+    ascending: bool = False,
+    implementation: Implementation | None = None,
+) -> tuple[Array, ...]:
+    """`rotary_kv_write` of one projection's whole result, which saves the kernel's callers the cutting.
+
+    Args:
+        qkv: the heads of q, then those of k, then those of v.
+        num_heads: how many of them are q's.
+
+    The other arguments, what is returned and what is raised are those of `rotary_kv_write`.
+    """
+    if not (0 < num_heads < qkv.shape[1] and (qkv.shape[1] - num_heads) % 2 == 0):
+        raise ValueError(f"{qkv.shape[1]} heads, {num_heads} of them for q, leave none or an odd number for k and v")
+    return _write(
+        (qkv, None, None),
+        num_heads,
+        keys,
+        values,
+        rows,
+        slots,
+        positions,
+        rotary,
+        lengths=lengths,
+        key_scales=key_scales,
+        value_scales=value_scales,
+        ascending=ascending,
+        implementation=implementation,
+    )
+
+
+def _write(
+    new: tuple[Array, Array | None, Array | None],
+    num_heads: int,
+    keys: Array,
+    values: Array,
+    rows: Array,
+    slots: Array,
+    positions: Array,
+    rotary: Rotary | None,
+    *,
+    lengths: Array | None,
+    key_scales: Array | None,
+    value_scales: Array | None,
+    ascending: bool,
+    implementation: Implementation | None,
+) -> tuple[Array, ...]:
+    """Checks the arguments of either form and calls the operator."""
+    q, k, v = jax.eval_shape(functools.partial(separate, num_heads=num_heads), *new)
     tokens, kv_heads = k.shape[:2]
     for name, array, shape in (
         ("q", q, (tokens, q.shape[1], k.shape[2])),
@@ -102,9 +185,7 @@ def rotary_kv_write(
     if lengths is None:
         lengths = positions + 1
     return ROTARY_KV_WRITE(
-        q,
-        k,
-        v,
+        *new,
         keys,
         values,
         *(x.astype(jnp.int32) for x in (rows, slots, positions, lengths)),
@@ -113,4 +194,5 @@ def rotary_kv_write(
         implementation=implementation,
         rotary=rotary,
         ascending=ascending,
+        num_heads=num_heads,
     )

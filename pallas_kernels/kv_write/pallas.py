@@ -1,7 +1,8 @@
 """Rotary embedding and KV write as one Mosaic GPU kernel: one pass over q, k and v, none over the memory.
 
-A block has some heads of one token's q, k or v. They go from global memory to registers and back, up to 16 bytes a
-thread at once. The sines and cosines of the angles are computed once a block, one a thread, and shared.
+A block has some heads of one token's q, k or v, which are arrays of their own or parts of the fused projection. They
+go from global memory to registers and back, up to 16 bytes a thread at once. The sines and cosines of the angles are
+computed once a block, one a thread, and shared.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ from ..device import Device
 from ..operator import Config
 from ..rotary import Rotary, rotary_frequencies
 from .quantized import quantize_parts
-from .reference import LARGEST
+from .reference import LARGEST, separate
 from .spread import THREADS, Part, Spread, one_each, store
 
 _FLOATS = (jnp.bfloat16, jnp.float16, jnp.float32)
@@ -46,8 +47,8 @@ class Tiling:
 
 def why_not(
     q: Float[Array, "T H D"],
-    k: Float[Array, "T K D"],
-    v: Float[Array, "T K Dv"],
+    k: Float[Array, "T K D"] | None,
+    v: Float[Array, "T K Dv"] | None,
     keys: Float[Array, "R K L D"],
     values: Float[Array, "R K L Dv"],
     rows: Int[Array, " T"],
@@ -60,19 +61,21 @@ def why_not(
     device: Device,
     rotary: Rotary | None,
     ascending: bool,
+    num_heads: int = 0,
 ) -> str | None:
     """See `KernelModule.why_not`."""
     if device.capability[0] != 9:
         return f"it is written for Hopper GPUs, not {device.kind}"
-    for name, array in (("q", q), ("k", k), ("v", v), ("keys", keys), ("values", values)):
+    new = (("qkv", q),) if k is None or v is None else (("q", q), ("k", k), ("v", v))
+    for name, array in (*new, ("keys", keys), ("values", values)):
         if array.dtype not in _FLOATS and not (name in ("keys", "values") and array.dtype in LARGEST):
             return f"{name} is {array.dtype}, not bfloat16, float16 or float32"
         if array.size == 0:
             return f"{name} of shape {array.shape} is empty"
         if array.shape[-1] > 1024:
             return f"the heads of {name} have {array.shape[-1]} numbers, more than 1024"
-    if rotary is not None and rotary.interleaved and k.shape[2] % 2:
-        return f"pairs are interleaved in a head of {k.shape[2]} numbers, which is odd"
+    if rotary is not None and rotary.interleaved and q.shape[2] % 2:
+        return f"pairs are interleaved in a head of {q.shape[2]} numbers, which is odd"
     return None
 
 
@@ -83,8 +86,8 @@ def candidates(q: Float[Array, "T H D"], *_: Any, device: Device, **static: Any)
 
 def run(
     q: Float[Array, "T H D"],
-    k: Float[Array, "T K D"],
-    v: Float[Array, "T K Dv"],
+    k: Float[Array, "T K D"] | None,
+    v: Float[Array, "T K Dv"] | None,
     keys: Float[Array, "R K L D"],
     values: Float[Array, "R K L Dv"],
     rows: Int[Array, " T"],
@@ -98,22 +101,30 @@ def run(
     config: Config | None,
     rotary: Rotary | None,
     ascending: bool,
+    num_heads: int = 0,
 ) -> tuple[Array, ...]:
     """See `KernelModule.run`."""
     tiling = Tiling(**(config or {}))
+    fused, qkv = k is None, q
+    q, k, v = separate(q, k, v, num_heads)
+    # What is fused is read in three places. Of its parts only the shapes are used: as operands they would be copies.
+    sources, first_heads = [k, v, q], [0, 0, 0]
+    if fused:
+        sources, first_heads = [qkv, qkv, qkv], [num_heads, num_heads + k.shape[1], 0]
     new, indices = [k, v], [rows, slots]
     memory = [x for x in (keys, values, key_scales, value_scales) if x is not None]
-    if rotary is not None:
+    if rotary is not None or fused:
         new.append(q)
+    if rotary is not None:
         indices += [positions, _padded(rotary_frequencies(rotary, lengths))]
     jobs = [
-        _Job(tiling.heads(*x.shape[1:]), x.shape[2], None if x is v else rotary, max(x.dtype.itemsize, to.itemsize))
-        for x, to in zip(new, (keys.dtype, values.dtype, q.dtype), strict=False)
+        _Job(tiling.heads(*x.shape[1:]), x.shape[2], turns, max(x.dtype.itemsize, to.itemsize))
+        for x, to, turns in zip(new, (keys.dtype, values.dtype, q.dtype), (rotary, None, rotary), strict=False)
     ]
     blocks = [x.shape[1] // job.heads for x, job in zip(new, jobs, strict=True)]  # of each token
 
     def kv_write_kernel(*refs: Any) -> None:
-        sources, refs = refs[: len(new)], refs[len(new) :]
+        source_refs, refs = refs[: len(new)], refs[len(new) :]
         (rows_ref, slots_ref, *angles), refs = refs[: len(indices)], refs[len(indices) :]
         memory_refs, (*turned_ref, table, maxima, barrier) = refs[: len(memory)], refs[len(memory) :]
         token, block = lax.axis_index("token"), lax.axis_index("block")
@@ -121,10 +132,11 @@ def run(
         inside = (row >= 0) & (row < keys.shape[0]) & (slot >= 0) & (slot < keys.shape[2])
 
         def work(i: int, first: int) -> None:
-            heads = pl.ds((block - first) * jobs[i].heads, jobs[i].heads)
+            start = (block - first) * jobs[i].heads
+            heads, theirs = (pl.ds(start + head, jobs[i].heads) for head in (0, first_heads[i]))
             here, wanted = ((row, heads, slot), inside) if i < 2 else ((token, heads), True)
             sink, *scales_refs = memory_refs[i::2] if i < 2 else turned_ref
-            parts, scales = jobs[i].compute(sources[i].at[token, heads], token, angles, table, barrier), []
+            parts, scales = jobs[i].compute(source_refs[i].at[token, theirs], token, angles, table, barrier), []
             if scales_refs:
                 parts, scales = quantize_parts(parts, maxima, barrier, sink.dtype)
 
@@ -141,7 +153,7 @@ def run(
 
     if rotary is not None and rotary.interleaved:
         # The two numbers of a pair get an axis of their own, so that either of all pairs can be had.
-        new = [x if x is v else x.reshape(*x.shape[:-1], -1, 2) for x in new]
+        sources[0], sources[2], new[2] = (x.reshape(*x.shape[:-1], -1, 2) for x in (sources[0], sources[2], new[2]))
         memory[0] = keys.reshape(*keys.shape[:-1], -1, 2)
     kernel = plgpu.kernel(
         kv_write_kernel,
@@ -158,17 +170,17 @@ def run(
     )
 
     @jax.custom_batching.sequential_vmap
-    def in_place(new: list[Array], indices: list[Array], memory: list[Array]) -> list[Array]:
+    def in_place(sources: list[Array], indices: list[Array], memory: list[Array], turned: list[Array]) -> list[Array]:
         # As a reference the memory is the same operand of the kernel, read and written: XLA need not copy it.
         @pl.run_state
         def write(refs: Any) -> None:
-            results = kernel(*new, *indices, *refs[: len(memory)])
+            results = kernel(*sources, *indices, *refs[: len(memory)])
             for ref, result in zip(refs[len(memory) :], results, strict=True):
                 ref[...] = result
 
-        return write([*memory, *new[2:]])
+        return write([*memory, *turned])
 
-    keys, values, *others = in_place(new, indices, memory)
+    keys, values, *others = in_place(sources[: len(new)], indices, memory, new[2:])
     scales, turned = others[: len(memory) - 2], others[len(memory) - 2 :]
     q = turned[0].reshape(q.shape) if turned else q
     return q, keys.reshape(*keys.shape[:3], -1), values, *scales

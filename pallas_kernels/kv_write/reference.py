@@ -30,10 +30,17 @@ def rounded(numbers: Array, dtype: Any) -> Array:
     return (jnp.round(numbers) if jnp.dtype(dtype) == jnp.int8 else numbers).astype(dtype)
 
 
+def separate(q: Array, k: Array | None, v: Array | None, num_heads: int) -> tuple[Array, Array, Array]:
+    """q, k and v; where k and v are `None`, of the fused projection that comes as q: its first `num_heads` are q's."""
+    if k is None or v is None:
+        q, k, v = jnp.split(q, (num_heads, (num_heads + q.shape[1]) // 2), axis=1)
+    return q, k, v
+
+
 def rotary_kv_write_reference(
     q: Float[Array, "T H D"],
-    k: Float[Array, "T K D"],
-    v: Float[Array, "T K Dv"],
+    k: Float[Array, "T K D"] | None,
+    v: Float[Array, "T K Dv"] | None,
     keys: Float[Array, "R K L D"],
     values: Float[Array, "R K L Dv"],
     rows: Int[Array, " T"],
@@ -45,8 +52,10 @@ def rotary_kv_write_reference(
     *,
     rotary: Rotary | None,
     ascending: bool,
+    num_heads: int = 0,
 ) -> tuple[Array, ...]:
-    """See `rotary_kv_write`."""
+    """See `rotary_kv_write`, and `rotary_kv_write_fused`, whose qkv comes as q, without k and v."""
+    q, k, v = separate(q, k, v, num_heads)
     if rotary is not None:
         q, k = (apply_rotary(x, positions, lengths, rotary) for x in (q, k))
 

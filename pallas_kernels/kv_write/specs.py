@@ -32,32 +32,32 @@ _MODELS = (
 
 
 def argument_specs() -> tuple[ArgumentSpec, ...]:
-    """Decoding 1, 8 and 64 sequences and a prompt of 2048 tokens, in contiguous memory and in pages."""
+    """Decoding 1, 8 and 64 sequences and a prompt of 2048 tokens, in contiguous memory and in pages, and fused."""
     return tuple(
-        _spec(model, sequences, tokens, paged)
+        _spec(model, sequences, tokens, paged, fused)
         for model in _MODELS
         for sequences, tokens in ((1, 1), (8, 1), (64, 1), (1, 2048))
-        for paged in (False, True)
+        for paged, fused in ((False, False), (True, False), (False, True))
     )
 
 
-def _spec(model: _Model, sequences: int, tokens: int, paged: bool) -> ArgumentSpec:
-    """`tokens` new ones for each of `sequences`."""
+def _spec(model: _Model, sequences: int, tokens: int, paged: bool, fused: bool) -> ArgumentSpec:
+    """`tokens` new ones for each of `sequences`; with `fused`, q, k and v as one array."""
     total, pairs = sequences * tokens, model.rotary.dim // 2
     heads = 2 * model.heads + 4 * model.kv_heads  # q, k and v are read and written
     kind = f"decode B={sequences}" if tokens == 1 else f"prefill T={tokens}"
     return ArgumentSpec(
-        name=f"{model.name} {kind} {'paged' if paged else 'contiguous'} {model.dtype}",
-        make=_maker(model, sequences, tokens, paged),
+        name=f"{model.name} {kind} {'paged' if paged else 'contiguous'}{' fused' * fused} {model.dtype}",
+        make=_maker(model, sequences, tokens, paged, fused),
         bytes=total * (heads * model.dim * jnp.dtype(model.dtype).itemsize + 3 * 4) + pairs * 4,
         # Six to turn a pair; the phase, its sine and its cosine.
         flops=total * pairs * (6 * (model.heads + model.kv_heads) + 3),
-        static={"rotary": model.rotary, "ascending": not paged},
+        static={"rotary": model.rotary, "ascending": not paged} | ({"num_heads": model.heads} if fused else {}),
         in_place=(3, 4),  # keys, values
     )
 
 
-def _maker(model: _Model, sequences: int, tokens: int, paged: bool) -> Callable[[jax.Array], Arrays]:
+def _maker(model: _Model, sequences: int, tokens: int, paged: bool, fused: bool) -> Callable[[jax.Array], Arrays]:
     def make(key: jax.Array) -> Arrays:
         normal, starts, table = jax.random.split(key, 3)
         first = jax.random.randint(starts, (sequences,), 0, _CAPACITY - tokens + 1)
@@ -69,10 +69,11 @@ def _maker(model: _Model, sequences: int, tokens: int, paged: bool) -> Callable[
             shape = (sequences * pages, model.kv_heads, _PAGE, model.dim)
             rows = jax.random.permutation(table, shape[0])[rows * pages + positions // _PAGE]
         slots = positions % _PAGE if paged else positions
-        new = [(sequences * tokens, n, model.dim) for n in (model.heads, model.kv_heads, model.kv_heads)]
+        shapes = [(sequences * tokens, n, model.dim) for n in (model.heads, model.kv_heads, model.kv_heads)]
         keys = jax.random.split(normal, 3)
-        q, k, v = (jax.random.normal(k, s, jnp.dtype(model.dtype)) for k, s in zip(keys, new, strict=True))
+        q, k, v = (jax.random.normal(k, s, jnp.dtype(model.dtype)) for k, s in zip(keys, shapes, strict=True))
         memory = [jnp.zeros(shape, jnp.dtype(model.dtype)) for _ in range(2)]
-        return (q, k, v, *memory, rows, slots, positions, positions + 1, None, None)
+        new = (jnp.concatenate((q, k, v), axis=1), None, None) if fused else (q, k, v)
+        return (*new, *memory, rows, slots, positions, positions + 1, None, None)
 
     return make

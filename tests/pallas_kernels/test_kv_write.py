@@ -12,7 +12,7 @@ import pytest
 
 from jdsi.errors import UnsupportedError
 from jdsi.pallas_kernels.device import H200, target
-from jdsi.pallas_kernels.kv_write import rotary_kv_write
+from jdsi.pallas_kernels.kv_write import rotary_kv_write, rotary_kv_write_fused
 from jdsi.pallas_kernels.kv_write.api import ROTARY_KV_WRITE
 from jdsi.pallas_kernels.kv_write.pallas import candidates, run
 from jdsi.pallas_kernels.kv_write.specs import argument_specs
@@ -95,9 +95,19 @@ def oracle(arrays: dict[str, Any], rotary: Rotary | None) -> tuple[np.ndarray, .
     return q, keys, values
 
 
-def check(case: Case, seed: int = 0, **how: Any) -> None:
+def fused(arrays: dict[str, Any]) -> dict[str, Any]:
+    """The arguments with q, k and v as one array."""
+    rest = {name: array for name, array in arrays.items() if name not in ("q", "k", "v")}
+    return {"qkv": jnp.concatenate([jnp.asarray(arrays[name]) for name in ("q", "k", "v")], axis=1), **rest}
+
+
+def check(case: Case, seed: int = 0, *, as_one: bool = False, **how: Any) -> None:
     arrays = case.arrays(seed)
-    results = jax.jit(partial(rotary_kv_write, rotary=case.rotary, **how))(**arrays)
+    if as_one:
+        write = partial(rotary_kv_write_fused, num_heads=case.heads, rotary=case.rotary, **how)
+        results = jax.jit(write)(**fused(arrays))
+    else:
+        results = jax.jit(partial(rotary_kv_write, rotary=case.rotary, **how))(**arrays)
     for ours, theirs in zip(results, oracle(arrays, case.rotary), strict=True):
         assert relative_error(ours, theirs) <= RELATIVE[case.dtype]
     assert [x.dtype for x in results] == [arrays[name].dtype for name in ("q", "keys", "values")]
@@ -142,6 +152,54 @@ def test_reference_agrees_with_float64(name: str) -> None:
 def test_kernel_agrees_with_float64(name: str) -> None:
     with interpreted_or_gpu():
         check(CASES[name], seed=1, implementation="pallas")
+
+
+FUSED = {
+    name: CASES[name]
+    for name in (
+        "llama",
+        "llama-fp16",
+        "gpt-j",
+        "neox",
+        "opt",
+        "falcon",
+        "few-heads",
+        "one-token",
+        "many-tokens",
+        "ntk",
+    )
+} | {
+    "interleaved-gqa-pages": Case(
+        tokens=5, heads=6, dim=128, value_dim=128, rotary=Rotary(32, interleaved=True), rows=8, slots=2
+    ),
+    "one-kv-head": Case(tokens=7, heads=5, kv_heads=1, rotary=Rotary(32), memory="float32"),
+    "float32": CASES["float32"],
+}
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_kernel_takes_the_fused_projection(name: str) -> None:
+    with interpreted_or_gpu():
+        check(FUSED[name], seed=2, as_one=True, implementation="pallas")
+
+
+@pytest.mark.parametrize("memory", [None, "int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("implementation", ["xla", "pallas"])
+def test_fused_or_not_is_the_same_to_the_bit(implementation: Any, memory: str | None) -> None:
+    case = dataclasses.replace(FUSED["interleaved-gqa-pages"], memory=memory)
+    arrays = case.arrays()
+    how: dict[str, Any] = {"rotary": case.rotary, "implementation": implementation}
+    with interpreted_or_gpu():
+        apart = jax.jit(partial(rotary_kv_write, **how))(**arrays)
+        whole = jax.jit(partial(rotary_kv_write_fused, num_heads=case.heads, **how))(**fused(arrays))
+    for a, b in zip(apart, whole, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(("heads", "reason"), [(8, "8 heads, 8 of them"), (0, "8 heads, 0 of them"), (3, "an odd")])
+def test_heads_that_q_leaves_are_counted(heads: int, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        rotary_kv_write_fused(**fused(Case().arrays()), num_heads=heads, rotary=None)
 
 
 @pytest.mark.parametrize(
@@ -339,7 +397,26 @@ def test_too_many_rotated_dimensions_are_named() -> None:
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize("spec", argument_specs()[::3], ids=lambda spec: spec.name)
+@pytest.mark.parametrize("rotary", [Rotary(128), Rotary(64, interleaved=True), None], ids=["llama", "gpt-j", "none"])
+def test_a_fused_projection_is_not_copied(rotary: Rotary | None) -> None:
+    case = Case(tokens=8, heads=32, kv_heads=8, dim=128, value_dim=128, rows=8, slots=512, rotary=rotary)
+    shapes = jax.eval_shape(lambda: {name: jnp.asarray(x) for name, x in fused(case.arrays()).items()})
+    memory = {name: shapes.pop(name) for name in ("keys", "values")}
+
+    def step(memory: Any, qkv: Any, rest: Any) -> Any:
+        """As a model has it: the projection is a matrix, and what follows wants q alone."""
+        qkv = qkv.reshape(8, -1, 128)
+        return rotary_kv_write_fused(qkv, 32, **memory, **rest, rotary=rotary, implementation="pallas")
+
+    flat = jax.ShapeDtypeStruct((8, 48 * 128), shapes.pop("qkv").dtype)
+    text = compile_for_h200(step, memory, flat, shapes, donate=(0,)).text
+    assert text.count('custom_call_target="mosaic_gpu') == 1
+    assert not re.findall(r"= bf16\[\S* (?:copy|fusion|slice|broadcast)\(", text)
+
+
+# Every fourth: of the three kinds of memory in turn.
+@pytest.mark.aot
+@pytest.mark.parametrize("spec", argument_specs()[::4], ids=lambda spec: spec.name)
 def test_compiles_for_the_h200_without_spills(spec: Any) -> None:
     compiled = compile_for_h200(partial(ROTARY_KV_WRITE, implementation="pallas", **spec.static), *spec.abstract())
     assert compiled.registers > 0
