@@ -28,6 +28,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ..attention.form import AttentionForm
 from ..attention.tile import Softmax, finish, start, tile_scores
+from ..mosaic import store
 from .plan import ROWS, Inputs, Plan
 from .tiles import Memory, visible_tiles
 
@@ -35,7 +36,7 @@ _BY_COLUMN, _BY_ROW = plgpu.Layout.WGMMA.reduce(0), plgpu.Layout.WGMMA.reduce(1)
 
 
 def body(plan: Plan, inputs: Inputs, out: Any, lse: Any, memory: dict[str, Any]) -> None:
-    """Writes one part's result to `out[split, row, value dim, column]` and its logarithm to `lse[split, row, column]`.
+    """Writes one part's result to `out[split, row, column, value dim]` and its logarithm to `lse[split, row, column]`.
 
     A part without visible keys writes zeros and -inf.
     """
@@ -62,11 +63,13 @@ def body(plan: Plan, inputs: Inputs, out: Any, lse: Any, memory: dict[str, Any])
     plgpu.barrier_wait(memory["q_ready"])
     sums, state = block.attend()
     scale, logarithm = finish(state)
-    _store(out.at[split, row, block.values, columns], sums * lax.broadcast_in_dim(scale, sums.shape, [1]))
+    sums *= lax.broadcast_in_dim(scale, sums.shape, [1])
+    # Transposed, each thread has numbers that are neighbours in `out`.
+    store(out.at[split, row, columns, block.values].T, plgpu.layout_cast(sums, plgpu.Layout.WGMMA_TRANSPOSED))
 
     @_on_leader(group)
     def _() -> None:
-        _store(lse.at[split, row, columns], logarithm)
+        store(lse.at[split, row, columns], logarithm)
 
 
 @dataclasses.dataclass
@@ -313,10 +316,3 @@ def _by_row(scales: Any, shape: tuple[int, ...]) -> jax.Array:
 def _first_rows(x: jax.Array, count: jax.Array) -> jax.Array:
     row = plgpu.broadcasted_iota(jnp.int32, x.shape, 0, layout=plgpu.Layout.WGMMA)
     return jnp.where(row < count, x, jnp.zeros((), x.dtype))
-
-
-def _store(ref: Any, value: jax.Array) -> None:
-    if hasattr(plgpu, "store"):  # from jax 0.12 on, plain assignment refuses what is not perfectly coalesced
-        plgpu.store(ref, value, optimized=False)
-    else:
-        ref[...] = value

@@ -10,10 +10,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
 from ..attention.form import AttentionForm
-from ..attention.tile import combine, why_not_form
+from ..attention.tile import why_not_form
 from ..device import Device
 from ..operator import Config
 from .body import body
+from .combine import combine, padded
 from .plan import ROWS, Inputs, Plan, default_tiling, width_of_values
 
 
@@ -147,14 +148,14 @@ def run(
         left = iter(arrays)
         body(plan, Inputs(*(next(left) if there else None for there in given)), out, lse, memory)
 
-    parts = (plan.tiling.splits, batch * kv_heads)
+    parts = (padded(plan.tiling.splits), batch * kv_heads)
     threads: dict[str, Any] = {}
     if plan.warpgroups > 1:
         threads = {"num_threads": plan.warpgroups, "thread_name": "warpgroup"}
     outs, lses = plgpu.kernel(
         decode_kernel,
         out_type=[
-            jax.ShapeDtypeStruct((*parts, plan.value_rows, width), jnp.float32),
+            jax.ShapeDtypeStruct((*parts, width, plan.value_rows), jnp.float32),
             jax.ShapeDtypeStruct((*parts, width), jnp.float32),
         ],
         # Blocks that read the same keys stand side by side, to find them in the cache.
@@ -164,12 +165,8 @@ def run(
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=plan.reduction_bytes),
         **threads,
     )(*(x for x in inputs if x is not None))
-    # [splits, B, K, Dv, S, G] and the same without Dv.
-    outs = outs[:, :, :values, : length * group].reshape(-1, batch, kv_heads, values, length, group)
-    lses = lses[:, :, : length * group].reshape(-1, batch, kv_heads, length, group)
-    out, lse = combine(outs.transpose(0, 1, 4, 2, 5, 3), lses.transpose(0, 1, 3, 2, 4))
-    out = out.reshape(batch, length, heads, values).astype(q.dtype)
-    return (out, lse.reshape(batch, length, heads)) if return_lse else out
+    out, lse = combine(outs, lses, plan.tiling.splits, (batch, length, heads, values), q.dtype, return_lse)
+    return (out, lse) if return_lse else out
 
 
 def _by_kv_head(q: Array, kv_heads: int, width: int) -> Array:

@@ -141,7 +141,7 @@ def test_parts_of_the_keys_combine() -> None:
 
 
 def test_batching_maps_the_kernel() -> None:
-    case = Case((70,), capacity=128)
+    case = Case((300,), capacity=512)  # in two parts
     several = [make(case, "bfloat16", seed) for seed in (0, 1)]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *several)
     with kernels():
@@ -151,7 +151,7 @@ def test_batching_maps_the_kernel() -> None:
 
 
 def test_heads_on_several_devices() -> None:
-    case = Case((70,), capacity=128)
+    case = Case((300,), capacity=512)  # in two parts
     arrays = make(case, "bfloat16")
     mesh = Mesh(np.array(jax.devices()[:1]), ("tensor",))
     heads = {"q": PartitionSpec(None, None, "tensor"), "k": PartitionSpec(None, "tensor")}
