@@ -14,6 +14,7 @@ from jdsi.errors import ConfigError, UnsupportedError, nearest
 
 from . import tuning
 from .device import Device, current_device, has_target
+from .varying import vary_like
 
 Implementation = Literal["xla", "pallas", "triton"]
 IMPLEMENTATIONS: tuple[Implementation, ...] = get_args(Implementation)
@@ -144,7 +145,7 @@ class Operator:
         *,
         wherever: bool,
     ) -> Any:
-        config = tuned["config"] if tuned.get("implementation") == name else None
+        config = tuned.get("config") if tuned.get("implementation") == name else None
         choice = _Choice(
             self, name, device, _items(static), None if config is None else _items(config), wherever=wherever
         )
@@ -176,7 +177,20 @@ def _traced_once(choice: _Choice) -> Callable[..., Any]:
     static = dict(choice.static)
     config = None if choice.config is None else dict(choice.config)
     reference = partial(choice.operator.reference, **static)
-    kernel = partial(choice.operator.module(choice.kernel).run, device=choice.device, config=config, **static)
+    run_kernel = partial(choice.operator.module(choice.kernel).run, device=choice.device, config=config, **static)
+
+    def kernel(*arrays: Any) -> Any:
+        try:
+            with jax.enable_x64(False):  # kernels count in 32 bits, whatever the program around them does
+                return vary_like(run_kernel(*arrays), arrays)
+        except (TypeError, ValueError) as error:
+            if config is None:
+                raise
+            # A table outlives the version of the kernel that it was made for.
+            raise ConfigError(
+                f"{choice.operator.name}: the tuning table's configuration {config} does not suit the kernel "
+                f"{choice.kernel!r} ({error}); tune again, or remove it from {tuning.user_table()}"
+            ) from error
 
     def forward(*arrays: Any) -> Any:
         if choice.wherever:

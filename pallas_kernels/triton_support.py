@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from .device import Device
+from .varying import vary_like
 
 # The oldest PTX that knows all GPUs from sm_80 to sm_90a. Triton's own choice is the newest that its assembler takes,
 # which the assembler that JAX finds may not know yet.
@@ -82,10 +83,7 @@ def launch(
         given = [next(arrays) if isinstance(x, jax.Array) else x for x in operands]
         return _call(kernel, given, tuple(out), grid, device, warps, stages, constants)
 
-    varying = frozenset[Any]().union(*(jax.typeof(x).manual_axis_type.varying for x in present))
-    return [
-        jax.lax.pcast(y, tuple(varying - jax.typeof(y).manual_axis_type.varying), to="varying") for y in call(*present)
-    ]
+    return vary_like(call(*present), present)
 
 
 def _call(

@@ -23,9 +23,23 @@ def user_table() -> Path:
 def lookup(device: str, operator: str, bucket: str) -> Mapping[str, Any] | None:
     """The entry `{"implementation", "config", "microseconds"}`; the user's table goes before the package's."""
     for path in (user_table(), PACKAGED):
-        if entry := _read(path).get(device, {}).get(operator, {}).get(bucket):
-            return entry
+        entry: Any = _read(path)
+        for key in (device, operator, bucket):
+            entry = entry.get(key, {}) if isinstance(entry, dict) else None
+        if entry == {}:
+            continue
+        if not isinstance(entry, dict) or not _is_config(entry.get("config")):
+            raise ConfigError(
+                f"tuning table {path}: the entry {device!r}, {operator!r}, {bucket!r} is damaged: {entry!r}"
+            )
+        return entry
     return None
+
+
+def _is_config(config: Any) -> bool:
+    if config is None:
+        return True
+    return isinstance(config, dict) and all(isinstance(value, bool | int | float | str) for value in config.values())
 
 
 def record(path: Path, device: str, operator: str, bucket: str, entry: Mapping[str, Any]) -> None:

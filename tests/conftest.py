@@ -1,6 +1,8 @@
 """Settings every test runs under."""
 
+import importlib.util
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,8 @@ ON_GPU = os.environ.get("JDSI_TEST_GPU") == "1"
 if not ON_GPU:
     # The CUDA libraries that PyTorch brings must not make JAX look for a GPU.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    # The CUDA plugin is here only to compile with: it must not look for a driver.
+    # Where .ci/install puts the CUDA compiler. It is here only to compile with: it must not look for a driver.
+    sys.path.append(str(Path(sys.prefix) / "cuda-compiler"))
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 # A kernel's warpgroups are threads in the interpreter, and they wait for each other: on a machine with fewer cores than
 # warpgroups XLA's thread pool would not run them all, and the test would never end.
@@ -32,6 +35,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Skips, with the way to run them, the tests this run leaves out; `-m` naming a marker is a request to run them."""
     asked = config.getoption("markexpr")
     left_out = {}
+    if not ON_GPU and importlib.util.find_spec("jax_cuda13_plugin") is None:
+        left_out["aot"] = "needs the CUDA compiler, extra `aot`"
     if not config.getoption("slow") and "slow" not in asked:
         left_out["slow"] = "slow: run with `make test-all`"
     if not ON_GPU:

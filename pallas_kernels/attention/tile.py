@@ -5,7 +5,9 @@ loop is: scores of a tile, `tile_scores`, `update`, rescale the accumulator, add
 `combine` where the keys were split among blocks.
 
 Scores stay scaled by a static `factor` below the base-2 logarithm of the weights: `weight = 2 ** (scores * factor -
-top)` is one fused multiply-add and one exponential, so the scale of the softmax costs no multiplication of its own.
+top)` is one fused multiply-add and one exponential, so the scale of the softmax costs no multiplication of its own. The
+price: `top` is rounded, so weights are off by `2 ** (ulp(top) / 2)`, a thousandth at logarithms of 10^4, and
+lose their meaning from 10^7 on, where no model goes.
 """
 
 import math

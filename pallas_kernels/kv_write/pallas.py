@@ -18,8 +18,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from ..device import Device
+from ..mosaic import not_hopper
 from ..operator import Config
 from ..rotary import Rotary, rotary_frequencies
+from ..varying import varying_axes
 from .quantized import quantize_parts
 from .reference import LARGEST, separate
 from .spread import THREADS, Part, Spread, one_each, store
@@ -64,8 +66,12 @@ def why_not(
     num_heads: int = 0,
 ) -> str | None:
     """See `KernelModule.why_not`."""
-    if device.capability[0] != 9:
-        return f"it is written for Hopper GPUs, not {device.kind}"
+    if reason := not_hopper(device):
+        return reason
+    if varying_axes((q, k, v, keys, values, rows, slots)):
+        return (
+            "memory whose type differs over a mesh axis cannot be written in place; use shard_map(..., check_vma=False)"
+        )
     new = (("qkv", q),) if k is None or v is None else (("q", q), ("k", k), ("v", v))
     for name, array in (*new, ("keys", keys), ("values", values)):
         if array.dtype not in _FLOATS and not (name in ("keys", "values") and array.dtype in LARGEST):

@@ -99,8 +99,8 @@ class QuantizedWeight:
     def __post_init__(self) -> None:
         if not hasattr(self.values, "dtype"):  # placeholders, when JAX handles the pytree's structure
             return
-        if getattr(self.values, "ndim", 0) != 2:
-            return  # batched by a transformation
+        if getattr(self.values, "ndim", 0) != 2 or self.values.dtype == jax.dtypes.float0:
+            return  # batched by a transformation, or a tangent
         form = self.format
         if self.values.dtype != _STORED[form.kind]:
             raise ValueError(

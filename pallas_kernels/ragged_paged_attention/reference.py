@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ..attention.form import AttentionForm
+from ..varying import vary_like
 from .blocks import query_blocks
 
 _BLOCK = 16  # tokens that share one copy of their sequence's pages
@@ -74,7 +75,8 @@ def ragged_paged_attention(
         return (out / total.T[..., None]).astype(q.dtype), lse.T
 
     def none(*_: Array) -> tuple[Array, Array]:
-        return jnp.zeros((_BLOCK, heads, v_pages.shape[3]), q.dtype), jnp.full((_BLOCK, heads), -jnp.inf)
+        empty = jnp.zeros((_BLOCK, heads, v_pages.shape[3]), q.dtype), jnp.full((_BLOCK, heads), -jnp.inf, jnp.float32)
+        return vary_like(empty, (q, k_pages, v_pages, block_tables, q_offsets, k_lengths))
 
     @jax.checkpoint
     def step(block: tuple[Array, ...]) -> tuple[Array, Array]:
@@ -82,7 +84,7 @@ def ragged_paged_attention(
         return jax.lax.cond((count > 0) & (sequence < sequences), one, none, sequence, token, position)
 
     if tokens == 0:
-        out, lse = jnp.zeros((0, heads, v_pages.shape[3]), q.dtype), jnp.zeros((0, heads))
+        out, lse = jnp.zeros((0, heads, v_pages.shape[3]), q.dtype), jnp.zeros((0, heads), jnp.float32)
     else:
         parts = jax.lax.map(step, (blocks.sequence, blocks.token, blocks.tokens, blocks.position))
         place = blocks.of_token, jnp.arange(tokens) - blocks.token[blocks.of_token]

@@ -129,3 +129,40 @@ def test_device_follows_target_and_interpreter() -> None:
         assert current_device() == Device(H200.kind, "cuda", (9, 0), 3, H200.shared_memory)
     with jax.default_device(jax.devices("cpu")[0]):
         assert current_device().platform == "cpu"
+
+
+def test_shard_map_knows_that_results_differ(operator: Operator) -> None:
+    """With its default check, which the plain reference passes too, however the kernel was chosen."""
+    mesh = jax.make_mesh((1,), ("t",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("t")
+    for name in (None, "pallas"):
+        run = jax.shard_map(
+            lambda x, name=name: operator(x, None, power=3, implementation=name),
+            mesh=mesh,
+            in_specs=spec,
+            out_specs=spec,
+        )
+        with target(H200):
+            np.testing.assert_array_equal(jax.jit(run)(ones(2)), [101, 101])
+
+
+def test_kernels_count_in_32_bits(operator: Operator) -> None:
+    with jax.enable_x64(True), target(H200):
+        assert operator(jnp.ones(2, jnp.float32), None, power=3)[0] == 101
+
+
+def test_entries_without_a_config_or_of_another_kind_are_named_or_ignored(operator: Operator) -> None:
+    path = tuning.user_table()
+    for entry, message in (
+        ({"implementation": "pallas"}, None),
+        ("pallas", "n=2"),
+        ({"implementation": "pallas", "config": [1]}, "n=2"),
+    ):
+        path.write_text(json.dumps({H200.kind: {"cube": {"n=2": entry}}}))
+        tuning._read.cache_clear()
+        with target(H200):
+            if message is None:
+                assert operator(ones(2), None, power=3)[0] == 101
+            else:
+                with pytest.raises(ConfigError, match=message):
+                    operator(ones(2), None, power=3)
