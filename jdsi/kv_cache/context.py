@@ -34,6 +34,15 @@ class AttentionContext(Protocol):
         """
         ...
 
+    def attend_fused(
+        self, layer: int, qkv: Float[Array, "T H+2*K D"], num_heads: int, form: AttentionForm
+    ) -> tuple[Float[Array, "T H D"], Self]:
+        """`attend` where q's `num_heads` heads, then k's, then v's are one array, as one projection gave them.
+
+        A context that writes to memory can take them from there: cut out, each would first be copied.
+        """
+        ...
+
     def commit(self) -> Self:
         """The context after the last layer of a call: the call's tokens are now part of their sequences."""
         ...

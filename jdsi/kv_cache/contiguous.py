@@ -1,7 +1,8 @@
 """Contiguous KV memory for dense batches: one row of fixed capacity per sequence."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Self
 
 import jax
@@ -9,7 +10,13 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from jdsi.pallas_kernels import AttentionForm, decode_attention, prefill_attention, rotary_kv_write
+from jdsi.pallas_kernels import (
+    AttentionForm,
+    decode_attention,
+    prefill_attention,
+    rotary_kv_write,
+    rotary_kv_write_fused,
+)
 
 _FEW = 16  # new tokens per row up to which the memory is read once for all of them
 
@@ -89,15 +96,22 @@ class ContiguousContext:
         form: AttentionForm,
     ) -> tuple[Float[Array, "T H Dv"], Self]:
         """See `AttentionContext.attend`; writes the new keys and values, then attends to all so far."""
+        return self._attend(layer, partial(rotary_kv_write, q, k, v), form)
+
+    def attend_fused(
+        self, layer: int, qkv: Float[Array, "T H+2*K D"], num_heads: int, form: AttentionForm
+    ) -> tuple[Float[Array, "T H D"], Self]:
+        """See `AttentionContext.attend_fused`."""
+        return self._attend(layer, partial(rotary_kv_write_fused, qkv, num_heads), form)
+
+    def _attend(self, layer: int, write: Callable[..., tuple[Array, ...]], form: AttentionForm) -> tuple[Array, Self]:
+        """`write` is the operator, given the new q, k and v."""
         if not form.causal:
             raise ValueError("a KV cache needs causal attention; encoders use PackedContext")
         # Padding is written nowhere: its slots lie past the capacity, each on its own, so that slots still ascend.
         real = (jnp.arange(self.new_tokens) < self.new_lengths[:, None]).reshape(-1)
         slots = jnp.where(real, self.positions, self.capacity + self.positions)
-        q, keys, values = rotary_kv_write(
-            q,
-            k,
-            v,
+        q, keys, values = write(
             self.keys[layer],
             self.values[layer],
             rows=jnp.repeat(jnp.arange(self.batch, dtype=jnp.int32), self.new_tokens),

@@ -95,6 +95,13 @@ class PackedContext:
             out = prefill_attention(*rows, form, q_segments=segments, k_segments=segments)
         return out.reshape(q.shape[0], *out.shape[2:]), self
 
+    def attend_fused(
+        self, layer: int, qkv: Float[Array, "T H+2*K D"], num_heads: int, form: AttentionForm
+    ) -> tuple[Float[Array, "T H D"], Self]:
+        """See `AttentionContext.attend_fused`."""
+        q, k, v = jnp.split(qkv, (num_heads, (num_heads + qkv.shape[1]) // 2), axis=1)
+        return self.attend(layer, q, k, v, form)
+
     def commit(self) -> Self:
         """See `AttentionContext.commit`; there is nothing to remember."""
         return self

@@ -56,13 +56,13 @@ class Attention(nnx.Module):
         self, x: Hidden, context: AttentionContext, *, norm: Norm | None = None, residual: Hidden | None = None
     ) -> tuple[Hidden, AttentionContext]:
         """`residual + attention(norm(x))`, and the context that remembers the tokens."""
-        tokens, dim = x.shape[0], self.spec.head_dim
-        q_rows, k_rows, _ = self.spec.qkv_rows
-        q, k, v = jnp.split(self.qkv(x, norm=norm), (q_rows, q_rows + k_rows), axis=-1)
-        q, k, v = (part.reshape(tokens, -1, dim) for part in (q, k, v))
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        out, context = context.attend(self.layer, q, k, v, self.form)
+        tokens, heads, kv_heads = x.shape[0], self.spec.num_heads, self.spec.num_kv_heads
+        qkv = self.qkv(x, norm=norm).reshape(tokens, -1, self.spec.head_dim)
+        if self.q_norm is None or self.k_norm is None:
+            out, context = context.attend_fused(self.layer, qkv, heads, self.form)
+        else:
+            q, k, v = jnp.split(qkv, (heads, heads + kv_heads), axis=1)
+            out, context = context.attend(self.layer, self.q_norm(q), self.k_norm(k), v, self.form)
         return self.out(out.reshape(tokens, -1), residual=residual), context
 
 

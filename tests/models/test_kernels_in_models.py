@@ -11,14 +11,15 @@ import pytest
 import transformers
 from flax import nnx
 from jaxtyping import Array
-from accumulators import accumulators
-from kernels import compile_for_h200, interpreted, relative_error
 
 import jdsi
+from accumulators import accumulators
 from jdsi.kv_cache import ContiguousContext
 from jdsi.models import Transformer, TransformerSpec
 from jdsi.models.families import family_for
 from jdsi.pallas_kernels import default_implementation
+from kernels import compile_for_h200, relative_error
+from linear_cases import kernels_run
 
 Step = Callable[[list[Array], Array, ContiguousContext], tuple[Array, ContiguousContext]]
 
@@ -85,7 +86,7 @@ def test_a_small_model_interpreted_equals_xla(family: str) -> None:
         return [np.asarray(first).reshape(2, 6, -1)[real], np.asarray(second)]
 
     expected = run()
-    with interpreted(), accumulators():
+    with kernels_run(), accumulators():
         for ours, theirs in zip(run(), expected, strict=True):
             assert relative_error(ours, theirs) < 2e-2
 
@@ -124,6 +125,13 @@ def test_a_step_compiles_for_the_h200(family: str, settings: dict, batch: int, t
     # The cache is updated in place: nothing of its shape is copied.
     cache = f"{batch},{spec.kv_heads[0][0]},2048,{spec.kv_heads[0][1]}"
     assert not re.findall(rf"= bf16\[{cache}\]\S* (?:copy|fusion)\(", compiled.text)
+    # The write reads q, k and v from the fused projection: no fusion takes that to cut it, and nothing copies it.
+    attention = spec.layers[0].attention
+    heads, dim = attention.num_heads + 2 * attention.num_kv_heads, attention.head_dim
+    projection = rf"bf16\[{batch * tokens},(?:{heads * dim}|{heads},{dim}|{heads},{dim // 2},2)\]"
+    writes = re.findall(rf"operand_layout_constraints={{(?:{projection}\S* ){{3}}s32", compiled.text)
+    assert len(writes) == len(spec.layers)
+    assert not re.findall(rf"= {projection}\S* (?:parameter|copy)\(", compiled.text)
 
 
 @pytest.mark.gpu
