@@ -26,6 +26,13 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return raw[start : start + nbytes].view(dtype).reshape(shape)
 
 
+def aligned_copy(array: np.ndarray) -> np.ndarray:
+    """A copy of an array in memory of its own, as `aligned_empty` makes it."""
+    out = aligned_empty(array.shape, array.dtype)
+    np.copyto(out, array)
+    return out
+
+
 def is_float(dtype: np.dtype) -> bool:
     """Whether `dtype` is a floating-point type, narrow ones (bfloat16, fp8) included."""
     return bool(jnp.issubdtype(dtype, jnp.floating))

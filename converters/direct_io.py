@@ -82,6 +82,8 @@ class DirectReader:
             self._open(file).check_unchanged()
         for done in [self._pool.submit(self._read_chunk, chunk, out) for chunk in chunks]:
             done.result()
+        for file in {chunk.file for chunk in chunks}:  # while they were read
+            self._open(file).check_unchanged()
 
     def close(self) -> None:
         """Closes the files; reads in progress finish first."""
@@ -119,6 +121,7 @@ class DirectReader:
 class _File:
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._lock = threading.Lock()
         flags = os.O_RDONLY | os.O_CLOEXEC
         try:
             self.direct = hasattr(os, "O_DIRECT")
@@ -142,17 +145,18 @@ class _File:
         """Fills `out` from `offset`, at least its first `needed` bytes; the file may end behind those."""
         done = 0
         while done < needed:
+            direct = self.direct  # other threads may be finding out that it is refused
             try:
                 count = os.preadv(self._descriptor, [out[done:]], offset + done)
             except OSError as error:
-                if error.errno == errno.EINVAL and self.direct and done == 0:
+                if error.errno == errno.EINVAL and direct:
                     self._fall_back()
                     continue
                 raise CheckpointError(f"{self.path}: reading at byte {offset + done}: {error.strerror}") from error
             if count == 0:
                 raise CheckpointError(f"{self.path} ends at byte {offset + done}; it was cut short")
             done += count
-            if self.direct and done < needed and done % PAGE:
+            if direct and done < needed and done % PAGE:
                 done -= done % PAGE  # O_DIRECT goes on from a whole page
                 if count < PAGE:
                     raise CheckpointError(f"{self.path} ends at byte {offset + done + count}; it was cut short")
@@ -162,10 +166,12 @@ class _File:
 
     def _fall_back(self) -> None:
         """Opens without O_DIRECT: some file systems refuse it only when read from."""
-        replacement = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        os.dup2(replacement, self._descriptor, inheritable=False)
-        os.close(replacement)
-        self.direct = False
+        with self._lock:
+            if self.direct:
+                replacement = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+                os.dup2(replacement, self._descriptor, inheritable=False)
+                os.close(replacement)
+                self.direct = False
 
     def close(self) -> None:
         os.close(self._descriptor)

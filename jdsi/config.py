@@ -100,8 +100,9 @@ class InferenceConfig:
             if key in _DEEPSPEED_HOW:
                 continue
             if key == "zero":
-                settings.update(_zero(value))
-                continue
+                key, value = "offload", _zero(value)
+                if value is None:
+                    continue
             if key in _DEEPSPEED_ONLY:
                 _DEEPSPEED_ONLY[key](key, value)
                 continue
@@ -142,18 +143,18 @@ def _off(key: str, value: Any) -> None:
         )
 
 
-def _zero(value: Any) -> dict[str, Any]:
-    """Our settings for DeepSpeed's `zero`: its stage 3 with `offload_param` is what `offload` does here."""
+def _zero(value: Any) -> str | None:
+    """What DeepSpeed's `zero` says of `offload`: its stage 3 with `offload_param` is what that does here."""
     settings = value or {}
     if not isinstance(settings, Mapping):
         raise ConfigError(f"config key 'zero'={value!r} must be an object with offload_param")
     where = settings.get("offload_param") or {}
     device = where.get("device", "none") if isinstance(where, Mapping) else where
     if device in ("none", None):
-        return {}
-    if device not in _ZERO_DEVICES:
+        return None
+    if not isinstance(device, str) or device not in _ZERO_DEVICES:
         raise ConfigError(f"config key 'zero' asks for offload_param.device={device!r}; known: none, cpu, nvme")
-    return {"offload": _ZERO_DEVICES[device]}
+    return _ZERO_DEVICES[device]
 
 
 def _only(right: Any) -> Callable[[str, Any], None]:

@@ -58,6 +58,8 @@ def test_dtype_names(name: str, dtype: str) -> None:
         ({"moe": {"enabled": True}}, "moe"),
         ({"quant": {"enabled": True}}, "quant"),
         ({"zero": {"stage": 3, "offload_param": {"device": "tape"}}}, "offload_param.device='tape'"),
+        ({"offload": "nvme", "zero": {"offload_param": {"device": "cpu"}}}, "contradicts"),
+        ({"zero": {"offload_param": {"device": ["cpu"]}}}, "offload_param.device"),
         ({"offload": "nvm"}, "did you mean 'nvme'"),
         ({"memory_limit": "2GiB"}, "memory_limit is for offload"),
         ({"offload": "nvme", "memory_limit": "much"}, "size 'much'"),

@@ -171,6 +171,8 @@ class _Pass:
 class _MappedSource:
     """Blocks copied out of a memory-mapped file whose cache is dropped first: the simplest way to run from disk."""
 
+    needs_memory = True
+
     def __init__(self, file: Path) -> None:
         self._file = file
         self._mapped = np.memmap(file, np.uint8, "r")

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -122,9 +122,10 @@ class ContiguousContext:
             ascending=True,
         )
         q = q.reshape(self.batch, self.new_tokens, *q.shape[1:])
+        out: Any  # a pair only where logarithms are asked for
         if self.empty and self.new_tokens > 1:
-            seen = (memory[:, :, : self.new_tokens] for memory in (keys, values))
-            out = prefill_attention(q, *seen, form)
+            k, v = (memory[:, :, : self.new_tokens] for memory in (keys, values))
+            out = prefill_attention(q, k, v, form)
         elif self.new_tokens <= _FEW:
             out = decode_attention(q, keys, values, form, q_start=self.lengths)
         else:

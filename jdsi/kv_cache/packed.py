@@ -1,7 +1,7 @@
 """Attention without a cache over packed sequences: encoders, training, scoring."""
 
 import dataclasses
-from typing import Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -92,7 +92,7 @@ class PackedContext:
             out = attention(*rows, form, **self._masks(), aligned=True)
         else:
             segments = self._in_rows(self.segments)
-            out = prefill_attention(*rows, form, q_segments=segments, k_segments=segments)
+            out: Any = prefill_attention(*rows, form, q_segments=segments, k_segments=segments)
         return out.reshape(q.shape[0], *out.shape[2:]), self
 
     def attend_fused(

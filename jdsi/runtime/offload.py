@@ -1,9 +1,8 @@
 """Choosing where a model's weights live, and the executor that runs them from there."""
 
+import contextlib
 import dataclasses
-import math
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -14,11 +13,10 @@ from jdsi.errors import CapacityError
 from jdsi.models import TransformerSpec
 from jdsi.pallas_kernels.operator import Implementation
 
-from .memory import available_host_memory, available_memory, used_memory
-from .residency import Residency, plan_residency
+from .memory import available_host_memory, available_memory
+from .residency import Residency, least_bytes, plan_residency
 from .shapes import capacity_bucket
 from .streamed import StreamedExecutor
-from .weight_stream import DiskSource
 
 PROCESS_BYTES = 400 << 20
 """What Python, JAX and the compiled programs take beside weights and KV."""
@@ -27,20 +25,18 @@ PROCESS_BYTES = 400 << 20
 class HostSource:
     """Blocks that stay in host memory, pinned where the device is a GPU, and go to the device for every pass."""
 
-    def __init__(self, blocks: list[Block]) -> None:
-        self._reader = DirectReader()
-        self._blocks = {block.name: self._load(block) for block in blocks}
-        self._reader.close()
+    needs_memory = False
 
-    def _load(self, block: Block) -> Mapping[str, np.ndarray | jax.Array]:
+    def __init__(self, blocks: Sequence[Block]) -> None:
+        with contextlib.closing(DirectReader()) as reader:
+            self._blocks = {block.name: self._load(reader, block) for block in blocks}
+
+    def _load(self, reader: DirectReader, block: Block) -> Mapping[str, np.ndarray | jax.Array]:
         memory = PageBuffer(block.nbytes).bytes
-        self._reader.read(block.segments, memory)
-        arrays = block.arrays(memory)
-        if jax.default_backend() == "cpu":
-            return arrays
+        reader.read(block.segments, memory)
         # The driver copies from pinned memory at the link's speed, from other memory at a tenth of it.
         pinned = jax.sharding.SingleDeviceSharding(jax.local_devices()[0], memory_kind="pinned_host")
-        return jax.block_until_ready(jax.device_put(arrays, pinned))
+        return jax.block_until_ready(jax.device_put(block.arrays(memory), pinned))
 
     def read(self, block: Block, memory: np.ndarray) -> Mapping[str, np.ndarray | jax.Array]:
         """See `BlockSource.read`."""
@@ -85,31 +81,41 @@ def plan_offload(
         CapacityError: the limit is too small to run the model at all, or host memory to hold it.
     """
     on_cpu = jax.default_backend() == "cpu"
-    free = available_memory() if limit is None else limit - (PROCESS_BYTES if on_cpu else 0)
-    kv = kv_bytes(store.spec, capacity_bucket(max_tokens), dtype)
-    reserved = min(kv * max_batch_size, max(free, 0) // 2)
-    room = free - reserved
-    everything = sum(store.blocks[name].nbytes_as(dtype) for name in store.blocks)
-    if offload == "auto" and everything <= room:
-        resident = plan_residency(store, everything, dtype)
-        return OffloadPlan("device", resident, 1)
+    process = PROCESS_BYTES if on_cpu else 0
+    free = available_memory() if limit is None else limit - process
+    kv = kv_bytes(store.spec, capacity_bucket(max_tokens), dtype) * max_batch_size
+    reserved = min(kv, max(free, 0) // 2)
+    everything = plan_residency(store, None, dtype, stream=False)
+    if offload == "auto" and everything.nbytes <= free - reserved:
+        return OffloadPlan("device", everything, 1)
     where = offload
     if offload == "auto":
         where = "nvme" if on_cpu or store.nbytes > 0.8 * available_host_memory() else "host"
-    if where == "host" and not on_cpu and store.nbytes > available_host_memory():
+    if where == "host" and store.nbytes > available_host_memory():
         raise CapacityError(
             f"{store.path}: {store.nbytes:,} bytes of weights do not fit host memory, of which "
             f"{available_host_memory():,} are free; offload='nvme' leaves them on disk"
         )
     if where == "host" and on_cpu:  # the host's memory is the device's: nothing is gained by moving weights within it
-        room = max(room, everything)
-    residency = plan_residency(store, None if limit is None and where == "nvme" and not on_cpu else room, dtype)
+        return OffloadPlan("device", everything, 1)
+    try:
+        residency = plan_residency(store, free - reserved, dtype)
+    except CapacityError as error:
+        least = least_bytes(store, dtype)
+        given = f"{free:,} bytes are free" if limit is None else f"memory_limit={limit:,} is too small"
+        raise CapacityError(
+            f"{store.path}: {given}: to stream it takes {process + least + min(kv, least):,} bytes ({least:,} for two "
+            f"buffers of its largest block and what has to stay, {min(kv, least):,} for the KV cache"
+            + (f", {process:,} for the process)" if process else ")")
+        ) from error
     left = free - residency.nbytes
-    return OffloadPlan(where, residency, max(1, math.floor(left / max(1, kv * max_batch_size))))
+    return OffloadPlan(where, residency, max(1, left // max(1, kv)))
 
 
 def kv_bytes(spec: TransformerSpec, tokens: int, dtype: np.dtype) -> int:
-    """Bytes of the KV cache of one sequence."""
+    """Bytes of the KV cache of one sequence; encoders have none."""
+    if not spec.causal:
+        return 0
     return sum(heads * (k + v) for heads, k, v in spec.kv_heads) * tokens * np.dtype(dtype).itemsize
 
 
@@ -118,25 +124,11 @@ def offloaded_executor(
 ) -> StreamedExecutor:
     """The executor that follows a plan."""
     streamed = [store.blocks[name] for name in dict.fromkeys(plan.residency.streamed)]
-    source = HostSource(streamed) if plan.where == "host" and streamed else DiskSource()
     return StreamedExecutor(
         store,
         plan.residency,
         dtype=dtype,
-        source=source,
+        source=HostSource(streamed) if plan.where == "host" else None,
         batches_per_pass=plan.batches_per_pass,
         implementation=implementation,
-    )
-
-
-def describe(path: Path, plan: OffloadPlan) -> str:
-    """One line for people."""
-    kept = len([name for name in plan.residency.resident if name.startswith("layers.")])
-    moving = len([name for name in plan.residency.streamed if name.startswith("layers.")])
-    if not moving:
-        return f"{path}: all weights on the device"
-    return (
-        f"{path}: {kept} of {kept + moving} layers on the device, {moving} from {plan.where}; "
-        f"{plan.residency.nbytes / 1e9:.2f} GB for weights, process {used_memory() / 1e9:.2f} GB, "
-        f"{plan.batches_per_pass} batches a pass"
     )

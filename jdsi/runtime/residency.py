@@ -21,7 +21,7 @@ class Residency:
         streamed: names of those that do not, in the order of a pass; a table that is the embedding and the head comes
             twice.
         slots: buffers of the ring.
-        nbytes: host memory for weights: ring and resident blocks.
+        nbytes: memory for weights: ring, resident blocks, and a streamed block's copy where it changes its type.
     """
 
     resident: frozenset[str]
@@ -30,7 +30,9 @@ class Residency:
     nbytes: int
 
 
-def plan_residency(store: BlockStore, limit: int | None, dtype: np.dtype, *, slots: int = 3) -> Residency:
+def plan_residency(
+    store: BlockStore, limit: int | None, dtype: np.dtype, *, slots: int = 3, stream: bool = True
+) -> Residency:
     """Keeps what the limit allows: first what every token needs at both ends, then layers, evenly spread.
 
     Layers that stay are spread over the stack so that those on their way always have something to hide behind.
@@ -40,6 +42,7 @@ def plan_residency(store: BlockStore, limit: int | None, dtype: np.dtype, *, slo
         limit: bytes of host memory for weights; `None` keeps the embedding and the head, and no layer.
         dtype: of the weights that stay; those on their way keep the type they are stored in.
         slots: buffers of the ring, at least 2; one fewer is tried before giving up.
+        stream: `False` keeps everything, whatever it takes.
 
     Raises:
         CapacityError: not even two blocks fit; the message says what would.
@@ -55,21 +58,38 @@ def plan_residency(store: BlockStore, limit: int | None, dtype: np.dtype, *, slo
 
     if limit is None:
         limit = held([*small, *edges]) + slots * max(stored[name] for name in layers)
-    if held(stored) <= limit:
+        limit += _widened(store, layers, dtype)
+    if not stream or held(stored) <= limit:
         return Residency(frozenset(stored), (), 0, held(stored))
     for ring in (slots, 2):
         for streamed_edges in ([], edges[:1], edges[1:], edges):
             kept = [*small, *(name for name in edges if name not in streamed_edges)]
             buffers = ring * max(stored[name] for name in [*layers, *streamed_edges])
+            buffers += _widened(store, [*layers, *streamed_edges], dtype)
             room = limit - buffers - held(kept)
             if room >= 0:
                 kept += _spread(layers, max(kept_size[name] for name in layers), room)
                 return Residency(frozenset(kept), _order(store, frozenset(kept)), ring, buffers + held(kept))
-    largest = max(stored, key=lambda name: stored[name])
     raise CapacityError(
-        f"{store.path}: {limit:,} bytes for weights are too few to stream it: two buffers of its largest block, "
-        f"{largest}, and what has to stay take {2 * stored[largest] + held(small):,}"
+        f"{store.path}: {limit:,} bytes for weights are too few, {least_bytes(store, dtype):,} are needed"
     )
+
+
+def least_bytes(store: BlockStore, dtype: np.dtype) -> int:
+    """Bytes for weights without which `plan_residency` gives up."""
+    blocks = store.blocks.values()
+    small = sum(b.nbytes_as(dtype) for b in blocks if b.name not in EDGES and not b.name.startswith("layers."))
+    return 2 * max(b.nbytes for b in blocks) + _widened(store, store.blocks, dtype) + small
+
+
+def _widened(store: BlockStore, names: Iterable[str], dtype: np.dtype) -> int:
+    """What a streamed block takes while it is used as another type than it is stored in."""
+    changed = [
+        store.blocks[name].nbytes_as(dtype)
+        for name in names
+        if any(field.dtype != dtype for field in store.blocks[name].fields.values())
+    ]
+    return max(changed, default=0)
 
 
 def _spread(layers: list[str], largest: int, room: int) -> list[str]:

@@ -34,19 +34,25 @@ class GenerationStats:
         return self.new_tokens / seconds if seconds else 0.0
 
     def as_dict(self) -> dict[str, Any]:
-        """All figures by name."""
-        stream = None if self.stream is None else self.stream.as_dict()
-        return {**dataclasses.asdict(self), "stream": stream, "tokens_per_second": self.tokens_per_second}
+        """All figures by name, with GB/s and the share of the time that the link was busy if weights were streamed."""
+        figures: dict[str, Any] = dataclasses.asdict(self) | {"tokens_per_second": self.tokens_per_second}
+        if self.stream is not None:
+            seconds = (self.first_token_seconds + self.decode_seconds) or 1.0
+            figures["stream"] |= {
+                "gigabytes_per_second": self.stream.bytes_streamed / seconds / 1e9,
+                "link_busy": min(1.0, self.stream.read_seconds / seconds),
+            }
+        return figures
 
     def summary(self) -> str:
-        """One line for people."""
+        """A line for people; two if weights were streamed."""
         text = (
             f"{self.prompt_tokens} prompt and {self.new_tokens} new tokens; first after "
             f"{self.first_token_seconds:.2f} s, then {self.decode_seconds:.2f} s"
         )
         if self.stream is None:
             return text
-        stream = self.stream.as_dict()
+        stream = self.as_dict()["stream"]
         return (
             f"{text}\nstreamed {stream['bytes_streamed'] / 1e9:.2f} GB in {stream['blocks']} blocks at "
             f"{stream['gigabytes_per_second']:.2f} GB/s, link busy {stream['link_busy']:.0%} of the time; "

@@ -2,16 +2,17 @@
 
 import contextlib
 import dataclasses
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jdsi.converters.block_store import Block, BlockStore
+from jdsi.converters.buffers import aligned_copy
 from jdsi.converters.direct_io import PageBuffer
 from jdsi.converters.sources import recast
 from jdsi.kv_cache import AttentionContext, PackedContext
@@ -22,7 +23,7 @@ from jdsi.pallas_kernels.operator import Implementation, default_implementation
 
 from .executor import Epilogue, Step
 from .residency import Residency
-from .weight_stream import BlockSource, DiskSource, StreamReport, WeightStream
+from .weight_stream import BlockSource, Delivery, DiskSource, StreamReport, WeightStream, device_memory
 
 
 class StreamedExecutor:
@@ -30,7 +31,6 @@ class StreamedExecutor:
 
     Attributes:
         residency: what stays in memory.
-        stream: the weights on their way, `None` if all are resident.
     """
 
     def __init__(
@@ -48,20 +48,25 @@ class StreamedExecutor:
         stored = next(iter(store.blocks["layers.0"].fields.values())).dtype
         self._dtype = jnp.dtype(stored if dtype is None else dtype)
         self.residency, self._batches_per_pass = residency, batches_per_pass
-        source = DiskSource() if source is None else source
-        self._resident = {name: self._load(source, store.blocks[name]) for name in residency.resident}
+        with contextlib.closing(DiskSource()) as disk:
+            self._resident = {name: self._load(disk, store.blocks[name]) for name in residency.resident}
         blocks = [store.blocks[name] for name in residency.streamed]
-        self._stream = WeightStream(source, blocks, residency.slots) if blocks else None
+        self._stream = WeightStream(source or DiskSource(), blocks, residency.slots) if blocks else None
+        self._turn = threading.Lock()
         tied = tied_table(store.spec)
         top = [name for name in ("norm", "head") if name in store.blocks]
         # In the order in which they arrive.
         self._top_blocks = ["norm"] * ("norm" in top) + ["embedding"] * (tied is not None) + ["head"] * ("head" in top)
         self._programs = _Programs(store.spec, self._dtype, implementation)
 
-    def _load(self, source: BlockSource, block: Block) -> dict[str, Array]:
-        # On the CPU JAX uses this memory as it is; nothing writes to it again.
+    def _load(self, source: DiskSource, block: Block) -> dict[str, Array]:
         arrays = source.read(block, PageBuffer(block.nbytes).bytes)
-        return jax.device_put({name: recast(np.asarray(array), self._dtype, name) for name, array in arrays.items()})
+        if block.rearrangements:  # their memory holds the stored layout as well
+            arrays = {name: aligned_copy(array) for name, array in arrays.items()}
+        # On the CPU JAX uses this memory as it is; nothing writes to it again.
+        return jax.device_put(
+            {name: recast(array, self._dtype, name) for name, array in arrays.items()}, device_memory()
+        )
 
     @property
     def spec(self) -> TransformerSpec:
@@ -84,7 +89,11 @@ class StreamedExecutor:
         return self._batches_per_pass
 
     def steps(self, batches: Sequence[Step]) -> list[tuple[Any, Any, Any]]:
-        """See `Executor.steps`; every layer is used for all batches in turn (zig-zag)."""
+        """See `Executor.steps`; every layer is used for all batches in turn (zig-zag). One thread at a time."""
+        with self._turn:
+            return self._pass(batches)
+
+    def _pass(self, batches: Sequence[Step]) -> list[tuple[Any, Any, Any]]:
         run, contexts = self._programs, [b.context for b in batches]
         with self._block("embedding") as block:
             hidden = []
@@ -110,10 +119,10 @@ class StreamedExecutor:
             arrays = {name: array for block in held for name, array in block.arrays.items()}
             results = []
             for i, batch in enumerate(batches):
-                result, carry = run.top(arrays, hidden[i], batch.last, batch.epilogue, batch.carry)
+                result, carry, done = run.top(arrays, hidden[i], batch.last, batch.epilogue, batch.carry)
                 results.append((result, contexts[i].commit(), carry))
                 for block in held:
-                    block.used_by(result)
+                    block.used_by(done)
         return results
 
     def logits(
@@ -136,16 +145,15 @@ class StreamedExecutor:
             self._stream.close()
 
     @contextlib.contextmanager
-    def _block(self, name: str) -> Iterator["_Held"]:
+    def _block(self, name: str) -> Iterator["Delivery | _Resident"]:
         if name in self._resident or self._stream is None:
-            yield _Held(self._resident.get(name, {}))
+            yield _Resident(self._resident[name])
             return
         delivery = self._stream.take(name)
-        held = _Held(delivery.arrays)
         try:
-            yield held
+            yield delivery
         finally:
-            self._stream.release(delivery, held.after)
+            delivery.release()
 
 
 def _as_they_are(logits: Float[Array, "T V"], carry: Any) -> tuple[Float[Array, "T V"], Any]:
@@ -156,21 +164,21 @@ def _inside(arrays: Mapping[str, Array], prefix: str) -> dict[str, Array]:
     return {name.removeprefix(prefix): array for name, array in arrays.items()}
 
 
-@dataclasses.dataclass
-class _Held:
-    """A block's arrays and the last result that was computed from them."""
+@dataclasses.dataclass(frozen=True)
+class _Resident:
+    """Stands for a `Delivery` where the block never leaves."""
 
     arrays: Mapping[str, Array]
-    after: Any = None
 
-    def used_by(self, result: Any) -> None:
-        self.after = result
+    def used_by(self, result: Array) -> None:
+        """Nothing waits for it."""
 
 
 class _Programs:
     """The compiled pieces of a model: one program per kind of layer, not per layer.
 
-    Each gives its hidden states away to the next, so it also returns a number that tells when it is done.
+    What each returns is given away to the next one or the caller, so each also returns a number that tells when it is
+    done.
     """
 
     def __init__(self, spec: TransformerSpec, dtype: jnp.dtype, implementation: Implementation | None) -> None:
@@ -184,7 +192,8 @@ class _Programs:
         def embed(
             arrays: Mapping[str, Array], tokens: Array, positions: Array, token_types: Array | None
         ) -> tuple[Array, Array]:
-            x = embedding.build(cast(embedding, arrays, "embedding."))(tokens, positions, token_types)
+            with default_implementation(implementation):
+                x = embedding.build(cast(embedding, arrays, "embedding."))(tokens, positions, token_types)
             return x, x[0, 0]
 
         @partial(jax.jit, static_argnames="layer", donate_argnames=("hidden", "memory"))
@@ -199,9 +208,10 @@ class _Programs:
         @partial(jax.jit, static_argnames="epilogue", donate_argnames="carry")
         def run_top(
             arrays: Mapping[str, Array], hidden: Array, last: Array | None, epilogue: Epilogue, carry: Any
-        ) -> tuple[Any, Any]:
+        ) -> tuple[Any, Any, Array]:
             shared = None if table is None else arrays[table].astype(dtype)
             with default_implementation(implementation):
-                return epilogue(top.build(cast(top, arrays))(hidden, last, shared), carry)
+                logits = top.build(cast(top, arrays))(hidden, last, shared)
+            return *epilogue(logits, carry), logits[0, 0]
 
         self.embed, self.layer, self.top = embed, run_layer, run_top

@@ -1,5 +1,6 @@
 """Weights that arrive while the layers before them compute."""
 
+import contextlib
 import dataclasses
 import queue
 import threading
@@ -13,14 +14,17 @@ import numpy as np
 
 from jdsi.converters.block_store import Block
 from jdsi.converters.direct_io import DirectReader, PageBuffer
-from jdsi.errors import CheckpointError
+from jdsi.errors import CheckpointError, JdsiError
 
 
 class BlockSource(Protocol):
     """Where a stream takes blocks from."""
 
+    needs_memory: bool
+    """Whether `read` fills the memory it is given; otherwise it has memory of its own."""
+
     def read(self, block: Block, memory: np.ndarray) -> Mapping[str, np.ndarray | jax.Array]:
-        """The block's parameters, in `memory` or elsewhere on the host; called from the stream's thread."""
+        """The block's parameters on the host; called from the stream's thread."""
         ...
 
     def close(self) -> None:
@@ -31,15 +35,19 @@ class BlockSource(Protocol):
 class DiskSource:
     """Blocks straight from their files, every time they are asked for."""
 
+    needs_memory = True
+
     def __init__(self) -> None:
-        self.reader = DirectReader()
+        self._reader = DirectReader()
 
     def read(self, block: Block, memory: np.ndarray) -> dict[str, np.ndarray]:
-        self.reader.read(block.segments, memory)
+        """See `BlockSource.read`."""
+        self._reader.read(block.segments, memory)
         return block.arrays(memory)
 
     def close(self) -> None:
-        self.reader.close()
+        """See `BlockSource.close`."""
+        self._reader.close()
 
 
 @dataclasses.dataclass
@@ -51,42 +59,51 @@ class StreamReport:
         bytes_streamed: taken from the files or from host memory for them.
         read_seconds: that reading and placing them took.
         wait_seconds: that layers waited for them.
-        seconds: since the first block was asked for.
     """
 
     blocks: int = 0
     bytes_streamed: int = 0
     read_seconds: float = 0.0
     wait_seconds: float = 0.0
-    seconds: float = 0.0
 
     def since(self, start: "StreamReport") -> "StreamReport":
         """What came after `start`."""
-        mine, other = dataclasses.astuple(self), dataclasses.astuple(start)
-        return StreamReport(*(a - b for a, b in zip(mine, other, strict=True)))
-
-    def as_dict(self) -> dict[str, float]:
-        """All figures by name, and those that follow: GB/s, and the share of the time in which the link was busy."""
-        seconds = self.seconds or 1.0
-        return {
-            **dataclasses.asdict(self),
-            "gigabytes_per_second": self.bytes_streamed / seconds / 1e9,
-            "link_busy": min(1.0, self.read_seconds / seconds),
-        }
+        return StreamReport(
+            self.blocks - start.blocks,
+            self.bytes_streamed - start.bytes_streamed,
+            self.read_seconds - start.read_seconds,
+            self.wait_seconds - start.wait_seconds,
+        )
 
 
-@dataclasses.dataclass
 class Delivery:
-    """A block that has arrived on the device.
+    """A block that has arrived on the device. Its memory is used again once it is released, or forgotten.
 
     Attributes:
         name: of the block.
-        arrays: its parameters. They are gone once the delivery is released and what was computed from them is done.
+        arrays: its parameters, until it is released.
     """
 
-    name: str
-    arrays: Mapping[str, jax.Array]
-    slot: int
+    def __init__(self, name: str, arrays: Mapping[str, jax.Array], slot: int, free: "queue.SimpleQueue") -> None:
+        self.name, self.arrays = name, arrays
+        self._slot: int | None = slot
+        self._free = free
+        self._after: Any = None
+
+    def used_by(self, result: jax.Array) -> None:
+        """The memory must stay until `result`, and all that was handed in before, has been computed."""
+        self._after = result
+
+    def release(self) -> None:
+        """Gives the memory back; the second time does nothing."""
+        slot, self._slot = self._slot, None
+        if slot is not None:
+            self.arrays = {}
+            self._free.put((slot, self._after))
+            self._after = None
+
+    def __del__(self) -> None:  # an interrupt may come between any two lines, and a lost buffer would never return
+        self.release()
 
 
 class WeightStream:
@@ -97,114 +114,120 @@ class WeightStream:
     the host runs ahead of a GPU.
 
     Args:
-        source: where blocks come from.
+        source: where blocks come from; closed with the stream.
         blocks: in the order in which a pass takes them.
         slots: buffers, hence blocks on their way or in use at once; at least 2 for any overlap.
-        device: where the arrays go; by default JAX's default device.
 
     Attributes:
-        nbytes: of all buffers.
         report: what it has done, kept up to date.
     """
 
-    def __init__(self, source: BlockSource, blocks: Sequence[Block], slots: int, device: Any = None) -> None:
-        self._blocks = tuple(blocks)
+    def __init__(self, source: BlockSource, blocks: Sequence[Block], slots: int) -> None:
         self.report = StreamReport()
-        self._began: float | None = None
-        self._ready: queue.SimpleQueue[Delivery | BaseException] = queue.SimpleQueue()
+        self._ready: queue.SimpleQueue[Delivery | JdsiError] = queue.SimpleQueue()
         self._free: queue.SimpleQueue[tuple[int, Any] | None] = queue.SimpleQueue()
-        self._failed: BaseException | None = None
-        largest = max((block.nbytes for block in self._blocks), default=0)
-        memory = [PageBuffer(largest).bytes for _ in range(min(slots, len(self._blocks) + 1))]
-        for slot in range(len(memory)):
+        self._failed: JdsiError | None = None
+        self._closing = threading.Event()
+        size = max(block.nbytes for block in blocks) if source.needs_memory else 0
+        memory = [PageBuffer(size).bytes for _ in range(slots)]
+        for slot in range(slots):
             self._free.put((slot, None))
-        self.nbytes = sum(m.size for m in memory)
-        closing = threading.Event()
         # The thread must not keep the stream alive, else a stream that is dropped would never be closed.
-        self._thread = threading.Thread(
-            target=_deliver,
-            args=(source, self._blocks, memory, self._free, self._ready, closing, device, self.report),
-            daemon=True,
-            name="jdsi-stream",
-        )
-        self._close = weakref.finalize(self, _stop, closing, self._free, self._thread, source)
-        self._thread.start()
+        worker = _Worker(source, tuple(blocks), memory, self._free, self._ready, self._closing, self.report)
+        thread = threading.Thread(target=worker.run, daemon=True, name="jdsi-stream")
+        self._close = weakref.finalize(self, _stop, self._closing, self._free, self._ready, thread, source)
+        thread.start()
 
     def take(self, name: str) -> Delivery:
         """The next block, which must be `name`; waits until it is there.
 
         Raises:
             CheckpointError: reading failed; every later call raises the same.
+            JdsiError: the stream is closed.
         """
         began = time.perf_counter()
-        self._began = self._began or began
         while True:
             if self._failed is not None:
-                raise self._failed
+                # Without the old traceback, which would keep a whole pass's arrays alive.
+                raise type(self._failed)(*self._failed.args) from self._failed.__cause__
+            if self._closing.is_set():
+                raise JdsiError("this engine is closed")
             item = self._ready.get()
-            now = time.perf_counter()
-            self.report.wait_seconds += now - began
-            self.report.seconds, began = now - self._began, now
-            if isinstance(item, BaseException):
+            if isinstance(item, JdsiError):
                 self._failed = item
-                continue
-            if item.name == name:
+            elif item.name == name:
+                self.report.wait_seconds += time.perf_counter() - began
                 return item
-            jax.block_until_ready(item.arrays)  # of a pass that was given up half-way
-            self.release(item, None)
-
-    def release(self, delivery: Delivery, after: Any) -> None:
-        """Gives the delivery's memory back, to be used again once the arrays in `after` have been computed."""
-        delivery.arrays = {}
-        self._free.put((delivery.slot, after))
+            else:
+                item.release()  # of a pass that was given up half-way
 
     def close(self) -> None:
         """Stops reading. Deliveries must not be used afterwards."""
         self._close()
 
 
-def _deliver(
-    source: BlockSource,
-    blocks: Sequence[Block],
-    memory: Sequence[np.ndarray],
-    free: "queue.SimpleQueue[tuple[int, Any] | None]",
-    ready: "queue.SimpleQueue[Delivery | BaseException]",
-    closing: threading.Event,
-    device: Any,
-    report: StreamReport,
-) -> None:
-    try:
-        for block in _forever(blocks):
-            turn = free.get()
-            if turn is None or closing.is_set():
-                return
-            slot, after = turn
+@dataclasses.dataclass(frozen=True)
+class _Worker:
+    source: BlockSource
+    blocks: tuple[Block, ...]
+    memory: Sequence[np.ndarray]
+    free: "queue.SimpleQueue[tuple[int, Any] | None]"
+    ready: "queue.SimpleQueue[Delivery | JdsiError]"
+    closing: threading.Event
+    report: StreamReport
+
+    def run(self) -> None:
+        try:
+            for block in self._forever():
+                slot = self._next_slot()
+                if slot is None:
+                    return
+                self.ready.put(self._deliver(block, slot))
+        except JdsiError as error:
+            self.ready.put(error)
+        except Exception as error:
+            wrapped = CheckpointError(f"streaming weights failed: {error}")
+            wrapped.__cause__ = error
+            self.ready.put(wrapped)
+
+    def _forever(self) -> Iterator[Block]:
+        while True:
+            yield from self.blocks
+
+    def _next_slot(self) -> int | None:
+        turn = self.free.get()
+        if turn is None or self.closing.is_set():
+            return None
+        slot, after = turn
+        with contextlib.suppress(RuntimeError):  # a computation that failed has finished too; its caller hears of it
             jax.block_until_ready(after)
-            began = time.perf_counter()
-            arrays = source.read(block, memory[slot][: block.nbytes])
-            placed = jax.block_until_ready(jax.device_put(arrays, device))
-            report.read_seconds += time.perf_counter() - began
-            report.blocks += 1
-            report.bytes_streamed += block.bytes_stored
-            ready.put(Delivery(block.name, placed, slot))
-    except Exception as error:
-        ready.put(error if isinstance(error, CheckpointError) else _wrapped(error))
+        return slot
+
+    def _deliver(self, block: Block, slot: int) -> Delivery:
+        began = time.perf_counter()
+        arrays = self.source.read(block, self.memory[slot][: block.nbytes])
+        placed = jax.block_until_ready(jax.device_put(arrays, device_memory()))
+        self.report.read_seconds += time.perf_counter() - began
+        self.report.blocks += 1
+        self.report.bytes_streamed += block.bytes_stored
+        return Delivery(block.name, placed, slot, self.free)
 
 
-def _wrapped(error: Exception) -> CheckpointError:
-    wrapped = CheckpointError(f"streaming weights failed: {error}")
-    wrapped.__cause__ = error
-    return wrapped
+def device_memory() -> jax.sharding.SingleDeviceSharding:
+    """The default device's own memory, named because arrays in pinned host memory are on the device already."""
+    return jax.sharding.SingleDeviceSharding(jax.local_devices()[0], memory_kind="device")
 
 
-def _forever(blocks: Sequence[Block]) -> Iterator[Block]:
-    while blocks:
-        yield from blocks
-
-
-def _stop(closing: threading.Event, free: "queue.SimpleQueue", thread: threading.Thread, source: BlockSource) -> None:
+def _stop(
+    closing: threading.Event,
+    free: "queue.SimpleQueue",
+    ready: "queue.SimpleQueue",
+    thread: threading.Thread,
+    source: BlockSource,
+) -> None:
     closing.set()
-    free.put(None)  # wakes a thread that waits for a buffer
+    free.put(None)  # wakes the thread if it waits for a buffer
+    ready.put(JdsiError("this engine is closed"))  # and whoever waits for a block
     if thread is not threading.current_thread():
         thread.join(timeout=60)
     source.close()

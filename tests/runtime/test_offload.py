@@ -1,6 +1,7 @@
 """Weights outside the device: the same tokens and logits wherever they live, errors instead of stale weights."""
 
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -13,10 +14,11 @@ import jdsi
 from checkpoints import save_llama
 from jdsi.converters import convert
 from jdsi.converters.block_store import BlockStore
-from jdsi.errors import CapacityError, CheckpointError, ConfigError
-from jdsi.runtime.offload import PROCESS_BYTES, kv_bytes, plan_offload
+from jdsi.errors import CapacityError, CheckpointError, ConfigError, JdsiError
+from jdsi.runtime.offload import PROCESS_BYTES, HostSource, kv_bytes, plan_offload
 from jdsi.runtime.residency import plan_residency
 from jdsi.runtime.streamed import StreamedExecutor
+from jdsi.runtime.weight_stream import DiskSource, WeightStream
 
 PROMPTS = [[5, 9, 2, 7], [11, 4, 4, 60, 33, 21, 8], [3]]
 SAMPLING = jdsi.SamplingParams(max_new_tokens=7, ignore_eos=True)
@@ -50,6 +52,8 @@ def limit_for(folder: Path, layers: int, edges: bool = True, *, batch: int = 64,
     kept = {name: block.nbytes_as(np.dtype("float32")) for name, block in store.blocks.items()}
     weights = 3 * streamed + kept["norm"] + layers * kept["layers.0"]
     weights += (kept["embedding"] + kept["head"]) if edges else 0
+    if any(field.dtype != np.float32 for block in store.blocks.values() for field in block.fields.values()):
+        weights += max(kept.values())  # a streamed block is widened while it is used
     kv = batch * kv_bytes(store.spec, max_tokens, np.dtype("float32"))
     return PROCESS_BYTES + weights + min(kv, weights)  # for KV no more than half is set aside
 
@@ -129,8 +133,14 @@ def test_narrow_weights_are_widened_as_when_loaded(llama: Path, tmp_path: Path) 
 
 
 def test_a_limit_too_small_says_what_is_needed(llama: Path) -> None:
-    with pytest.raises(CapacityError, match=r"two buffers of its largest block, .*take [\d,]+"):
-        jdsi.init_inference(llama, offload="nvme", memory_limit=PROCESS_BYTES + 1000)
+    with pytest.raises(
+        CapacityError, match=r"memory_limit=[\d,]+ is too small: to stream it takes [\d,]+ bytes"
+    ) as told:
+        jdsi.init_inference(llama, offload="nvme", dtype="float32", memory_limit=PROCESS_BYTES + 1000)
+    least = re.search(r"takes ([\d,]+)", str(told.value))
+    assert least is not None
+    enough = int(least[1].replace(",", ""))
+    jdsi.init_inference(llama, offload="nvme", dtype="float32", memory_limit=enough).close()
     with pytest.raises(ConfigError, match="memory_limit is for offload"):
         jdsi.init_inference(llama, memory_limit="1GiB")
     with pytest.raises(ConfigError, match="did you mean 'nvme'"):
@@ -150,6 +160,32 @@ def test_a_changed_file_is_an_error_not_other_weights(llama: Path, tmp_path: Pat
     with pytest.raises(CheckpointError, match=r"weights\.bin was changed"):
         engine.generate(PROMPTS[0], SAMPLING)
     engine.close()
+
+
+def test_weights_in_pinned_host_memory_are_moved_for_every_pass(llama: Path, expected: list[list[int]]) -> None:
+    """The CPU backend has the memory kind too, and refuses to compute with what was not moved."""
+    store = BlockStore.open(llama)
+    residency = plan_residency(store, None, np.dtype("float32"))
+    source = HostSource([store.blocks[name] for name in residency.streamed])
+    executor = StreamedExecutor(store, residency, dtype="float32", source=source)
+    engine = jdsi.InferenceEngine(executor, jdsi.InferenceConfig(dtype="float32"))
+    assert [c.token_ids for c in engine.generate(PROMPTS, SAMPLING)] == expected
+    engine.close()
+
+
+def test_deliveries_give_their_memory_back_once(llama: Path) -> None:
+    store = BlockStore.open(llama)
+    stream = WeightStream(DiskSource(), [store.blocks["layers.0"], store.blocks["layers.1"]], 2)
+    for turn in range(6):  # forgotten, released, released twice: with a buffer lost or gained this would hang or mix
+        delivery = stream.take(f"layers.{turn % 2}")
+        if turn % 3:
+            delivery.release()
+        if turn % 3 == 2:
+            delivery.release()
+        del delivery
+    stream.close()
+    with pytest.raises(JdsiError, match="closed"):
+        stream.take("layers.0")
 
 
 def test_closing_ends_the_thread(llama: Path) -> None:
