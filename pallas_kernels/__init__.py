@@ -9,6 +9,14 @@ from .linear import gated_linear, linear
 from .normalization import NormForm, add_norm, layer_norm, norm, rms_norm
 from .operator import Implementation, default_implementation
 from .prefill_attention import prefill_attention
+from .quantized_linear import (
+    QuantizedWeight,
+    WeightFormat,
+    dequantize,
+    quantize,
+    quantized_gated_linear,
+    quantized_linear,
+)
 from .ragged_paged_attention import ragged_paged_attention
 from .rotary import Rotary, RotaryScaling, apply_rotary, base_frequencies
 
@@ -20,9 +28,11 @@ __all__ = [
     "Device",
     "Implementation",
     "NormForm",
+    "QuantizedWeight",
     "Rotary",
     "RotaryScaling",
     "RoundedAlibi",
+    "WeightFormat",
     "add_norm",
     "apply_rotary",
     "attention",
@@ -31,12 +41,16 @@ __all__ = [
     "current_device",
     "decode_attention",
     "default_implementation",
+    "dequantize",
     "gated_linear",
     "layer_norm",
     "linear",
     "norm",
     "paged_decode_attention",
     "prefill_attention",
+    "quantize",
+    "quantized_gated_linear",
+    "quantized_linear",
     "ragged_paged_attention",
     "rms_norm",
     "rotary_kv_write",
