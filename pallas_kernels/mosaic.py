@@ -12,11 +12,10 @@ ACC = plgpu.WGMMAAccumulatorRef
 
 def not_hopper(device: Device) -> str | None:
     """Why a kernel with Hopper's instructions cannot run on `device`, or `None`."""
-    return (
-        None
-        if device.capability[0] == 9
-        else f"it is written for Hopper GPUs (compute capability 9), not {device.kind}"
-    )
+    if device.capability[0] == 9:
+        return None
+    capability = ".".join(map(str, device.capability))
+    return f"it is written for Hopper GPUs, not {device.kind} of compute capability {capability}"
 
 
 def store(ref: Any, value: Array) -> None:

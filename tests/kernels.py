@@ -54,7 +54,7 @@ class Compiled:
     Attributes:
         text: the optimised HLO.
         registers: most registers per thread of any Mosaic kernel in it, 0 if it has none.
-        spills: bytes of register spills, of all its kernels.
+        spills: bytes of register spills of the worst of them.
     """
 
     text: str
@@ -75,11 +75,19 @@ def compile_for_h200(function: Callable[..., Any], *arguments: Any, donate: tupl
             text = jax.jit(function, donate_argnums=donate).lower(*placed).compile().as_text() or ""
         file.seek(0)
         report = file.read()
-    return Compiled(
-        text,
+    found = (
         max(map(int, re.findall(r"Used (\d+) registers", report)), default=0),
         sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", report))),
     )
+    # A kernel that this process has compiled before is not compiled, nor reported on, again.
+    kernels = re.findall(r'kernel_hash = "((?:[^"\\]|\\.)*)"', text)
+    reports = [_REPORTS.setdefault(kernel, found) for kernel in kernels]
+    return Compiled(
+        text, max((registers for registers, _ in reports), default=0), max((spills for _, spills in reports), default=0)
+    )
+
+
+_REPORTS: dict[str, tuple[int, int]] = {}  # by kernel: registers and spills of the program that it was first part of
 
 
 @contextlib.contextmanager

@@ -45,7 +45,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_wheel_holds_the_sources_and_nothing_else(wheel: Path) -> None:
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    expected = {"jdsi/py.typed"}
+    expected = {"jdsi/py.typed", "jdsi/pallas_kernels/tuning.json"}
     for folder in SOURCES[:4]:
         prefix = "" if folder == "jdsi" else "jdsi/"
         expected |= {prefix + path.relative_to(ROOT).as_posix() for path in (ROOT / folder).rglob("*.py")}
