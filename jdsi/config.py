@@ -17,7 +17,7 @@ OFFLOADS = ("host", "nvme", "auto")
 
 @dataclasses.dataclass(frozen=True)
 class InferenceConfig:
-    """How an engine runs a model. No setting but `dtype` changes the tokens, which it rounds.
+    """How an engine runs a model. No setting but `dtype` changes the tokens, short of ties within its rounding.
 
     Attributes:
         dtype: of weights and activations: `"float32"`, `"bfloat16"`, `"float16"`, or `"auto"`: float32 on CPU, where
@@ -34,7 +34,8 @@ class InferenceConfig:
         offload: where weights live that do not stay on the device: `"host"` memory, `"nvme"` (the checkpoint's own
             files), or `"auto"`, which takes the fastest that the memory allows; `None` keeps the whole model there.
         memory_limit: bytes, or text such as `"2GiB"`, of the device's memory that an offloaded model may take with its
-            KV cache; on a CPU that is the memory of the process. By default what is free.
+            KV cache; on a CPU that is the memory of the process, of which 400 MiB are set aside for all else (importing
+            transformers and torch may take more). By default what is free.
     """
 
     dtype: str = "auto"
