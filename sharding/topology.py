@@ -50,6 +50,7 @@ def topology_devices(name: str, hosts: int = 1, devices_per_host: int = 1) -> Se
             target_config=_TARGETS[name],
             topology=f"1x{hosts}x{devices_per_host}",
         )
+    # Without the plugin JAX raises one or another of these.
     except (jax.errors.JaxRuntimeError, RuntimeError, NotImplementedError) as error:
         raise ConfigError(f"no compiler for {name}: pip install 'jdsi[aot]' ({error})") from error
     return tuple(description.devices)

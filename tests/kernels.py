@@ -82,9 +82,9 @@ def compile_for_h200(function: Callable[..., Any], *arguments: Any, donate: tupl
     # A kernel that this process has compiled before is not compiled, nor reported on, again.
     kernels = re.findall(r'kernel_hash = "((?:[^"\\]|\\.)*)"', text)
     reports = [_REPORTS.setdefault(kernel, found) for kernel in kernels]
-    return Compiled(
-        text, max((registers for registers, _ in reports), default=0), max((spills for _, spills in reports), default=0)
-    )
+    registers, spills = (max(column, default=0) for column in zip(*reports, strict=True)) if reports else (0, 0)
+    print(f"{len(kernels)} Mosaic kernels: at most {registers} registers a thread, {spills} bytes spilled")
+    return Compiled(text, registers, spills)
 
 
 _REPORTS: dict[str, tuple[int, int]] = {}  # by kernel: registers and spills of the program that it was first part of

@@ -21,7 +21,7 @@ def register_operands() -> Iterator[None]:
         for kind in vars(jaxpr_interpret).values()
         if isinstance(kind, type) and hasattr(kind, "_interpret_wgmma_ref_p")
     )
-    usual = owner._interpret_wgmma_ref_p  # type: ignore[attr-defined]
+    usual = owner._interpret_wgmma_ref_p
     with mock.patch.object(owner, "_interpret_wgmma_ref_p", partial_method(usual)):
         yield
 

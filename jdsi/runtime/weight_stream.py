@@ -185,7 +185,7 @@ class _Worker:
                 self.ready.put(self._deliver(block, slot))
         except JdsiError as error:
             self.ready.put(error)
-        except Exception as error:
+        except Exception as error:  # whatever it is, whoever waits for a block must hear of it
             wrapped = CheckpointError(f"streaming weights failed: {error}")
             wrapped.__cause__ = error
             self.ready.put(wrapped)

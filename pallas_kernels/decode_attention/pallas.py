@@ -12,6 +12,7 @@ from jaxtyping import Array
 from ..attention.form import AttentionForm
 from ..attention.tile import why_not_form
 from ..device import Device
+from ..mosaic import not_hopper
 from ..operator import Config
 from .body import body
 from .combine import combine, padded
@@ -35,8 +36,8 @@ def why_not(
     return_lse: bool = False,
 ) -> str | None:
     """See `KernelModule.why_not`."""
-    if device.capability[0] != 9:
-        return f"it is written for Hopper GPUs, not {device.kind}"
+    if reason := not_hopper(device):
+        return reason
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"queries must be bfloat16 or float16, not {q.dtype}"
     narrow = k.dtype in (jnp.int8, jnp.float8_e4m3fn)

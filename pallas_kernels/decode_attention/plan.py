@@ -9,6 +9,7 @@ from jaxtyping import Array
 
 from ..attention.form import AttentionForm
 from ..device import Device
+from ..mosaic import tiled
 
 ROWS = 64  # of one tensor core operation
 _MOST_STAGES = 8
@@ -153,9 +154,7 @@ def _tiled(shape: tuple[int, ...], dtype: Any, line: int) -> Any:
     """Memory in the layout that tensor cores read, whose swizzle must divide a line of so many numbers."""
     bits = jnp.dtype(dtype).itemsize * 8
     swizzle = plgpu.find_swizzle(line * bits)
-    tiles: Any = plgpu.TilingTransform((8, swizzle * 8 // bits))  # pyright: ignore[reportAbstractUsage]
-    swizzled: Any = plgpu.SwizzleTransform(swizzle)  # pyright: ignore[reportAbstractUsage]
-    return plgpu.SMEM(shape, dtype, transforms=(tiles, swizzled))
+    return plgpu.SMEM(shape, dtype, transforms=tiled(swizzle * 8 // bits, bits // 8))
 
 
 def _warpgroups(value_rows: int, columns: int) -> int:

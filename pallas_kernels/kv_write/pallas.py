@@ -18,13 +18,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from ..device import Device
-from ..mosaic import not_hopper
+from ..mosaic import not_hopper, store
 from ..operator import Config
 from ..rotary import Rotary, rotary_frequencies
 from ..varying import varying_axes
 from .quantized import quantize_parts
 from .reference import LARGEST, separate
-from .spread import THREADS, Part, Spread, one_each, store
+from .spread import THREADS, Part, Spread, one_each
 
 _FLOATS = (jnp.bfloat16, jnp.float16, jnp.float32)
 

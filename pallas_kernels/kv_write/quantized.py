@@ -9,8 +9,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
+from ..mosaic import store
 from .reference import LARGEST, divisor, rounded
-from .spread import Part, store
+from .spread import Part
 
 
 def quantize_parts(parts: list[Part], maxima: Any, barrier: Any, dtype: Any) -> tuple[list[Part], list[Array]]:

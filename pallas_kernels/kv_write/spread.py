@@ -9,6 +9,8 @@ from jax.experimental.mosaic.gpu.fragmented_array import TiledLayout
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
+from ..mosaic import store
+
 THREADS = 128  # of a warpgroup
 _WARPS, _LANES = 4, 32  # of a warpgroup, of a warp
 
@@ -116,14 +118,6 @@ class Part:
         """Writes them to `ref`, in its dtype."""
         for start, chunk in zip(self.spread.starts, self.chunks, strict=True):
             store(ref.at[(pl.ds(start, self.spread.rows), *self.index)], chunk.astype(ref.dtype))
-
-
-def store(ref: Any, value: Array) -> None:
-    """`ref[...] = value`, also where threads write to memory in a less than perfect pattern."""
-    if hasattr(plgpu, "store"):  # from jax 0.12 on, assignment insists on that
-        plgpu.store(ref, value, optimized=False)
-    else:
-        ref[...] = value
 
 
 def one_each() -> Any:

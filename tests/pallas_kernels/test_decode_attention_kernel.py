@@ -85,7 +85,7 @@ def operands(case: Case, arrays: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(arrays.get(name) for name in names)
 
 
-def check(case: Case | tuple[Case, dict[str, int]], dtype: str, seed: int = 0) -> None:
+def check(case: Case | tuple[Case, dict[str, int]], dtype: str, seed: int = 0, *, lse_error: float = 1e-4) -> None:
     case, config = case if isinstance(case, tuple) else (case, {})
     arrays = make(case, dtype, seed)
     expected, expected_lse = oracle(case, arrays)
@@ -96,14 +96,17 @@ def check(case: Case | tuple[Case, dict[str, int]], dtype: str, seed: int = 0) -
         else:
             out, lse = jitted(case, arrays, implementation="pallas")
     assert relative_error(out, expected) <= RELATIVE[dtype]
-    # Where registers are scarce the logarithm is that of the rounded weights, which the values are multiplied with.
-    np.testing.assert_allclose(lse, expected_lse, rtol=1e-4, atol=RELATIVE[dtype] / 5)
+    np.testing.assert_allclose(lse, expected_lse, rtol=1e-5, atol=lse_error)
     assert not np.asarray(out)[np.isneginf(expected_lse)].any()
 
 
-@pytest.mark.parametrize("case", ALL.values(), ids=ALL)
-def test_kernel_agrees_with_float64(case: Any) -> None:
-    check(case, "bfloat16")
+# Where registers are scarce the logarithm is that of the rounded weights, which the values are multiplied with.
+ROUNDED = ("more queries than one block", "latent of many heads")
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_kernel_agrees_with_float64(name: str) -> None:
+    check(ALL[name], "bfloat16", lse_error=1e-3 if name in ROUNDED else 1e-4)
 
 
 @pytest.mark.parametrize("seed", [1, 2])
@@ -137,7 +140,7 @@ def test_parts_of_the_keys_combine() -> None:
             parts.append(jitted(case, arrays | part | numbers, implementation="pallas"))
     out, lse = combine(*(jnp.stack(x) for x in zip(*parts, strict=True)))
     assert relative_error(out, expected) <= RELATIVE["float16"]
-    np.testing.assert_allclose(lse, expected_lse, rtol=1e-3)
+    np.testing.assert_allclose(lse, expected_lse, rtol=1e-4)
 
 
 def test_batching_maps_the_kernel() -> None:

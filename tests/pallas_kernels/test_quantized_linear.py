@@ -166,7 +166,7 @@ def test_made_from_numpy_and_carried_through_transformations() -> None:
 
 def test_formats_that_do_not_exist() -> None:
     with pytest.raises(ValueError, match="kind: 'int3' is none of int8, int4, fp8"):
-        WeightFormat("int3")  # type: ignore[arg-type]
+        WeightFormat("int3")
     with pytest.raises(ValueError, match="group: int8 has groups of 32, 64, 128, not 48"):
         WeightFormat("int8", 48)
     with pytest.raises(ValueError, match="group: int4 needs one"):
@@ -178,7 +178,7 @@ def test_formats_that_do_not_exist() -> None:
     with pytest.raises(ValueError, match="only int4 has zero points, not fp8"):
         WeightFormat("fp8", zero_points=True)
     with pytest.raises(ValueError, match="scale_dtype: 'int8' is none of"):
-        WeightFormat("int8", scale_dtype="int8")  # type: ignore[arg-type]
+        WeightFormat("int8", scale_dtype="int8")
 
 
 def test_arrays_that_do_not_fit() -> None:
@@ -255,7 +255,7 @@ def test_what_the_kernel_does_not_take() -> None:
 
     def pallas(x: jax.Array, weight: QuantizedWeight, **static: object) -> None:
         with target(H200):
-            quantized_linear(x, weight, implementation="pallas", **static)  # type: ignore[arg-type]
+            quantized_linear(x, weight, implementation="pallas", **static)
 
     with pytest.raises(UnsupportedError, match="activations are bfloat16 or float16, not float32"):
         pallas(x.astype(jnp.float32), weight)

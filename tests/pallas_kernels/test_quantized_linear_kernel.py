@@ -145,7 +145,7 @@ def test_maps_and_shards() -> None:
     mesh = Mesh(np.array(jax.devices()[:1]), ("tensor",))
     specs = QuantizedWeight(
         PartitionSpec("tensor"), PartitionSpec(None, "tensor"), PartitionSpec(None, "tensor"), weight.format
-    )  # type: ignore[arg-type]
+    )
     with register_operands(), interpreted_or_gpu():
         run = partial(case.run)
         mapped = jax.jit(jax.vmap(lambda x: run(x, weight, None, None)))(many)

@@ -111,8 +111,7 @@ def test_compiles(name: str, device: Any) -> None:
         x = jax.ShapeDtypeStruct((tokens, 4096), jnp.bfloat16)
         call = partial(triton.run, device=device, config=None, form=LinearForm("silu", gated))
         (kernel,) = compile_for(device, call, x, weight)
-        # A few numbers, where the assembler would rather keep one more block on the multiprocessor.
-        assert kernel.spills <= 16, kernel
+        assert kernel.spills == 0, kernel
 
 
 def test_what_it_cannot_take_is_said() -> None:
