@@ -1,4 +1,4 @@
-"""Checkpoints in and out: Hugging Face folders, PyTorch files, and our own Orbax folders."""
+"""Checkpoints in and out: Hugging Face folders, PyTorch files, and folders of our own."""
 
 from .checkpoint import Checkpoint, open_checkpoint, resolve
 from .config import parse_dtype
@@ -9,6 +9,9 @@ from .orbax import OrbaxCheckpoint
 from .progress import Progress, ProgressBar
 from .random_checkpoint import random_checkpoint
 from .safetensors_file import SafetensorsWriter, TensorInfo
+from .sharded import ShardedCheckpoint
+from .sharded_loader import abstract_shares, from_arrays, load_sharded
+from .sharded_parameters import ShardedParameters
 from .watch import NonFiniteWarning
 
 __all__ = [
@@ -19,11 +22,16 @@ __all__ = [
     "Progress",
     "ProgressBar",
     "SafetensorsWriter",
+    "ShardedCheckpoint",
+    "ShardedParameters",
     "TensorInfo",
+    "abstract_shares",
     "convert",
     "export_huggingface",
+    "from_arrays",
     "load_model",
     "load_parameters",
+    "load_sharded",
     "load_spec",
     "open_checkpoint",
     "parse_dtype",

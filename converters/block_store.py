@@ -13,10 +13,10 @@ from jdsi.models import abstract_parameters
 from jdsi.models.spec import TransformerSpec
 from jdsi.models.weight_map import Identity, Op
 
-from .checkpoint import open_checkpoint
+from .checkpoint import Checkpoint, open_checkpoint
 from .config import load_family
 from .direct_io import Segment, round_up
-from .orbax import OrbaxCheckpoint, groups
+from .orbax import groups
 from .sources import MappedParameters, place
 from .streaming import StreamingCheckpoint
 
@@ -120,7 +120,7 @@ class BlockStore:
             checkpoint.check(shapes)
             blocks = {name: _stored_block(checkpoint, name) for name in groups(shapes)}
         else:
-            if isinstance(checkpoint, OrbaxCheckpoint) or any(info.offset < 0 for info in checkpoint.tensors.values()):
+            if not isinstance(checkpoint, Checkpoint) or any(info.offset < 0 for info in checkpoint.tensors.values()):
                 raise CheckpointError(
                     f"{checkpoint.path}: only safetensors files and streaming folders can be streamed; "
                     "`jdsi convert SRC DST --to streaming` makes the latter from any other"

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -20,8 +21,17 @@ OnBlock = Callable[[np.ndarray], None]
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """A C-contiguous uninitialised array of `shape` and `dtype` that starts at a multiple of `ALIGNMENT`."""
+    return _aligned(np.empty, shape, dtype)
+
+
+def aligned_zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """As `aligned_empty`, filled with zeros; memory that stays unwritten takes none on most systems."""
+    return _aligned(np.zeros, shape, dtype)
+
+
+def _aligned(allocate: Callable[..., np.ndarray], shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     nbytes = math.prod(shape) * dtype.itemsize
-    raw = np.empty(nbytes + ALIGNMENT, np.uint8)
+    raw = allocate(nbytes + ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % ALIGNMENT
     return raw[start : start + nbytes].view(dtype).reshape(shape)
 
@@ -59,6 +69,29 @@ def cast(out: np.ndarray, values: np.ndarray) -> None:
     """`out[...] = values` with an unchecked cast; overflow becomes infinity without a warning."""
     with np.errstate(over="ignore", invalid="ignore"):
         np.copyto(out, values, casting="unsafe")
+
+
+def copy_blocks(out: np.ndarray, values: np.ndarray, on_block: OnBlock | None = None) -> None:
+    """`out[...] = values`, cast, block by block; of any strides, and of at least one dimension."""
+    step = max(1, BLOCK_BYTES // max(1, out[:1].nbytes))
+    for start in range(0, len(out) if out.size else 0, step):
+        block = out[start : start + step]
+        cast(block, values[start : start + step])
+        if on_block is not None:
+            on_block(np.ascontiguousarray(block).reshape(-1))
+
+
+def on_host(array: jax.Array | np.ndarray) -> np.ndarray:
+    """An array's values, which the caller must not write to; copied only where they do not lie in host memory.
+
+    NumPy's own way leaves the copy with the array for as long as that lives: a whole model's, for a model that is
+    written parameter by parameter.
+    """
+    if isinstance(array, np.ndarray):
+        return array
+    data = [shard.data for shard in array.addressable_shards]
+    handle = jax.make_array_from_single_device_arrays(array.shape, array.sharding, data, dtype=array.dtype)
+    return np.asarray(handle)
 
 
 # Type name: unsigned type of the same width, the bits without the sign, the smallest of those that is not finite.

@@ -2,19 +2,25 @@
 
 import functools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jdsi.errors import CheckpointError
+from jdsi.models.weight_map import Shape, WeightMap
 
-from . import safetensors_file
+from . import boxes, safetensors_file
+from .boxes import Piece
 from .buffers import OnBlock
 from .config import COMPANIONS, load_config, read_config, read_json
-from .orbax import MANIFEST, OrbaxCheckpoint
+from .manifest import MANIFEST
+from .orbax import OrbaxCheckpoint
 from .safetensors_file import TensorInfo, read_header
+from .sharded import FORMAT as SHARDED
+from .sharded import ShardedCheckpoint
+from .sources import MappedParameters, ParameterSource
 from .streaming import FORMAT as STREAMING
 from .streaming import StreamingCheckpoint
 from .torch_file import TorchFile
@@ -73,6 +79,11 @@ class Checkpoint:
         """Bytes of all tensors as stored."""
         return sum(info.nbytes for info in self.tensors.values())
 
+    def read_boxes(self, info: TensorInfo, pieces: Iterable[Piece], *, on_block: OnBlock | None = None) -> None:
+        """Read boxes of a tensor and nothing beside them; see `boxes.read_boxes`."""
+        read = self._torch[info.file].read_boxes if info.file in self._torch else boxes.read_boxes
+        read(info, pieces, on_block=on_block)
+
     def read_into(
         self,
         info: TensorInfo,
@@ -88,7 +99,11 @@ class Checkpoint:
             safetensors_file.read_into(info, out, rows=rows, on_block=on_block)
 
 
-def open_checkpoint(path_or_hub_id: str | Path) -> Checkpoint | OrbaxCheckpoint | StreamingCheckpoint:
+AnyCheckpoint = Checkpoint | OrbaxCheckpoint | StreamingCheckpoint | ShardedCheckpoint
+"""What `open_checkpoint` finds in a folder."""
+
+
+def open_checkpoint(path_or_hub_id: str | Path) -> AnyCheckpoint:
     """Open a checkpoint and check that its files are whole; no weights are read yet.
 
     Args:
@@ -100,10 +115,27 @@ def open_checkpoint(path_or_hub_id: str | Path) -> Checkpoint | OrbaxCheckpoint 
     """
     folder = resolve(path_or_hub_id)
     if (folder / MANIFEST).is_file():
-        streaming = read_json(folder / MANIFEST).get("format") == STREAMING
-        return StreamingCheckpoint(folder) if streaming else OrbaxCheckpoint(folder)
+        readers = {STREAMING: StreamingCheckpoint, SHARDED: ShardedCheckpoint}
+        return readers.get(str(read_json(folder / MANIFEST).get("format")), OrbaxCheckpoint)(folder)
     read_config(folder)
     return Checkpoint(folder)
+
+
+def parameters_of(checkpoint: AnyCheckpoint, weight_map: WeightMap, shapes: Mapping[str, Shape]) -> ParameterSource:
+    """The parameters of a checkpoint in our layout.
+
+    Args:
+        checkpoint: from `open_checkpoint`.
+        weight_map: the family's table; unused for our own folders.
+        shapes: of every parameter of the model, by dotted path.
+
+    Raises:
+        CheckpointError: it does not hold exactly these.
+    """
+    if isinstance(checkpoint, Checkpoint):
+        return MappedParameters(checkpoint, weight_map, shapes)
+    checkpoint.check(shapes)
+    return checkpoint
 
 
 def resolve(path_or_hub_id: str | Path) -> Path:
@@ -122,11 +154,23 @@ def resolve(path_or_hub_id: str | Path) -> Path:
     return _download(str(path_or_hub_id))
 
 
-def _download(hub_id: str) -> Path:
+def resolve_config(path_or_hub_id: str | Path) -> Path:
+    """A config file, or the folder of one; of a hub id nothing but the config is downloaded. Errors as `resolve`."""
+    path = Path(path_or_hub_id).expanduser()
+    if path.is_file() and path.suffix == ".json":
+        return path
+    if path.exists() or not _HUB_ID.fullmatch(str(path_or_hub_id)):
+        return resolve(path)
+    return _download(str(path_or_hub_id), weights=False)
+
+
+def _download(hub_id: str, *, weights: bool = True) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
         small = ["config.json", *COMPANIONS]
+        if not weights:
+            return Path(snapshot_download(hub_id, allow_patterns=small))
         folder = Path(snapshot_download(hub_id, allow_patterns=[*small, "model*.safetensors", "model*.index.json"]))
         if not any(folder.glob("*.safetensors")):
             folder = Path(snapshot_download(hub_id, allow_patterns=["pytorch_model*.bin", "pytorch_model*.index.json"]))

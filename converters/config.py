@@ -75,12 +75,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """`config.json` of a checkpoint folder, as stored.
+    """`config.json` of a checkpoint folder, or a file like it, as stored.
 
     Raises:
         CheckpointError: it is absent or damaged, names no `model_type`, or describes quantised weights.
     """
-    path = folder / "config.json"
+    path = _file(folder)
     if not path.is_file():
         raise CheckpointError(f"{folder}: no config.json, so the model's architecture is unknown")
     config = read_json(path)
@@ -92,8 +92,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def _file(path: Path) -> Path:
+    return path if path.is_file() else path / "config.json"
+
+
 def load_config(folder: Path) -> Any:
-    """The `transformers` config object of a checkpoint folder, with every default that `config.json` omits.
+    """The `transformers` config object of a checkpoint folder or config file, with every default that it omits.
 
     Raises:
         ConfigError: the `model_type` is not one of our families; lists them.
@@ -106,7 +110,7 @@ def load_config(folder: Path) -> Any:
     try:
         return AutoConfig.from_pretrained(str(folder))
     except Exception as error:  # transformers validates with many types of its own
-        raise CheckpointError(f"{folder / 'config.json'}: transformers refuses this {model_type}: {error}") from error
+        raise CheckpointError(f"{_file(folder)}: transformers refuses this {model_type}: {error}") from error
 
 
 def load_family(folder: Path) -> tuple[Family, TransformerSpec]:
@@ -120,7 +124,7 @@ def _family(folder: Path, model_type: str) -> Family:
     try:
         return family_for(model_type)
     except ConfigError as error:
-        raise ConfigError(f"{folder / 'config.json'}: {error}") from error
+        raise ConfigError(f"{_file(folder)}: {error}") from error
 
 
 def copy_companions(source: Path, target: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from jdsi.errors import CheckpointError
 
-from .orbax import MANIFEST
+from .manifest import MANIFEST
 
 _SLACK = 16 << 20
 _RANDOM = "[0-9a-f]" * 8

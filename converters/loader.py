@@ -12,17 +12,14 @@ from jdsi.models import Transformer, TransformerSpec, abstract_parameters, place
 from jdsi.models.weight_map import WeightMap
 from jdsi.sharding import AxisRules
 
-from .checkpoint import Checkpoint, open_checkpoint, resolve
+from .checkpoint import AnyCheckpoint, open_checkpoint, parameters_of, resolve_config
 from .config import load_family, parse_dtype
-from .orbax import OrbaxCheckpoint
 from .progress import Progress, Silent
-from .sources import MappedParameters, ParameterSource
-from .streaming import StreamingCheckpoint
 from .watch import Watcher
 
 
 def load_parameters(
-    checkpoint: Checkpoint | OrbaxCheckpoint | StreamingCheckpoint,
+    checkpoint: AnyCheckpoint,
     weight_map: WeightMap,
     abstract: Mapping[str, jax.ShapeDtypeStruct],
     *,
@@ -49,12 +46,7 @@ def load_parameters(
     progress.start(sum(leaf.size * leaf.dtype.itemsize for leaf in abstract.values()))
     try:
         shapes = {name: tuple(leaf.shape) for name, leaf in abstract.items()}
-        source: ParameterSource
-        if isinstance(checkpoint, OrbaxCheckpoint | StreamingCheckpoint):
-            checkpoint.check(shapes)
-            source = checkpoint
-        else:
-            source = MappedParameters(checkpoint, weight_map, shapes)
+        source = parameters_of(checkpoint, weight_map, shapes)
         watcher = Watcher(progress)
         parameters = {}
         for name, leaf in abstract.items():
@@ -70,8 +62,13 @@ def load_parameters(
 
 
 def load_spec(path: str | Path) -> TransformerSpec:
-    """The spec of a checkpoint folder or hub id, from its `config.json`; errors as `load_model`."""
-    return load_family(resolve(path))[1]
+    """The spec of a checkpoint folder, a config file or a hub id; weights are neither read nor fetched.
+
+    Raises:
+        CheckpointError: the config is missing or damaged.
+        ConfigError: its family or one of its options is not supported.
+    """
+    return load_family(resolve_config(path))[1]
 
 
 def load_model(

@@ -16,10 +16,9 @@ beside its chunks and hands JAX unaligned memory, which is copied again (measure
 """
 
 import itertools
-import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +26,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdsi.errors import CheckpointError
-from jdsi.models.weight_map import Shape
+from jdsi.models.weight_map import Box, Shape
 
+from .boxes import Piece, whole
 from .buffers import aligned_empty, cast, check_cast
-from .config import read_config, read_json
-from .sources import ParameterSource, Watch, check_shapes
+from .config import read_config
+from .manifest import MANIFEST, read_manifest, write_manifest
+from .sources import ParameterSource, ShareReader, Watch, check_shapes
 
-MANIFEST = "jdsi.json"
 FORMAT = "jdsi-orbax"
 VERSION = 1
 
@@ -81,11 +81,10 @@ def write_orbax(source: ParameterSource, folder: Path, *, dtype: np.dtype | None
         with _context():
             ocp.save(str((folder / "orbax" / group).absolute()), arrays)
         del arrays
-    manifest = {"format": FORMAT, "version": VERSION, "groups": table, "complete": True}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    write_manifest(folder, FORMAT, VERSION, groups=table)
 
 
-class OrbaxCheckpoint:
+class OrbaxCheckpoint(ShareReader):
     """A folder that `write_orbax` made.
 
     Attributes:
@@ -93,7 +92,7 @@ class OrbaxCheckpoint:
         shapes, dtypes: of every parameter, by dotted path.
 
     Raises:
-        CheckpointError: the manifest is absent, damaged, unfinished or of another version.
+        CheckpointError: the manifest or a group is absent, or the former damaged, unfinished or of another version.
     """
 
     def __init__(self, path: Path) -> None:
@@ -101,22 +100,16 @@ class OrbaxCheckpoint:
         self.label = str(path)
         self.shapes: dict[str, Shape] = {}
         self.dtypes: dict[str, np.dtype] = {}
-        file = path / MANIFEST
-        manifest = read_json(file)
-        if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
-            raise CheckpointError(
-                f"{file}: format {manifest.get('format')!r} version {manifest.get('version')!r}; readable is "
-                f"{FORMAT!r} version {VERSION}"
-            )
-        if manifest.get("complete") is not True:
-            raise CheckpointError(f"{file}: the conversion that wrote it did not finish")
+        manifest = read_manifest(path, FORMAT, VERSION)
         try:
             for parameters in manifest["groups"].values():
                 for name, entry in parameters.items():
                     self.shapes[name] = tuple(int(n) for n in entry["shape"])
                     self.dtypes[name] = jnp.dtype(entry["dtype"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"{file}: damaged: {error!r}") from error
+            raise CheckpointError(f"{path / MANIFEST}: damaged: {error!r}") from error
+        if absent := [group for group in groups(self.shapes) if not (path / "orbax" / group).is_dir()]:
+            raise CheckpointError(f"{path}: groups are missing below orbax/: {', '.join(absent[:20])}")
         read_config(path)
 
     @property
@@ -130,20 +123,25 @@ class OrbaxCheckpoint:
 
     def read(self, name: str, dtype: np.dtype, watch: Watch) -> np.ndarray:
         """A parameter on the host, read and cast chunk by chunk into its final buffer."""
-        where = f"{self.path}: parameter {name!r}"
-        check_cast(self.dtypes[name], dtype, where)
         out = aligned_empty(self.shapes[name], dtype)
+        self.read_boxes(name, [(whole(out.shape), out)], watch)
+        return out
+
+    def read_boxes(self, name: str, pieces: Sequence[Piece], watch: Watch) -> None:
+        """See `ShareReader.read_boxes`; tensorstore reads whole chunks, of at most 32 MiB, and keeps one at a time."""
+        where = f"{self.path}: parameter {name!r}"
         try:
             stored = self._open(name)
             if (tuple(stored.shape), stored.dtype.numpy_dtype) != (self.shapes[name], self.dtypes[name]):
                 raise CheckpointError(f"{where} is {stored.dtype.name}{stored.shape}, {MANIFEST} says otherwise")
-            for cell in _cells(self.shapes[name], stored.chunk_layout.read_chunk.shape):
-                values = np.ascontiguousarray(stored[cell].read().result())
-                cast(out[cell], values)
-                watch(name, values if values.dtype == dtype else np.ascontiguousarray(out[cell]))
+            for box, target in pieces:
+                check_cast(self.dtypes[name], target.dtype, where)
+                for cell, inside in _cells(box, stored.chunk_layout.read_chunk.shape or self.shapes[name]):
+                    values = np.ascontiguousarray(stored[cell].read().result())
+                    cast(target[inside], values)
+                    watch(name, values if values.dtype == target.dtype else np.ascontiguousarray(target[inside]))
         except ValueError as error:  # tensorstore's report of a damaged or absent file
             raise CheckpointError(f"{where} cannot be read from orbax/{group_of(name)}: {error}") from error
-        return out
 
     def _open(self, name: str) -> Any:
         import tensorstore
@@ -160,11 +158,13 @@ class OrbaxCheckpoint:
         ).result()
 
 
-def _cells(shape: Shape, chunk: tuple[int, ...] | None) -> Iterator[tuple[slice, ...]]:
-    """Slices that cover an array of `shape`, one per stored chunk."""
-    steps = chunk or shape
-    axes = [range(0, size, step) for size, step in zip(shape, steps, strict=True)]
-    for starts in itertools.product(*axes):
-        yield tuple(
-            slice(start, min(start + step, size)) for start, step, size in zip(starts, steps, shape, strict=True)
-        )
+def _cells(box: Box, chunk: Shape) -> Iterator[tuple[Box, Box]]:
+    """Parts of a box, each inside one stored chunk, in the stored array and counted from the box's start."""
+    axes = []
+    for part, step in zip(box, chunk, strict=True):
+        starts = range(part.start // step * step, part.stop, step)
+        axes.append([(max(start, part.start), min(start + step, part.stop)) for start in starts])
+    origin = [part.start for part in box]
+    for bounds in itertools.product(*axes):
+        inside = tuple(slice(first - at, last - at) for (first, last), at in zip(bounds, origin, strict=True))
+        yield tuple(slice(first, last) for first, last in bounds), inside

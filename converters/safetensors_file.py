@@ -5,12 +5,13 @@ Our own reader, because a destination must be filled without a second full copy,
 JSON (name to dtype, shape and byte range), then the tensors back to back.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -216,26 +217,42 @@ def read_into(
     flat, itemsize = out.reshape(-1), info.dtype.itemsize
     step = BLOCK_BYTES // max(itemsize, out.dtype.itemsize)
     scratch = None if info.dtype == out.dtype else np.empty(min(step, flat.size), info.dtype)
+    with opened(info) as descriptor:
+        for begin in range(0, flat.size, step):
+            block = flat[begin : begin + step]
+            target = block if scratch is None else scratch[: block.size]
+            read_exactly(descriptor, target.view(np.uint8).data, info.offset + (first + begin) * itemsize, info)
+            if scratch is not None:
+                cast(block, target)
+            if on_block is not None:
+                on_block(block)
+
+
+@contextlib.contextmanager
+def opened(info: TensorInfo) -> Iterator[int]:
+    """A descriptor of the tensor's file.
+
+    Raises:
+        CheckpointError: it cannot be opened.
+    """
     try:
         descriptor = os.open(info.file, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
         raise CheckpointError(f"{info.where} cannot be read: {error.strerror}") from error
     try:
-        for begin in range(0, flat.size, step):
-            block = flat[begin : begin + step]
-            target = block if scratch is None else scratch[: block.size]
-            _read_exactly(descriptor, target.view(np.uint8), info.offset + (first + begin) * itemsize, info)
-            if scratch is not None:
-                cast(block, target)
-            if on_block is not None:
-                on_block(block)
+        yield descriptor
     finally:
         os.close(descriptor)
 
 
-def _read_exactly(descriptor: int, target: np.ndarray, offset: int, info: TensorInfo) -> None:
+def read_exactly(descriptor: int, target: memoryview, offset: int, info: TensorInfo) -> None:
+    """Fill `target`, of bytes, from byte `offset` of the tensor's file.
+
+    Raises:
+        CheckpointError: the file ends early or cannot be read.
+    """
     done = 0
-    while done < target.size:
+    while done < len(target):
         try:
             count = os.preadv(descriptor, [target[done:]], offset + done)
         except OSError as error:

@@ -1,7 +1,9 @@
 """Where parameters come from: a checkpoint read through a family's table, or arrays in memory."""
 
+import abc
+import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -11,10 +13,13 @@ import numpy as np
 
 from jdsi.errors import CheckpointError
 from jdsi.models.weight_map import Identity, Op, Rows, Shape, WeightMap
+from jdsi.sharding import Split
 
-from .buffers import OnBlock, aligned_empty, cast, check_cast
+from .boxes import Piece
+from .buffers import OnBlock, aligned_empty, aligned_zeros, cast, check_cast, copy_blocks, on_host
 from .matching import match
 from .safetensors_file import TensorInfo
+from .shares import share_pieces
 
 Watch = Callable[[str, np.ndarray], None]
 """Called with a tensor's name and each block of it that has been read; must not keep the block."""
@@ -37,6 +42,33 @@ class ParameterSource(Protocol):
         """A parameter as a C-contiguous host array of `dtype`, which the caller must not write to."""
         ...
 
+    def read_share(self, name: str, dtype: np.dtype, split: Split, rank: int, watch: Watch) -> np.ndarray:
+        """A rank's share of a split parameter, as an aligned C-contiguous host array of `dtype`.
+
+        No more is read than lies in the share, as far as the storage allows.
+        """
+        ...
+
+
+class ShareReader(abc.ABC):
+    """A source that can read boxes of its parameters, and therefore shares."""
+
+    shapes: Mapping[str, Shape]
+
+    @abc.abstractmethod
+    def read_boxes(self, name: str, pieces: Sequence[Piece], watch: Watch) -> None:
+        """Read boxes of a parameter, casting on the way.
+
+        Raises:
+            CheckpointError: they cannot be read, or the cast is refused.
+        """
+
+    def read_share(self, name: str, dtype: np.dtype, split: Split, rank: int, watch: Watch) -> np.ndarray:
+        """See `ParameterSource.read_share`."""
+        share = aligned_zeros(split.local_shape(self.shapes[name]), dtype)
+        self.read_boxes(name, share_pieces(split, rank, self.shapes[name], share), watch)
+        return share
+
 
 class TensorStore(Protocol):
     """Named tensors on disk, as `Checkpoint` provides them."""
@@ -51,8 +83,10 @@ class TensorStore(Protocol):
         self, info: TensorInfo, out: np.ndarray, *, rows: tuple[int, int] | None = None, on_block: OnBlock | None = None
     ) -> None: ...
 
+    def read_boxes(self, info: TensorInfo, pieces: Sequence[Piece], *, on_block: OnBlock | None = None) -> None: ...
 
-class MappedParameters:
+
+class MappedParameters(ShareReader):
     """The parameters of a Hugging Face checkpoint.
 
     Each is read straight into its final buffer; a source whose `Op` changes the layout is buffered once beside it.
@@ -92,6 +126,17 @@ class MappedParameters:
                 place(source.op, buffer, target)
         return out
 
+    def read_boxes(self, name: str, pieces: Sequence[Piece], watch: Watch) -> None:
+        for op, info, (start, stop) in self.pieces(name):
+            stored: list[Piece] = []
+            for box, target in pieces:
+                first, last = max(start, box[0].start), min(stop, box[0].stop)
+                if first < last:
+                    inside = (slice(first - start, last - start), *box[1:])
+                    stored += op.stored_boxes(inside, target[first - box[0].start : last - box[0].start])
+            if stored:
+                self._store.read_boxes(info, stored, on_block=functools.partial(watch, info.name))
+
     def pieces(self, name: str) -> list[tuple[Op, TensorInfo, tuple[int, int]]]:
         """The stored tensors that make up a parameter: how each changes its layout, where it lies, which rows it is."""
         entry, shape = self._entries[name], self.shapes[name]
@@ -107,7 +152,7 @@ def place(op: Op, stored: np.ndarray, out: np.ndarray) -> None:
         out[...] = op.forward(stored)
 
 
-class MemoryParameters:
+class MemoryParameters(ShareReader):
     """Parameters that are arrays already, such as those of a trained model."""
 
     def __init__(self, parameters: Mapping[str, jax.Array]) -> None:
@@ -116,10 +161,16 @@ class MemoryParameters:
         self.dtypes = {name: np.dtype(array.dtype) for name, array in parameters.items()}
 
     def read(self, name: str, dtype: np.dtype, watch: Watch) -> np.ndarray:
-        array = np.ascontiguousarray(self._parameters[name]).reshape(self.shapes[name])
+        array = np.ascontiguousarray(on_host(self._parameters[name])).reshape(self.shapes[name])
         array = recast(array, dtype, name)
         watch(name, array)
         return array
+
+    def read_boxes(self, name: str, pieces: Sequence[Piece], watch: Watch) -> None:
+        array = on_host(self._parameters[name])
+        for box, target in pieces:
+            check_cast(array.dtype, target.dtype, name)
+            copy_blocks(target, array[box], functools.partial(watch, name))
 
 
 def recast(array: np.ndarray, dtype: np.dtype, where: str) -> np.ndarray:

@@ -10,11 +10,11 @@ where it lies.
 """
 
 import dataclasses
-import json
+import functools
 import math
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -23,12 +23,15 @@ import numpy as np
 from jdsi.errors import CheckpointError
 from jdsi.models.weight_map import Shape
 
+from .boxes import Piece, read_boxes
 from .buffers import BLOCK_BYTES, aligned_empty, cast, check_cast
-from .config import read_config, read_json
+from .config import read_config
 from .direct_io import PAGE
-from .orbax import MANIFEST, groups
+from .manifest import MANIFEST, read_manifest, write_manifest
+from .orbax import groups
 from .progress import Progress, Silent
-from .sources import ParameterSource, Watch, check_shapes
+from .safetensors_file import TensorInfo
+from .sources import ParameterSource, ShareReader, Watch, check_shapes
 
 FORMAT = "jdsi-streaming"
 VERSION = 1
@@ -86,8 +89,7 @@ def write_streaming(source: ParameterSource, folder: Path, *, dtype: np.dtype | 
         _pad(file, PAGE)
         file.flush()
         os.fsync(file.fileno())
-    manifest = {"format": FORMAT, "version": VERSION, "groups": table, "complete": True}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    write_manifest(folder, FORMAT, VERSION, groups=table)
 
 
 def _pad(file, to: int) -> bytes:
@@ -96,7 +98,7 @@ def _pad(file, to: int) -> bytes:
     return zeros
 
 
-class StreamingCheckpoint:
+class StreamingCheckpoint(ShareReader):
     """A folder that `write_streaming` made; also a `ParameterSource`.
 
     Attributes:
@@ -115,14 +117,7 @@ class StreamingCheckpoint:
         self.shapes: dict[str, Shape] = {}
         self.dtypes: dict[str, np.dtype] = {}
         self._places: dict[str, int] = {}
-        manifest = read_json(path / MANIFEST)
-        if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
-            raise CheckpointError(
-                f"{path / MANIFEST}: format {manifest.get('format')!r} version {manifest.get('version')!r}; readable "
-                f"is {FORMAT!r} version {VERSION}"
-            )
-        if manifest.get("complete") is not True:
-            raise CheckpointError(f"{path / MANIFEST}: the conversion that wrote it did not finish")
+        manifest = read_manifest(path, FORMAT, VERSION)
         try:
             for name, entry in manifest["groups"].items():
                 self._add(name, entry)
@@ -183,6 +178,11 @@ class StreamingCheckpoint:
                     cast(part, raw)
                 watch(name, part)
         return out
+
+    def read_boxes(self, name: str, pieces: Sequence[Piece], watch: Watch) -> None:
+        """See `ShareReader.read_boxes`."""
+        info = TensorInfo(name, self.dtypes[name], self.shapes[name], self.file, self._places[name])
+        read_boxes(info, pieces, on_block=functools.partial(watch, name))
 
     def verify(self, progress: Progress | None = None) -> None:
         """Reads every byte and compares checksums.

@@ -2,6 +2,7 @@
 
 import pickle
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import numpy as np
 
 from jdsi.errors import CheckpointError
 
-from .buffers import BLOCK_BYTES, OnBlock, cast, check_cast
+from .boxes import Piece
+from .buffers import OnBlock, check_cast, copy_blocks
 from .safetensors_file import TensorInfo
 
 
@@ -76,12 +78,14 @@ class TorchFile:
             return
         if not out.shape:
             array, out = array.reshape(1), out.reshape(1)
-        step = max(1, BLOCK_BYTES // max(1, out[:1].nbytes))
-        for start in range(0, len(out), step):
-            block = out[start : start + step]
-            cast(block, np.ascontiguousarray(array[start : start + step]))
-            if on_block is not None:
-                on_block(block.reshape(-1))
+        copy_blocks(out, array, on_block)
+
+    def read_boxes(self, info: TensorInfo, pieces: Iterable[Piece], *, on_block: OnBlock | None = None) -> None:
+        """Copy boxes of a tensor, as `boxes.read_boxes`; of a mapped file, only the pages they lie on are read."""
+        array = self._arrays[info.name]
+        for box, target in pieces:
+            check_cast(info.dtype, target.dtype, info.where)
+            copy_blocks(target, array[box], on_block)
 
 
 def _as_numpy(path: Path, name: str, tensor: Any) -> np.ndarray:

@@ -1,18 +1,20 @@
-"""Engine configuration, and the DeepSpeed spelling of it."""
+"""Engine configuration, in our keys or DeepSpeed's."""
 
 import dataclasses
 import json
 import numbers
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Self
 
+from jdsi import deepspeed
 from jdsi.converters import parse_dtype, parse_size
 from jdsi.errors import ConfigError, nearest
 
 OFFLOADS = ("host", "nvme", "auto")
+PARALLELISMS = ("auto", "latency", "throughput")
+_DEGREES = ("tensor_parallel", "pipeline_parallel", "data_parallel")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +37,16 @@ class InferenceConfig:
             files), or `"auto"`, which takes the fastest that the memory allows; `None` keeps the whole model there.
         memory_limit: bytes, or text such as `"2GiB"`, of the device's memory that an offloaded model may take with its
             KV cache; on a CPU that is the memory of the process, of which 400 MiB are set aside for all else (importing
-            transformers and torch may take more). By default what is free.
+            transformers and torch may take more). By default what is free. With `parallelism`, of each device.
+        tensor_parallel: devices that share every layer. Also DeepSpeed's `tensor_parallel.tp_size`, `tp`, `mp_size`.
+        pipeline_parallel: stages of consecutive layers, each on devices of its own.
+        data_parallel: groups of devices that share the rows of a batch.
+        parallelism: `"latency"` or `"throughput"` chooses the three degrees for the devices there are; `"auto"` is
+            `"latency"`. `None` takes them as given.
+        sequence_parallel: whether the ranks of a tensor-parallel group divide the tokens among them between products;
+            `None` decides by their number.
+        micro_batches: batches on their way through a pipeline at a time; by default one for each stage.
+        prompt_pieces: into how many pieces a batch is cut while its prompts are read, to fill a pipeline sooner.
     """
 
     dtype: str = "auto"
@@ -47,13 +58,20 @@ class InferenceConfig:
     kernels: bool = True
     offload: str | None = None
     memory_limit: int | str | None = None
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    data_parallel: int = 1
+    parallelism: str | None = None
+    sequence_parallel: bool | None = None
+    micro_batches: int | None = None
+    prompt_pieces: int = 1
 
     def __post_init__(self) -> None:
         if self.dtype != "auto":
             object.__setattr__(self, "dtype", parse_dtype(self.dtype).name)
-        for field in ("max_tokens", "max_batch_size"):
+        for field in ("max_tokens", "max_batch_size", *_DEGREES, "micro_batches", "prompt_pieces"):
             value = getattr(self, field)
-            if field == "max_tokens" and value is None:
+            if field in ("max_tokens", "micro_batches") and value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
                 raise ConfigError(f"{field}={value!r} must be an integer of at least 1")
@@ -64,10 +82,28 @@ class InferenceConfig:
             )
         if self.memory_limit is not None:
             object.__setattr__(self, "memory_limit", parse_size(self.memory_limit))
-            if self.offload is None:
-                raise ConfigError("memory_limit is for offload='host', 'nvme' or 'auto'")
+            if self.offload is None and self.parallelism is None:
+                raise ConfigError("memory_limit is for offload='host', 'nvme' or 'auto', and for parallelism")
         if not isinstance(self.kernels, bool):
             raise ConfigError(f"kernels={self.kernels!r} must be true or false")
+        self._check_parallelism()
+
+    def _check_parallelism(self) -> None:
+        degrees = {name: getattr(self, name) for name in _DEGREES if getattr(self, name) > 1}
+        if self.parallelism not in (None, *PARALLELISMS):
+            hint = nearest(str(self.parallelism), PARALLELISMS)
+            raise ConfigError(f"parallelism={self.parallelism!r}{hint} must be one of {PARALLELISMS}")
+        if self.parallelism is not None and degrees:
+            raise ConfigError(f"parallelism={self.parallelism!r} chooses the degrees; leave out {', '.join(degrees)}")
+        if self.offload is not None and (degrees or self.parallelism):
+            asked = f"parallelism={self.parallelism!r}" if self.parallelism else f"{next(iter(degrees))} of 2 or more"
+            raise ConfigError(f"offload={self.offload!r} streams to one device; it cannot be combined with {asked}")
+        if self.sequence_parallel not in (None, True, False):
+            raise ConfigError(f"sequence_parallel={self.sequence_parallel!r} must be true, false or left out")
+        if self.pipeline_parallel == 1 and self.parallelism is None:
+            for name, neutral in (("micro_batches", None), ("prompt_pieces", 1)):
+                if getattr(self, name) != neutral:
+                    raise ConfigError(f"{name} is for pipeline_parallel of 2 or more")
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any], **overrides: Any) -> Self:
@@ -97,19 +133,9 @@ class InferenceConfig:
     def _settings(cls, options: Mapping[str, Any]) -> dict[str, Any]:
         own = {field.name for field in dataclasses.fields(cls)}
         settings: dict[str, Any] = {}
-        for key, value in options.items():
-            if key in _DEEPSPEED_HOW:
-                continue
-            if key == "zero":
-                key, value = "offload", _zero(value)
-                if value is None:
-                    continue
-            if key in _DEEPSPEED_ONLY:
-                _DEEPSPEED_ONLY[key](key, value)
-                continue
-            name = _DEEPSPEED_NAMES.get(key, key)
+        for key, name, value in deepspeed.in_our_keys(options):
             if name not in own:
-                hint = nearest(str(key), [*own, *_DEEPSPEED_NAMES, *_DEEPSPEED_ONLY])
+                hint = nearest(str(key), [*own, *deepspeed.known_keys()])
                 raise ConfigError(
                     f"unknown config key {key!r}{hint}; valid are {', '.join(sorted(own))}, and DeepSpeed's"
                 )
@@ -117,94 +143,3 @@ class InferenceConfig:
                 raise ConfigError(f"config key {key!r}={value!r} contradicts {name}={settings[name]!r}")
             settings[name] = value
         return settings
-
-
-def _one_device(key: str, value: Any) -> None:
-    degrees = value if isinstance(value, Mapping) else {key: value}
-    for name in (key, "tp_size", "ep_size", "mp_size", "world_size", "replica_num"):
-        if degrees.get(name, 1) not in (1, None):
-            raise ConfigError(
-                f"config key {key!r} asks for {name}={degrees[name]}; it knows one device; for a mesh see load_model"
-            )
-
-
-def _no_experts(key: str, value: Any) -> None:
-    if isinstance(value, Mapping):
-        _one_device(key, value)
-    enabled = value.get("enabled") if isinstance(value, Mapping) else value not in (None, False, 1, [1])
-    if enabled:
-        raise ConfigError(f"config key {key!r}={value!r} asks for experts, and no supported family has them")
-
-
-def _off(key: str, value: Any) -> None:
-    enabled = value.get("enabled", bool(value)) if isinstance(value, Mapping) else value
-    if enabled:
-        raise ConfigError(
-            f"config key {key!r}={value!r} cannot be honoured: this engine does not offer it; leave it out"
-        )
-
-
-def _zero(value: Any) -> str | None:
-    """What DeepSpeed's `zero` says of `offload`: its stage 3 with `offload_param` is what that does here."""
-    settings = value or {}
-    if not isinstance(settings, Mapping):
-        raise ConfigError(f"config key 'zero'={value!r} must be an object with offload_param")
-    where = settings.get("offload_param") or {}
-    device = where.get("device", "none") if isinstance(where, Mapping) else where
-    if device in ("none", None):
-        return None
-    if not isinstance(device, str) or device not in _ZERO_DEVICES:
-        raise ConfigError(f"config key 'zero' asks for offload_param.device={device!r}; known: none, cpu, nvme")
-    return _ZERO_DEVICES[device]
-
-
-def _only(right: Any) -> Callable[[str, Any], None]:
-    def check(key: str, value: Any) -> None:
-        if value is not None and value != right:
-            raise ConfigError(f"config key {key!r}={value!r} cannot be honoured; leave it out, or {right!r}")
-
-    return check
-
-
-_ZERO_DEVICES: Mapping[str, str] = MappingProxyType({"cpu": "host", "nvme": "nvme"})
-_DEEPSPEED_NAMES: Mapping[str, str] = MappingProxyType(
-    {
-        "kernel_inject": "kernels",
-        "max_out_tokens": "max_tokens",
-        "max_seq_length": "max_tokens",
-        "replace_with_kernel_inject": "kernels",
-    }
-)
-_DEEPSPEED_HOW = frozenset(
-    (
-        "enable_cuda_graph",
-        "keep_module_on_host",
-        "replace_method",
-        "return_tuple",
-        "set_empty_params",
-        "transposed_mode",
-        "triton_autotune",
-        "use_triton",
-    )
-)
-_DEEPSPEED_ONLY: Mapping[str, Callable[[str, Any], None]] = MappingProxyType(
-    {
-        **dict.fromkeys(("tensor_parallel", "tp", "mp_size", "ep_size", "training_mp_size"), _one_device),
-        **dict.fromkeys(("moe", "moe_experts"), _no_experts),
-        **dict.fromkeys(
-            (
-                "base_dir",
-                "ds_config",
-                "injection_dict",
-                "injection_policy",
-                "injection_policy_tuple",
-                "quant",
-                "save_mp_checkpoint_path",
-            ),
-            _off,
-        ),
-        "min_out_tokens": _only(1),
-        "moe_type": _only("standard"),
-        "triangular_masking": _only(True),
-    }
-)

@@ -270,9 +270,11 @@ class InferenceEngine:
     def _batches(self, requests: list[_Request]) -> Iterator[list[_Request]]:
         """Batches that fit, one beam width in each, similar lengths together so that little is padding."""
         left = sorted(requests, key=lambda r: (r.params.num_beams, len(r.prompt)))
+        share = -(-len(left) // self._executor.micro_batches)
         while left:
             head = left[0].params
-            batch = [r for r in left[: self._most_rows(head)] if r.params.num_beams == head.num_beams]
+            most = min(self._most_rows(head), share)
+            batch = [r for r in left[:most] if r.params.num_beams == head.num_beams]
             yield batch
             left = left[len(batch) :]
 

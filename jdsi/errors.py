@@ -24,6 +24,10 @@ class CapacityError(JdsiError):
     """A request that exceeds the context, the cache or the memory it would run in."""
 
 
+class PeerError(JdsiError):
+    """Another process of the same run died, hangs, or did not come."""
+
+
 class PromptError(JdsiError, ValueError):
     """A prompt the model cannot take: empty, of the wrong type, or with token ids outside the vocabulary."""
 

@@ -19,6 +19,7 @@ from jdsi.models import Transformer, parameters
 from jdsi.pallas_kernels.operator import Implementation
 from jdsi.runtime import Executor, ResidentExecutor, enable_compilation_cache
 from jdsi.runtime.offload import offloaded_executor, plan_offload
+from jdsi.runtime.parallel import mesh_executor, wants_mesh
 
 
 def init_inference(
@@ -57,13 +58,18 @@ def init_inference(
     if isinstance(source, Transformer):
         if parsed.offload is not None:
             raise ConfigError("offload needs a checkpoint folder; this model is in memory already")
-        loaded = source if parsed.dtype == "auto" else _cast(source, parsed.dtype)
-        executor: Executor = ResidentExecutor(loaded, implementation)
+        if wants_mesh(parsed):
+            executor: Executor = mesh_executor(source, parsed, implementation)
+        else:
+            loaded = source if parsed.dtype == "auto" else _cast(source, parsed.dtype)
+            executor = ResidentExecutor(loaded, implementation)
     else:
         folder = resolve(source if isinstance(source, str) else Path(source))
         ends = load_eos_token_ids(folder)
         chosen = load_tokenizer(folder) if chosen is None else chosen
-        if parsed.offload is None:
+        if wants_mesh(parsed):
+            executor = mesh_executor(folder, parsed, implementation)
+        elif parsed.offload is None:
             executor = ResidentExecutor(load_model(folder, dtype=parsed.dtype), implementation)
         else:
             executor = _offloaded(folder, parsed, implementation)

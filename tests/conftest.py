@@ -17,6 +17,8 @@ if not ON_GPU:
     # Where .ci/install puts the CUDA compiler. It is here only to compile with: it must not look for a driver.
     sys.path.append(str(Path(sys.prefix) / "cuda-compiler"))
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+    # Virtual devices, for meshes; what uses no mesh runs on the first.
+    os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 # A kernel's warpgroups are threads in the interpreter, and they wait for each other: on a machine with fewer cores than
 # warpgroups XLA's thread pool would not run them all, and the test would never end.
 os.environ.setdefault("NPROC", "8")

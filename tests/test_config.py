@@ -46,15 +46,24 @@ def test_dtype_names(name: str, dtype: str) -> None:
         ({"max_tokens": 5, "max_out_tokens": 6}, "contradicts"),
         ({"max_tokens": 0}, "at least 1"),
         ({"max_batch_size": 2.5}, "integer"),
-        ({"tensor_parallel": {"tp_size": 2}}, "tp_size=2"),
-        ({"tensor_parallel": 4}, "tensor_parallel=4"),
-        ({"tp": 4}, "tp=4"),
+        ({"tensor_parallel": {"tp_size": 0}}, "tensor_parallel=0"),
+        ({"tensor_parallel": {"size": 2}}, "tp_size"),
+        ({"tensor_parallel": {"tp_size": 2, "mpu": object()}}, "mpu"),
+        ({"tensor_parallel": 4, "tp": 2}, "contradicts"),
+        ({"tensor_parallel": 2, "offload": "nvme"}, "cannot be combined"),
+        ({"tensor_parallel": 2, "parallelism": "auto"}, "leave out tensor_parallel"),
+        ({"parallelism": "latnecy"}, "did you mean 'latency'"),
+        ({"micro_batches": 2}, "micro_batches is for pipeline_parallel"),
+        ({"prompt_pieces": 2}, "prompt_pieces is for pipeline_parallel"),
+        ({"sequence_parallel": "yes"}, "sequence_parallel='yes'"),
+        ({"training_mp_size": 4}, "training_mp_size"),
+        ({"ep_size": 4}, "ep_size=4"),
         ({"zero": 3}, "zero"),
         ({"min_out_tokens": 7}, "min_out_tokens"),
         ({"triangular_masking": False}, "triangular_masking"),
         ({1: 2}, "unknown config key 1"),
         ({"kernels": "pallas"}, "kernels='pallas' must be true or false"),
-        ({"mp_size": 4}, "mp_size=4"),
+        ({"mp_size": 1.5}, "tensor_parallel=1.5"),
         ({"moe": {"enabled": True}}, "moe"),
         ({"quant": {"enabled": True}}, "quant"),
         ({"zero": {"stage": 3, "offload_param": {"device": "tape"}}}, "offload_param.device='tape'"),
@@ -74,6 +83,12 @@ def test_what_cannot_be_honoured_is_named(options: dict, message: str) -> None:
 def test_kernel_injection_is_a_choice_of_ours() -> None:
     assert InferenceConfig.from_dict({"replace_with_kernel_inject": True}).kernels
     assert not InferenceConfig.from_dict({"kernel_inject": False}).kernels
+
+
+@pytest.mark.parametrize("options", [{"tensor_parallel": {"tp_size": 2}}, {"tp": {"tp_size": 2}}, {"mp_size": 2}])
+def test_tensor_parallelism_in_every_spelling(options: dict) -> None:
+    assert InferenceConfig.from_dict(options).tensor_parallel == 2
+    assert InferenceConfig.from_dict({"tensor_parallel": {"enabled": False, "tp_size": 2}}).tensor_parallel == 1
 
 
 def test_zero_offload_is_offload() -> None:

@@ -32,6 +32,8 @@ FLOORS = {
     "jdsi.scheduling": 5,
     "jdsi.generation": 5,
     "jdsi.config": 5,
+    "jdsi.planning": 5,
+    "jdsi.deepspeed": 5,
     "jdsi.converters": 4,
     "jdsi.models": 3,
     "jdsi.layers": 2,

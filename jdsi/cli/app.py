@@ -11,6 +11,7 @@ from .bench import bench
 from .convert import convert
 from .generate import generate
 from .inspect import inspect
+from .plan import plan
 from .tune import tune
 
 app = typer.Typer(
@@ -23,6 +24,7 @@ app = typer.Typer(
 app.command()(generate)
 app.command()(convert)
 app.command()(inspect)
+app.command()(plan)
 app.command()(tune)
 app.add_typer(bench)
 

@@ -11,8 +11,11 @@ import typer
 def convert(
     source: Annotated[str, typer.Argument(help="Folder of a checkpoint, or a hub id.")],
     destination: Annotated[str, typer.Argument(help="Folder to write.")],
-    to: Annotated[Literal["orbax", "hf", "streaming"], typer.Option(help="Format to write.")] = "orbax",
+    to: Annotated[Literal["orbax", "hf", "streaming", "sharded"], typer.Option(help="Format to write.")] = "orbax",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default as it is.")] = None,
+    tensor_parallel: Annotated[
+        int | None, typer.Option(help="Ranks that --to sharded cuts for; other degrees can load it too.")
+    ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest file of --to hf, as 5GB.")] = "5GB",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing checkpoint.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, no progress bar.")] = False,
@@ -26,6 +29,7 @@ def convert(
         destination,
         to=to,
         dtype=dtype,
+        tensor_parallel=tensor_parallel,
         max_shard_size=max_shard_size,
         overwrite=overwrite,
         progress=None if as_json else ProgressBar("converting"),

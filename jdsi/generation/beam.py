@@ -19,6 +19,7 @@ from jdsi.generation.completion import FinishReason
 from jdsi.generation.padding import pad_rows
 from jdsi.generation.sampler_state import stop_rows
 from jdsi.generation.sampling_params import SamplingParams, check_vocabulary
+from jdsi.sharding import TENSOR, all_gather, is_split
 
 _NEVER = 2
 _OUT = -1.0e9  # added to a score that must not win; finite as in transformers, so that banned tokens (-inf) rank below
@@ -50,6 +51,9 @@ class BeamState:
 
     `scores` are the running beams' log-probabilities; `finished_scores` are already divided by the length penalty. An
     idle search, there to fill the batch up, is done from the start and has `max_new_tokens` 0.
+
+    Attributes:
+        vocab_size: tokens there are, without what pads the logits where they are divided over devices.
     """
 
     running: Int32[Array, "B K L"]
@@ -69,6 +73,7 @@ class BeamState:
     repetition_penalty: Float32[Array, " B"]
     no_repeat_ngram: Int32[Array, " B"]
     stop_tokens: Int32[Array, "B N"]
+    vocab_size: int = dataclasses.field(metadata={"static": True})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +142,7 @@ def init(
         repetition_penalty=column("repetition_penalty", np.float32),
         no_repeat_ngram=column("no_repeat_ngram", np.int32),
         stop_tokens=jnp.asarray(stop_rows(rows, eos_token_ids)),
+        vocab_size=vocab_size,
     )
 
 
@@ -147,7 +153,8 @@ def step(
 
     Args:
         logits: `[B * K, V]`, the model's output at the last token of each beam. Before the first step all beams of a
-            prompt are equal, so a prefill of `B` rows gives `jnp.repeat(logits, K, axis=0)`.
+            prompt are equal, so a prefill of `B` rows gives `jnp.repeat(logits, K, axis=0)`. Inside `jax.shard_map`
+            over the mesh axis "tensor" each rank's share of them, see `vocabulary`; all ranks then return the same.
         state: from `init` or the previous step.
         features: what to compile in.
 
@@ -156,6 +163,9 @@ def step(
         `state.done`; a prompt that is done no longer changes, its rows go on with meaningless tokens.
     """
     batch, beams, _ = state.running.shape
+    if is_split(TENSOR):
+        # Everything below, ranks of equals and roundings included, is then as if the vocabulary were not divided.
+        logits = all_gather(logits, TENSOR, dim=1)[:, : state.vocab_size]
     vocab_size = logits.shape[-1]
     log_probs = _processed(jax.nn.log_softmax(logits.astype(jnp.float32)), state, features)
     totals = log_probs.reshape(batch, beams, vocab_size) + state.scores[:, :, None]

@@ -4,17 +4,20 @@ A row's logits go through, in `transformers`' order: repetition penalty, presenc
 `no_repeat_ngram`, `min_new_tokens`, temperature, top-k, top-p, min-p. Then the largest logit plus Gumbel noise is
 taken, which draws from their softmax (Maddison et al., arXiv:1411.0030). The noise of token `v` of a request's `i`-th
 step is a function of its seed, `i` and `v` alone: not of the row, the batch, the padding or the size of the vocabulary.
+
+Inside `jax.shard_map` over the mesh axis "tensor" the logits are each rank's share of the vocabulary, see `vocabulary`.
+The state is the same on every rank, and so is what comes out: tokens are those of the undivided vocabulary.
 """
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Bool, Float32, Int32
 
-from jdsi.generation import processors
+from jdsi.generation import processors, vocabulary
 from jdsi.generation.sampler_state import FinishCode, SamplerFeatures, SamplerState
+from jdsi.sharding import TENSOR, axis_size, own_part
 
 
 @jax.tree_util.register_dataclass
@@ -47,7 +50,7 @@ def sample(
     """Draws the next token of every running row and advances its state. Pure; `features` is static, `state` donatable.
 
     Args:
-        logits: the model's output at each row's last token.
+        logits: the model's output at each row's last token, or this rank's share of it.
         state: from `init_state`, made for at least these features.
         features: what to compile in; at least what the rows need.
     """
@@ -58,7 +61,9 @@ def sample(
     if features.noise:
         noise = _gumbel(state, logits.shape[1])
         scores = jnp.where((state.temperature == 0)[:, None], scores, scores + noise)
-    choice, best = _argmax(scores)
+    # As two plain reductions, faster in XLA than an argmax.
+    best = vocabulary.largest(scores)
+    choice = vocabulary.first_equal(scores, best)
     sound = running & jnp.isfinite(best)
     tokens = jnp.where(sound, choice, state.pad_token)
 
@@ -70,16 +75,19 @@ def sample(
 
 def process(logits: Float32[Array, "B V"], state: SamplerState, features: SamplerFeatures) -> Float32[Array, "B V"]:
     """The logits whose softmax is sampled from; of a greedy row, the logits whose largest is taken."""
+    first = vocabulary.first_token(logits)
     if features.repetition:
-        logits = processors.penalise_repetition(logits, _held(state.seen), state.repetition_penalty)
+        seen = vocabulary.own_columns(_held(state.seen), logits)
+        logits = processors.penalise_repetition(logits, seen, state.repetition_penalty)
     if features.counts:
-        logits = processors.penalise_counts(
-            logits, _held(state.counts), state.presence_penalty, state.frequency_penalty
-        )
+        counts = vocabulary.own_columns(_held(state.counts), logits)
+        logits = processors.penalise_counts(logits, counts, state.presence_penalty, state.frequency_penalty)
     if features.ngrams:
-        logits = processors.ban_ngrams(logits, _held(state.history), state.history_length, state.no_repeat_ngram)
+        history = _held(state.history)
+        logits = processors.ban_ngrams(logits, history, state.history_length, state.no_repeat_ngram, first)
     if features.min_tokens:
-        logits = processors.ban_tokens(logits, state.stop_tokens, state.num_generated < state.min_new_tokens)
+        early = state.num_generated < state.min_new_tokens
+        logits = processors.ban_tokens(logits, state.stop_tokens, early, first)
     if features.noise:
         logits = processors.scale_temperature(logits, state.temperature)
     if features.top_k:
@@ -97,20 +105,14 @@ def _held(leaf: jax.Array | None) -> jax.Array:
     return leaf
 
 
-def _argmax(scores: Float32[Array, "B V"]) -> tuple[Int32[Array, " B"], Float32[Array, " B"]]:
-    """Lowest index of the largest score, and that score; as two plain reductions, faster in XLA than an argmax."""
-    best = jnp.max(scores, axis=1)
-    index = lax.broadcasted_iota(jnp.int32, scores.shape, 1)
-    return jnp.min(jnp.where(scores == best[:, None], index, scores.shape[1]), axis=1), best
-
-
-def _gumbel(state: SamplerState, vocab_size: int) -> Float32[Array, "B V"]:
+def _gumbel(state: SamplerState, columns: int) -> Float32[Array, "B V"]:
     def row(key: jax.Array, step: jax.Array) -> jax.Array:
         key = jax.random.wrap_key_data(key, impl="threefry2x32")
-        return jax.random.gumbel(jax.random.fold_in(key, step), (vocab_size,), jnp.float32)
+        return jax.random.gumbel(jax.random.fold_in(key, step), (axis_size(TENSOR) * columns,), jnp.float32)
 
     with jax.threefry_partitionable(True):
-        return jax.vmap(row)(state.key, state.num_generated)
+        # Every number depends on its own index alone, so XLA can fuse the slice and draw no other rank's.
+        return own_part(jax.vmap(row)(state.key, state.num_generated), TENSOR, dim=1)
 
 
 def _advance(state: SamplerState, tokens: Int32[Array, " B"], running: Bool[Array, " B"]) -> SamplerState:
@@ -148,9 +150,9 @@ def _logprobs(
 ) -> tuple[jax.Array | None, jax.Array | None, jax.Array | None]:
     if not features.logprobs:
         return None, None, None
-    normaliser = jax.nn.logsumexp(logits, axis=1)
-    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=1)[:, 0] - normaliser
+    normaliser = vocabulary.logsumexp(logits)
+    chosen = vocabulary.entries(logits, tokens) - normaliser
     if not features.top_logprobs:
         return chosen, None, None
-    top, ids = lax.top_k(logits, min(features.top_logprobs, logits.shape[1]))
+    top, ids = vocabulary.top(logits, features.top_logprobs)
     return chosen, ids, top - normaliser[:, None]

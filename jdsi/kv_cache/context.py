@@ -47,6 +47,10 @@ class AttentionContext(Protocol):
         """The context after the last layer of a call: the call's tokens are now part of their sequences."""
         ...
 
+    def partition(self) -> Self:
+        """How each array is divided inside `jax.shard_map`: this pytree, a `PartitionSpec` in place of each."""
+        ...
+
     def memory(self, layer: int) -> Any:
         """What the context holds of one layer, a pytree: all that `attend` for that layer changes."""
         ...

@@ -7,6 +7,7 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -17,6 +18,9 @@ from jdsi.pallas_kernels import (
     rotary_kv_write,
     rotary_kv_write_fused,
 )
+from jdsi.sharding import DATA, TENSOR
+
+from .rows import join_rows
 
 _FEW = 16  # new tokens per row up to which the memory is read once for all of them
 
@@ -78,6 +82,11 @@ class ContiguousContext:
         """See `AttentionContext.commit`; the next call continues behind this call's real tokens."""
         return dataclasses.replace(self, lengths=self.lengths + self.new_lengths, empty=False)
 
+    @classmethod
+    def join(cls, contexts: Sequence[Self]) -> Self:
+        """The rows of several contexts of the same capacity, one behind another."""
+        return join_rows(contexts)
+
     def select(self, rows: Int[Array, " N"]) -> Self:
         """A context whose row i is a copy of row `rows[i]` (beam search)."""
         return jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis=0), self)
@@ -131,6 +140,11 @@ class ContiguousContext:
         else:
             out = prefill_attention(q, keys, values, form, q_start=self.lengths)
         return out.reshape(-1, *out.shape[2:]), self.with_memory(layer, (keys, values))
+
+    def partition(self) -> Self:
+        """See `AttentionContext.partition`: rows over "data", heads over "tensor"."""
+        rows, memory = PartitionSpec(DATA), PartitionSpec(DATA, TENSOR)
+        return jax.tree.map(lambda leaf: rows if leaf.ndim == 1 else memory, self)
 
     def memory(self, layer: int) -> tuple[Float[Array, "B K L D"], Float[Array, "B K L Dv"]]:
         """See `AttentionContext.memory`."""

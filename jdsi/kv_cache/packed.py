@@ -5,6 +5,7 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jdsi.pallas_kernels import (
@@ -15,6 +16,7 @@ from jdsi.pallas_kernels import (
     attention_weights,
     prefill_attention,
 )
+from jdsi.sharding import DATA, axis_size
 
 
 @jax.tree_util.register_dataclass
@@ -62,7 +64,10 @@ class PackedContext:
         return cls(positions, jnp.where(positions < per_token, owner, -1), per_token, rows=batch)
 
     def _in_rows(self, x: Array) -> Array:
-        return x.reshape(self.rows, -1, *x.shape[1:])
+        rows, ranks = self.rows, axis_size(DATA)
+        if rows % ranks:
+            raise ValueError(f"{rows} rows cannot be divided among {ranks} ranks of the axis {DATA!r}")
+        return x.reshape(rows // ranks, -1, *x.shape[1:])
 
     def _rows(self, q: Array, k: Array, v: Array, form: AttentionForm) -> tuple[Array, Array, Array]:
         """Rotated q, k and v of each row, as the operators take them."""
@@ -106,6 +111,10 @@ class PackedContext:
         """See `AttentionContext.commit`; there is nothing to remember."""
         return self
 
+    def partition(self) -> Self:
+        """See `AttentionContext.partition`: tokens over "data", which must divide `rows`."""
+        return jax.tree.map(lambda _: PartitionSpec(DATA), self)
+
     def memory(self, layer: int) -> tuple:
         """See `AttentionContext.memory`."""
         return ()
@@ -142,7 +151,7 @@ class RecordingContext(PackedContext):
         rows_q, rows_k, rows_v = self._rows(q, k, v, form)
         weights = attention_weights(rows_q, rows_k, form, **self._masks())
         out = jnp.einsum("bkgsl,bkld->bskgd", weights, rows_v.astype(jnp.float32)).astype(q.dtype)
-        by_head = weights.reshape(self.rows, -1, *weights.shape[3:])
+        by_head = weights.reshape(weights.shape[0], -1, *weights.shape[3:])
         return out.reshape(*q.shape[:2], -1), dataclasses.replace(self, weights=(*self.weights, by_head))
 
     def memory(self, layer: int) -> tuple[Float[Array, "rows H S S"], ...]:

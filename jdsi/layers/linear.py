@@ -1,4 +1,10 @@
-"""Linear layer and embedding table."""
+"""Linear layer and embedding tables, and what they exchange where the axis "tensor" is bound.
+
+A projection whose rows are divided over that axis needs nothing: each rank computes its own outputs. One whose columns
+are divided gives every rank a share of a sum, which `row_parallel` adds up.
+"""
+
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jdsi.pallas_kernels import gated_linear, linear
+from jdsi.sharding import TENSOR, all_gather, all_reduce, axis_index, is_split, reduce_scatter
 
 from .norm import Norm
 
@@ -62,3 +69,55 @@ class Embedding(nnx.Module):
 
     def __call__(self, ids: Int[Array, " T"]) -> Float[Array, "T E"]:
         return jnp.take(self.weight[...], ids, axis=0, mode="clip")
+
+
+class VocabularyEmbedding(Embedding):
+    """A table of token embeddings; inside `jax.shard_map`, of one rank's share of the vocabulary."""
+
+    def __call__(self, ids: Int[Array, " T"]) -> Float[Array, "T E"]:
+        """Rows of the table, on every rank; an id outside the vocabulary reads its nearest entry."""
+        if not is_split(TENSOR):
+            return super().__call__(ids)
+        table = self.weight[...]
+        ids = ids - axis_index(TENSOR) * table.shape[0]
+        own = (ids >= 0) & (ids < table.shape[0])
+        rows = jnp.take(table, ids, axis=0, mode="clip")
+        # One rank has the row and the others add zeros, so the sum is exact in any dtype.
+        return all_reduce(jnp.where(own[:, None], rows, jnp.zeros((), rows.dtype)), TENSOR)
+
+
+def row_parallel(
+    pairs: Sequence[tuple[Linear, Float[Array, "T in"]]],
+    rows: int,
+    residual: Float[Array, "rows out"] | None = None,
+) -> Float[Array, "rows out"]:
+    """`residual + sum of (x W^T + b)` over pairs of a layer and its input, whose features lie divided over "tensor".
+
+    One all-reduce for all pairs, or one reduce-scatter where `rows`, those of the residual stream, are a rank's own
+    part of the tokens. Where the axis is not bound, residual and biases are added inside the products.
+    """
+    if not is_split(TENSOR):
+        total = residual
+        for layer, x in pairs:
+            total = layer(x, residual=total)
+        assert total is not None
+        return total
+    share = None
+    for layer, x in pairs:
+        share = linear(x, layer.weight[...], residual=share)
+    assert share is not None
+    out = all_reduce(share, TENSOR) if share.shape[0] == rows else reduce_scatter(share, TENSOR)
+    for layer, _ in pairs:
+        if layer.bias is not None:
+            out = out + layer.bias[...]
+    return out if residual is None else residual + out
+
+
+def whole(x: Float[Array, "rows E"], norm: Norm | None, tokens: int) -> tuple[Float[Array, "T E"], Norm | None]:
+    """All tokens of the residual stream, and the norm that is still to be applied to them.
+
+    Where each rank holds its own part of the tokens, the norm is applied to that part and the parts are gathered.
+    """
+    if x.shape[0] == tokens:
+        return x, norm
+    return all_gather(x if norm is None else norm(x), TENSOR), None

@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jdsi.kv_cache import AttentionContext
-from jdsi.layers import Linear, Norm
+from jdsi.layers import Linear, Norm, row_parallel, whole
 from jdsi.pallas_kernels import AttentionForm, NormForm
 
 from .spec import (
@@ -25,6 +25,7 @@ from .spec import (
 )
 
 Hidden = Float[Array, "T E"]
+Heads = Float[Array, "T H*D"]
 
 
 def make_norm(spec: NormSpec, width: int, dtype: DTypeLike) -> Norm:
@@ -53,9 +54,9 @@ class Attention(nnx.Module):
         )
 
     def __call__(
-        self, x: Hidden, context: AttentionContext, *, norm: Norm | None = None, residual: Hidden | None = None
-    ) -> tuple[Hidden, AttentionContext]:
-        """`residual + attention(norm(x))`, and the context that remembers the tokens."""
+        self, x: Hidden, context: AttentionContext, *, norm: Norm | None = None
+    ) -> tuple[Heads, AttentionContext]:
+        """What the heads give for `norm(x)`, the input of `out`, and the context that remembers the tokens."""
         tokens, heads, kv_heads = x.shape[0], self.spec.num_heads, self.spec.num_kv_heads
         qkv = self.qkv(x, norm=norm).reshape(tokens, -1, self.spec.head_dim)
         if self.q_norm is None or self.k_norm is None:
@@ -63,7 +64,7 @@ class Attention(nnx.Module):
         else:
             q, k, v = jnp.split(qkv, (heads, heads + kv_heads), axis=1)
             out, context = context.attend(self.layer, self.q_norm(q), self.k_norm(k), v, self.form)
-        return self.out(out.reshape(tokens, -1), residual=residual), context
+        return out.reshape(tokens, -1), context
 
 
 class Mlp(nnx.Module):
@@ -74,10 +75,10 @@ class Mlp(nnx.Module):
         self.up = Linear(width, spec.width * (2 if spec.gated else 1), bias=spec.bias, dtype=dtype, rngs=rngs)
         self.down = Linear(spec.width, width, bias=spec.bias, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Hidden, *, norm: Norm | None = None, residual: Hidden | None = None) -> Hidden:
-        """`residual + feed_forward(norm(x))`."""
+    def __call__(self, x: Hidden, *, norm: Norm | None = None) -> Float[Array, "T F"]:
+        """The hidden units for `norm(x)`, the input of `down`."""
         up = self.up.gated if self.spec.gated else self.up
-        return self.down(up(x, norm=norm, activation=self.spec.activation), residual=residual)
+        return up(x, norm=norm, activation=self.spec.activation)
 
 
 class _Block(nnx.Module):
@@ -85,6 +86,20 @@ class _Block(nnx.Module):
         self.attention = Attention(spec.attention, width, layer, dtype=dtype, rngs=rngs)
         self.feed_forward = Mlp(spec.feed_forward, width, dtype=dtype, rngs=rngs)
         self.attention_norm = make_norm(spec.residual.norm, width, dtype)
+
+    # Both take the residual stream, of which each rank may hold its own part of the tokens, and give a pair for
+    # `row_parallel`.
+
+    def _attend(
+        self, x: Hidden, norm: Norm | None, context: AttentionContext
+    ) -> tuple[tuple[Linear, Heads], AttentionContext]:
+        x, norm = whole(x, norm, context.positions.shape[0])
+        heads, context = self.attention(x, context, norm=norm)
+        return (self.attention.out, heads), context
+
+    def _feed_forward(self, x: Hidden, norm: Norm | None, context: AttentionContext) -> tuple[Linear, Array]:
+        x, norm = whole(x, norm, context.positions.shape[0])
+        return self.feed_forward.down, self.feed_forward(x, norm=norm)
 
 
 class PreNormBlock(_Block):
@@ -96,13 +111,15 @@ class PreNormBlock(_Block):
         self.feed_forward_norm = make_norm(spec.residual.norm, width, dtype)
 
     def __call__(self, x: Hidden, context: AttentionContext) -> tuple[Hidden, AttentionContext]:
+        rows = x.shape[0]
+        norms: tuple[Norm | None, Norm | None] = (self.attention_norm, self.feed_forward_norm)
         if self.from_norm:
-            h = self.attention_norm(x)
-            x, context = self.attention(h, context, residual=h)
-            h = self.feed_forward_norm(x)
-            return self.feed_forward(h, residual=h), context
-        x, context = self.attention(x, context, norm=self.attention_norm, residual=x)
-        return self.feed_forward(x, norm=self.feed_forward_norm, residual=x), context
+            x, norms = self.attention_norm(x), (None, None)
+        attended, context = self._attend(x, norms[0], context)
+        x = row_parallel([attended], rows, residual=x)
+        if self.from_norm:
+            x = self.feed_forward_norm(x)
+        return row_parallel([self._feed_forward(x, norms[1], context)], rows, residual=x), context
 
 
 class PostNormBlock(_Block):
@@ -113,9 +130,10 @@ class PostNormBlock(_Block):
         self.feed_forward_norm = make_norm(spec.residual.norm, width, dtype)
 
     def __call__(self, x: Hidden, context: AttentionContext) -> tuple[Hidden, AttentionContext]:
-        x, context = self.attention(x, context, residual=x)
-        x = self.attention_norm(x)
-        return self.feed_forward_norm(self.feed_forward(x, residual=x)), context
+        rows = x.shape[0]
+        attended, context = self._attend(x, None, context)
+        x = self.attention_norm(row_parallel([attended], rows, residual=x))
+        return self.feed_forward_norm(row_parallel([self._feed_forward(x, None, context)], rows, residual=x)), context
 
 
 class SandwichNormBlock(_Block):
@@ -128,9 +146,11 @@ class SandwichNormBlock(_Block):
         self.feed_forward_out_norm = make_norm(spec.residual.norm, width, dtype)
 
     def __call__(self, x: Hidden, context: AttentionContext) -> tuple[Hidden, AttentionContext]:
-        out, context = self.attention(x, context, norm=self.attention_norm)
-        x = x + self.attention_out_norm(out)
-        return x + self.feed_forward_out_norm(self.feed_forward(x, norm=self.feed_forward_norm)), context
+        rows = x.shape[0]
+        attended, context = self._attend(x, self.attention_norm, context)
+        x = x + self.attention_out_norm(row_parallel([attended], rows))
+        fed = row_parallel([self._feed_forward(x, self.feed_forward_norm, context)], rows)
+        return x + self.feed_forward_out_norm(fed), context
 
 
 class ParallelResidualBlock(_Block):
@@ -142,9 +162,12 @@ class ParallelResidualBlock(_Block):
         self.feed_forward_norm = None if shared else make_norm(spec.residual.norm, width, dtype)
 
     def __call__(self, x: Hidden, context: AttentionContext) -> tuple[Hidden, AttentionContext]:
-        norm = self.attention_norm if self.feed_forward_norm is None else self.feed_forward_norm
-        attended, context = self.attention(x, context, norm=self.attention_norm, residual=x)
-        return self.feed_forward(x, norm=norm, residual=attended), context
+        inputs = [(x, self.attention_norm), (x, self.feed_forward_norm or self.attention_norm)]
+        if x.shape[0] != context.positions.shape[0] and self.feed_forward_norm is None:
+            inputs = [whole(x, self.attention_norm, context.positions.shape[0])] * 2  # gathered once for both
+        attended, context = self._attend(*inputs[0], context)
+        fed = self._feed_forward(*inputs[1], context)
+        return row_parallel([attended, fed], x.shape[0], residual=x), context
 
 
 BLOCKS: Mapping[type, Callable[..., _Block]] = MappingProxyType(

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from jdsi.errors import CapacityError
 from jdsi.kv_cache import AttentionContext, PackedContext
-from jdsi.layers import Embedding, Linear
+from jdsi.layers import Embedding, Linear, VocabularyEmbedding
 from jdsi.pallas_kernels import ACTIVATIONS, linear
 
 from .block import BLOCKS, make_norm
@@ -23,7 +23,7 @@ class InputEmbedding(nnx.Module):
     def __init__(self, spec: EmbeddingSpec, vocab_size: int, width: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.spec = spec
         table = spec.width or width
-        self.tokens = Embedding(vocab_size, table, dtype=dtype, rngs=rngs)
+        self.tokens = VocabularyEmbedding(vocab_size, table, dtype=dtype, rngs=rngs)
         self.positions = Embedding(spec.positions.entries, width, dtype=dtype, rngs=rngs) if spec.positions else None
         self.token_types = Embedding(spec.token_types, table, dtype=dtype, rngs=rngs) if spec.token_types else None
         self.norm = make_norm(spec.norm, width, dtype) if spec.norm else None

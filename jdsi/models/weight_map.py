@@ -6,8 +6,9 @@ construction.
 """
 
 import dataclasses
+import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 import numpy as np
@@ -15,6 +16,8 @@ import numpy as np
 from .spec import NormSpec, RmsNormSpec
 
 Shape = tuple[int, ...]
+Box = tuple[slice, ...]
+"""Part of an array: along every dimension, its first index and the one after its last."""
 
 
 class Op(Protocol):
@@ -32,6 +35,18 @@ class Op(Protocol):
         """The checkpoint's shape of a tensor that has `shape` in our layout."""
         ...
 
+    def stored_boxes(self, box: Box, out: np.ndarray) -> Iterator[tuple[Box, np.ndarray]]:
+        """Where a part of a tensor lies in the checkpoint, so that it can be read without the rest.
+
+        Args:
+            box: the part, in our layout.
+            out: array of its shape that it is to be read into.
+
+        Yields:
+            Boxes of the stored tensor, each with the view of `out`, in the stored order of axes, that it fills.
+        """
+        ...
+
 
 @dataclasses.dataclass(frozen=True)
 class Identity:
@@ -46,6 +61,9 @@ class Identity:
     def inverse_shape(self, shape: Shape) -> Shape:
         return shape
 
+    def stored_boxes(self, box: Box, out: np.ndarray) -> Iterator[tuple[Box, np.ndarray]]:
+        yield box, out
+
 
 @dataclasses.dataclass(frozen=True)
 class Transpose:
@@ -59,6 +77,9 @@ class Transpose:
 
     def inverse_shape(self, shape: Shape) -> Shape:
         return shape[::-1]
+
+    def stored_boxes(self, box: Box, out: np.ndarray) -> Iterator[tuple[Box, np.ndarray]]:
+        yield box[::-1], out.T
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +96,15 @@ class Rows:
 
     def inverse_shape(self, shape: Shape) -> Shape:
         return shape
+
+    def stored_boxes(self, box: Box, out: np.ndarray) -> Iterator[tuple[Box, np.ndarray]]:
+        rows = np.asarray(self.order[box[0]])
+        # Rows that follow one another in both layouts are one box.
+        bounds = [0, *(np.flatnonzero(np.diff(rows) != 1) + 1).tolist(), len(rows)]
+        for first, last in itertools.pairwise(bounds):
+            if last > first:
+                start = int(rows[first])
+                yield (slice(start, start + last - first), *box[1:]), out[first:last]
 
 
 def split_heads_last(num_heads: int, parts: int, head_dim: int) -> Rows:

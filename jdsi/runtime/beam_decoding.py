@@ -12,10 +12,12 @@ from jaxtyping import Array, Float
 
 from jdsi.generation import SamplingParams, beam
 from jdsi.kv_cache import ContiguousContext
+from jdsi.sharding import DATA, axis_index
 
-from .decoding import PaddedPrompts, new_context
+from . import peers
+from .decoding import PaddedPrompts, new_context, padded_rows
 from .executor import Executor, Step
-from .shapes import batch_bucket
+from .staged_context import StagedContext
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,15 +29,20 @@ class BeamEpilogue:
 
     def __call__(self, logits: Float[Array, "R V"], state: beam.BeamState) -> tuple[Any, beam.BeamState]:
         tokens, parents, state = beam.step(jnp.repeat(logits, self.repeat, axis=0), state, self.features)
-        return (tokens, parents, jnp.all(state.done)), state
+        first = axis_index(DATA) * parents.shape[0]  # of the rows that this device's group has
+        return (tokens, first + parents, state.done), state
 
 
 @partial(jax.jit, donate_argnums=0)
-def _follow(context: ContiguousContext, parents: Array) -> ContiguousContext:
+def _select(context: ContiguousContext, parents: Array) -> ContiguousContext:
     return context.select(parents)
 
 
-def _step(executor: Executor, step: Step) -> tuple[Any, ContiguousContext, Any]:
+def _follow(context: Any, parents: Array) -> Any:
+    return context.select(parents) if isinstance(context, StagedContext) else _select(context, parents)
+
+
+def _step(executor: Executor, step: Step) -> tuple[Any, Any, Any]:
     return executor.steps([step])[0]
 
 
@@ -58,7 +65,16 @@ def beam_search(
         max_rows: the prompts are not padded beyond.
         names: what error messages call each prompt.
     """
-    beams, rows = params[0].num_beams, min(batch_bucket(len(prompts)), max_rows)
+    executor.agree(
+        {
+            "call": "beam search",
+            "prompts": prompts,
+            "sampling": params,
+            "eos_token_ids": eos_token_ids,
+            "max_batch_size": max_rows,
+        }
+    )
+    beams, rows = params[0].num_beams, padded_rows(executor, len(prompts), max_rows)
     idle = rows - len(prompts)
     padded = PaddedPrompts.of(prompts, rows)
     features = beam.BeamFeatures.of(params)
@@ -70,15 +86,16 @@ def beam_search(
     )
     steps = max(p.max_new_tokens for p in params)
     context = new_context(executor, rows, padded.width, steps)
-    context = context.extend(jnp.asarray(padded.lengths), padded.width)
+    context = context.extend(padded.lengths, padded.width)
     prefill = BeamEpilogue(features, repeat=beams)
     (tokens, parents, done), context, state = _step(executor, Step(padded.tokens, context, padded.last, prefill, state))
     # Nothing can be donated here: every prompt's row becomes `beams` rows.
-    context = context.select(parents // beams).extend(jnp.ones(rows * beams, jnp.int32), 1)
+    context = context.select(parents // beams).extend(np.ones(rows * beams, np.int32), 1)
     epilogue = BeamEpilogue(features)
     for _ in range(steps - 1):
-        if np.asarray(done):
-            break
+        with peers.waiting():
+            if np.asarray(done).all():
+                break
         (tokens, parents, done), context, state = _step(executor, Step(tokens, context, None, epilogue, state))
         context = _follow(context, parents)
-    return beam.finish(state, [*names, *["padding"] * idle])[: len(prompts)]
+    return beam.finish(executor.on_host(state), [*names, *["padding"] * idle])[: len(prompts)]

@@ -1,16 +1,18 @@
 """Prefill and decode of batches: the loop between executor and sampler."""
 
 import dataclasses
+import random
 from collections.abc import Collection, Iterator, Sequence
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
 from jdsi.generation import SampledTokens, SamplerFeatures, SamplerState, SamplingParams, init_state, pad_rows, sample
-from jdsi.kv_cache import ContiguousContext
+from jdsi.kv_cache import join_rows
 
+from . import peers
 from .executor import Executor, Step
 from .shapes import batch_bucket, capacity_bucket, token_bucket
 
@@ -51,11 +53,22 @@ class PaddedPrompts:
         last = np.arange(rows, dtype=np.int32) * width + lengths - 1
         return cls(tokens.reshape(-1), lengths, last, width)
 
+    def part(self, rows: slice) -> "PaddedPrompts":
+        """Some of the rows."""
+        lengths = self.lengths[rows]
+        last = np.arange(len(lengths), dtype=np.int32) * self.width + lengths - 1
+        return PaddedPrompts(self.tokens.reshape(-1, self.width)[rows].reshape(-1), lengths, last, self.width)
 
-def new_context(executor: Executor, rows: int, width: int, new_tokens: int) -> ContiguousContext:
+
+def new_context(executor: Executor, rows: int, width: int, new_tokens: int) -> Any:
     """An empty KV cache for prompts padded to `width` and up to `new_tokens` more."""
-    capacity = capacity_bucket(width + new_tokens)
-    return ContiguousContext.create(executor.spec.kv_heads, rows, capacity, executor.dtype)
+    return executor.new_context(rows, capacity_bucket(width + new_tokens))
+
+
+def padded_rows(executor: Executor, prompts: int, max_rows: int) -> int:
+    """Rows that a batch of so many prompts is padded to."""
+    rows, multiple = min(batch_bucket(prompts), max(prompts, max_rows)), executor.row_multiple
+    return -(-rows // multiple) * multiple
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,20 +103,22 @@ def decode(
     Yields:
         The batch's index and its tokens.
     """
-    rows = [min(batch_bucket(len(batch.prompts)), max_rows) for batch in batches]
+    batches = _agreed(executor, batches, eos_token_ids, max_rows)
+    rows = [padded_rows(executor, len(batch.prompts), max_rows) for batch in batches]
     running = [
         _Running.start(executor, i, batch, n, eos_token_ids)
         for i, (batch, n) in enumerate(zip(batches, rows, strict=True))
     ]
     ahead = False  # the first tokens are read at once, for the decode program may have to be compiled first
     while running:
-        outcomes = executor.steps([one.step for one in running])
-        for one, (sampled, context, state) in zip(running, outcomes, strict=True):
-            one.advance(sampled, context, state)
+        outcomes = iter(executor.steps([step for one in running for step in one.steps]))
+        for one in running:
+            one.advance([next(outcomes) for _ in one.steps])
         ended = set()
         for one in running:
             while len(one.unread) > (ahead and one.steps_left > 0):
-                host = jax.device_get(one.unread.pop(0))
+                with peers.waiting():
+                    host = jax.device_get(one.unread.pop(0))
                 yield one.index, host
                 if host.finish.all():
                     ended.add(one.index)
@@ -111,12 +126,35 @@ def decode(
         ahead = executor.runs_ahead
 
 
+def _agreed(
+    executor: Executor, batches: Sequence[Batch], eos_token_ids: Sequence[int], max_rows: int
+) -> Sequence[Batch]:
+    """The batches, after a comparison between the processes that run the executor; with seeds that all of them use."""
+    number = executor.agree(
+        {
+            "call": "generate",
+            "prompts": [batch.prompts for batch in batches],
+            "sampling": [batch.params for batch in batches],
+            "eos_token_ids": eos_token_ids,
+            "max_batch_size": max_rows,
+        }
+    )
+    if number is None:
+        return batches
+    draw = random.Random(number)
+
+    def seeded(params: SamplingParams) -> SamplingParams:
+        return params if params.seed is not None else dataclasses.replace(params, seed=draw.getrandbits(64))
+
+    return [dataclasses.replace(batch, params=[seeded(p) for p in batch.params]) for batch in batches]
+
+
 @dataclasses.dataclass
 class _Running:
-    """A batch between two steps: `step` is what it wants run next."""
+    """A batch between two passes: `steps` are what it wants run next, the pieces of its prompts or one for all rows."""
 
     index: int
-    step: Step
+    steps: list[Step]
     steps_left: int
     unread: list[SampledTokens] = dataclasses.field(default_factory=list)
 
@@ -132,15 +170,35 @@ class _Running:
             eos_token_ids=eos_token_ids,
             features=features,
         )
-        steps = max(p.max_new_tokens for p in batch.params)
-        context = new_context(executor, rows, padded.width, steps)
-        context = context.extend(jnp.asarray(padded.lengths), padded.width)
-        return cls(index, Step(padded.tokens, context, padded.last, SampleEpilogue(features), state), steps)
+        new_tokens = max(p.max_new_tokens for p in batch.params)
+        steps = []
+        for piece in _pieces(rows, executor.prompt_pieces, executor.row_multiple):
+            prompts = padded.part(piece)
+            context = new_context(executor, len(prompts.lengths), padded.width, new_tokens)
+            context = context.extend(prompts.lengths, padded.width)
+            own = state if len(prompts.lengths) == rows else jax.tree.map(lambda leaf, piece=piece: leaf[piece], state)
+            steps.append(Step(prompts.tokens, context, prompts.last, SampleEpilogue(features), own))
+        return cls(index, steps, new_tokens)
 
-    def advance(self, sampled: SampledTokens, context: ContiguousContext, state: SamplerState) -> None:
-        first = self.step.last is not None
-        if first:
-            context = context.extend(jnp.ones(context.batch, jnp.int32), 1)
-        self.step = Step(sampled.tokens, context, None, self.step.epilogue, state)
+    def advance(self, outcomes: Sequence[tuple[SampledTokens, Any, SamplerState]]) -> None:
+        step = self.steps[0]
+        sampled, context, state = outcomes[0] if len(outcomes) == 1 else _joined(outcomes)
+        if step.last is not None:
+            context = context.extend(np.ones(context.batch, np.int32), 1)
+        self.steps = [Step(sampled.tokens, context, None, step.epilogue, state)]
         self.steps_left -= 1
         self.unread.append(sampled)
+
+
+def _pieces(rows: int, wanted: int, multiple: int) -> list[slice]:
+    """Equal pieces of a batch, at most as many as wanted, each of a multiple of rows."""
+    units = rows // multiple
+    count = max(n for n in range(1, min(wanted, units) + 1) if units % n == 0)
+    size = rows // count
+    return [slice(start, start + size) for start in range(0, rows, size)]
+
+
+def _joined(outcomes: Sequence[tuple[SampledTokens, Any, SamplerState]]) -> tuple[SampledTokens, Any, SamplerState]:
+    """The rows of several pieces as those of one batch."""
+    sampled, contexts, states = zip(*outcomes, strict=True)
+    return join_rows(sampled), type(contexts[0]).join(contexts), join_rows(states)

@@ -1,7 +1,7 @@
 """Where weights live and how a step reaches them."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -60,6 +60,25 @@ class Executor(Protocol):
         """How many batches should share a pass; one unless weights are fetched for every pass."""
         ...
 
+    @property
+    def micro_batches(self) -> int:
+        """Into how many batches requests should be cut, if need be smaller ones, because so many run at a time."""
+        ...
+
+    @property
+    def prompt_pieces(self) -> int:
+        """Into how many pieces, passes of their own, a batch is cut while its prompts are read."""
+        ...
+
+    @property
+    def row_multiple(self) -> int:
+        """The rows of a batch must be a multiple of this."""
+        ...
+
+    def new_context(self, rows: int, capacity: int) -> Any:
+        """Empty KV memory for `rows` sequences of up to `capacity` tokens, where the executor wants it."""
+        ...
+
     def steps(self, batches: Sequence[Step]) -> list[tuple[Any, Any, Any]]:
         """One pass for each batch; executors that fetch weights fetch them once for all.
 
@@ -72,6 +91,25 @@ class Executor(Protocol):
         self, tokens: Int[Array, "B S"], lengths: Int[Array, " B"], token_types: Int[Array, "B S"] | None = None
     ) -> Float[Array, "B S V"]:
         """Logits of every token of a right-padded batch, without a cache (hidden states if the model has no head)."""
+        ...
+
+    def agree(self, requests: Mapping[str, Any]) -> int | None:
+        """Called before a generation, with what is asked of it, for where several processes run the executor together.
+
+        Args:
+            requests: by name; must be the same in all of them.
+
+        Returns:
+            A random number that they share; `None` where no other process takes part.
+
+        Raises:
+            ConfigError: the processes were asked for different things.
+            PeerError: a process is lost.
+        """
+        ...
+
+    def on_host(self, carry: Any) -> Any:
+        """An epilogue's state as NumPy arrays, in every process that runs the executor."""
         ...
 
     def stream_report(self) -> StreamReport | None:

@@ -1,6 +1,6 @@
 """The executor for models that fit: all layers in one compiled step."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jdsi.kv_cache import AttentionContext
+from jdsi.kv_cache import AttentionContext, ContiguousContext
 from jdsi.models import Transformer, TransformerSpec
 from jdsi.pallas_kernels.operator import Implementation, default_implementation
 
@@ -77,6 +77,25 @@ class ResidentExecutor:
         """See `Executor.batches_per_pass`."""
         return 1
 
+    @property
+    def micro_batches(self) -> int:
+        """See `Executor.micro_batches`."""
+        return 1
+
+    @property
+    def prompt_pieces(self) -> int:
+        """See `Executor.prompt_pieces`."""
+        return 1
+
+    @property
+    def row_multiple(self) -> int:
+        """See `Executor.row_multiple`."""
+        return 1
+
+    def new_context(self, rows: int, capacity: int) -> ContiguousContext:
+        """See `Executor.new_context`."""
+        return ContiguousContext.create(self._spec.kv_heads, rows, capacity, self.dtype)
+
     def steps(self, batches: Sequence[Step]) -> list[tuple[Any, Any, Any]]:
         """See `Executor.steps`."""
         return [
@@ -88,6 +107,13 @@ class ResidentExecutor:
     ) -> Float[Array, "B S V"]:
         """See `Executor.logits`."""
         return self._logits(self._leaves, tokens, lengths, token_types)
+
+    def agree(self, requests: Mapping[str, Any]) -> None:
+        """See `Executor.agree`; other processes, if there are any, run models of their own."""
+
+    def on_host(self, carry: Any) -> Any:
+        """See `Executor.on_host`."""
+        return jax.device_get(carry)
 
     def stream_report(self) -> None:
         """See `Executor.stream_report`."""

@@ -15,14 +15,27 @@ class Alibi:
 
     Attributes:
         slopes: one per query head.
+        split: inside `jax.shard_map` with the heads divided over an axis: its name and its ranks. `slopes` are then
+            those of all ranks, one rank's behind another's.
     """
 
     slopes: tuple[float, ...]
+    split: tuple[str, int] | None = dataclasses.field(default=None, kw_only=True)
+
+    @property
+    def heads(self) -> int:
+        """Query heads that attention has here."""
+        return len(self.slopes) // (1 if self.split is None else self.split[1])
+
+    def values(self) -> Float[Array, " H"]:
+        """The slopes of the heads that attention has here, float32."""
+        slopes = jnp.asarray(self.slopes, jnp.float32)
+        return slopes if self.split is None else slopes.reshape(-1, self.heads)[jax.lax.axis_index(self.split[0])]
 
     def bias(self, q_positions: Int[Array, "B S"], k_positions: Int[Array, "B L"]) -> Float[Array, "B H S L"]:
         """What is added to the scaled scores, float32."""
         distance = (k_positions[:, None, None, :] - q_positions[:, None, :, None]).astype(jnp.float32)
-        return jnp.asarray(self.slopes, jnp.float32)[:, None, None] * distance
+        return self.values()[:, None, None] * distance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +53,7 @@ class RoundedAlibi(Alibi):
 
     def bias(self, q_positions: Int[Array, "B S"], k_positions: Int[Array, "B L"]) -> Float[Array, "B H S L"]:
         """See `Alibi.bias`; the same for every query."""
-        slopes = _to_bfloat16(jnp.asarray(self.slopes, jnp.float32))[:, None, None]
+        slopes = _to_bfloat16(self.values())[:, None, None]
         positions = _to_bfloat16(k_positions.astype(jnp.float32))[:, None, None, :]
         bias = self.scale * _to_bfloat16(slopes * positions)
         return jnp.broadcast_to(bias, (*bias.shape[:2], q_positions.shape[1], bias.shape[3]))

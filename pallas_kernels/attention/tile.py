@@ -29,8 +29,8 @@ def why_not_form(form: AttentionForm, heads: int) -> str | None:
     """Why kernels built on this module cannot compute `form` for `heads` query heads, or `None`."""
     if isinstance(form.alibi, RoundedAlibi):
         return "rounded ALiBi depends on absolute positions, kernels know distances"
-    if form.alibi is not None and len(form.alibi.slopes) != heads:
-        return f"{len(form.alibi.slopes)} ALiBi slopes for {heads} query heads"
+    if form.alibi is not None and form.alibi.heads != heads:
+        return f"{form.alibi.heads} ALiBi slopes for {heads} query heads"
     if not (math.isfinite(form.scale) and form.scale > 0):
         return f"the scale must be positive, not {form.scale}"
     if form.softcap is not None and form.softcap <= 0:

@@ -5,7 +5,6 @@ import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from ..device import Device
 from .form import AttentionForm, RoundedAlibi
@@ -69,8 +68,8 @@ def blocks(rows: int, dim: int, value_dim: int, itemsize: int, device: Device, *
 
 def why_not_form(form: AttentionForm, heads: int) -> str | None:
     """Why the kernels cannot compute `form` for `heads` query heads, or `None`."""
-    if form.alibi is not None and len(form.alibi.slopes) != heads:
-        return f"{len(form.alibi.slopes)} ALiBi slopes for {heads} query heads"
+    if form.alibi is not None and form.alibi.heads != heads:
+        return f"{form.alibi.heads} ALiBi slopes for {heads} query heads"
     if not math.isfinite(form.scale):
         return f"the scale must be finite, not {form.scale}"
     if form.softcap is not None and not form.softcap > 0:
@@ -80,7 +79,7 @@ def why_not_form(form: AttentionForm, heads: int) -> str | None:
 
 def slopes(form: AttentionForm) -> jax.Array | None:
     """ALiBi's slopes as the kernels take them."""
-    return None if form.alibi is None else jnp.asarray(form.alibi.slopes, jnp.float32)
+    return None if form.alibi is None else form.alibi.values()
 
 
 def constants(form: AttentionForm, dim: int, value_dim: int) -> dict[str, Any]:

@@ -183,6 +183,6 @@ def _by_kv_head(q: Array, kv_heads: int, width: int) -> Array:
 def _slopes(plan: Plan, width: int) -> Array | None:
     if plan.form.alibi is None:
         return None
-    slopes = jnp.asarray(plan.form.alibi.slopes, jnp.float32).reshape(plan.kv_heads, 1, plan.group)
+    slopes = plan.form.alibi.values().reshape(plan.kv_heads, 1, plan.group)
     slopes = jnp.broadcast_to(slopes, (plan.kv_heads, plan.length, plan.group)).reshape(plan.kv_heads, -1)
     return jnp.pad(slopes, [(0, 0), (0, width - slopes.shape[1])])

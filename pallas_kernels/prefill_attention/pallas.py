@@ -86,7 +86,7 @@ def run(
         k_segments = _padded(jnp.where(k_segments < 0, -2, k_segments).astype(jnp.int32), 1, tiling.key_block, -2)
         spans = segment_spans(q_segments, k_segments, QUERY_BLOCK, tiling.key_block)
     q_start, k_lengths = (None if x is None else x.astype(jnp.int32) for x in (q_start, k_lengths))
-    slopes = None if form.alibi is None else jnp.asarray(form.alibi.slopes, jnp.float32)
+    slopes = None if form.alibi is None else form.alibi.values()
     arrays = Inputs(q, k, v, q_start, k_lengths, q_segments, k_segments, spans, slopes)
     out, lse = _call(arrays, form, queries, tiling, return_lse=return_lse)
     out = out[:, :queries]

@@ -167,7 +167,7 @@ def _row_slopes(form: AttentionForm, heads: int, kv_heads: int, tiling: Tiling) 
     head = jnp.arange(head_blocks(group, tiling))[:, None] * tiling.heads + jnp.arange(ROWS) % tiling.heads
     head = jnp.minimum(head, group - 1)
     head = jnp.arange(kv_heads)[:, None, None] * group + head
-    return jnp.asarray(form.alibi.slopes, jnp.float32)[head.reshape(-1, ROWS)]
+    return form.alibi.values()[head.reshape(-1, ROWS)]
 
 
 def _by_token(

@@ -1,0 +1,146 @@
+"""The keys of DeepSpeed's `init_inference`, in terms of ours."""
+
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
+from typing import Any
+
+from jdsi.errors import ConfigError
+
+NAMES: Mapping[str, str] = MappingProxyType(
+    {
+        "kernel_inject": "kernels",
+        "max_out_tokens": "max_tokens",
+        "max_seq_length": "max_tokens",
+        "mp_size": "tensor_parallel",
+        "replace_with_kernel_inject": "kernels",
+        "tp": "tensor_parallel",
+    }
+)
+"""Keys with a setting of ours that means the same."""
+
+
+def in_our_keys(options: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
+    """Each option as its key, the setting of ours it stands for, and that setting's value.
+
+    Keys that only say how DeepSpeed goes about it (CUDA graphs) have nothing to change here and are left out.
+
+    Raises:
+        ConfigError: a key asks for something that this engine does not do.
+    """
+    for key, value in options.items():
+        if key in _HOW:
+            continue
+        if key in _ONLY:
+            _ONLY[key](key, value)
+            continue
+        name = NAMES.get(key, key)
+        if key == "zero":
+            name, value = "offload", _zero(value)
+            if value is None:
+                continue
+        if name == "tensor_parallel" and isinstance(value, Mapping):
+            value = _tensor_parallel(key, value)
+        yield key, name, value
+
+
+def known_keys() -> list[str]:
+    """All keys of DeepSpeed that are understood, if only to refuse them."""
+    return [*NAMES, *_HOW, *_ONLY, "zero"]
+
+
+def _tensor_parallel(key: str, value: Mapping[str, Any]) -> Any:
+    if unknown := sorted(map(str, value.keys() - {"enabled", "tp_size", "tp_grain_size", "mpu", "tp_group"})):
+        raise ConfigError(f"config key {key!r} has {', '.join(unknown)}; what counts here is tp_size")
+    for name in ("mpu", "tp_group"):
+        if value.get(name) is not None:
+            raise ConfigError(f"config key {key!r} has {name}, a process group of torch's; leave it out")
+    return value.get("tp_size", 1) if value.get("enabled", True) else 1
+
+
+def _one(key: str, value: Any) -> None:
+    degrees = value if isinstance(value, Mapping) else {key: value}
+    for name in (key, "ep_size", "replica_num"):
+        if degrees.get(name, 1) not in (1, None):
+            raise ConfigError(f"config key {key!r} asks for {name}={degrees[name]}; no supported family has experts")
+
+
+def _trained_whole(key: str, value: Any) -> None:
+    if value not in (1, None):
+        raise ConfigError(
+            f"config key {key!r}={value!r}: give a checkpoint in Hugging Face format; it is split while it is read"
+        )
+
+
+def _no_experts(key: str, value: Any) -> None:
+    if isinstance(value, Mapping):
+        _one(key, value)
+    enabled = value.get("enabled") if isinstance(value, Mapping) else value not in (None, False, 1, [1])
+    if enabled:
+        raise ConfigError(f"config key {key!r}={value!r} asks for experts, and no supported family has them")
+
+
+def _off(key: str, value: Any) -> None:
+    enabled = value.get("enabled", bool(value)) if isinstance(value, Mapping) else value
+    if enabled:
+        raise ConfigError(
+            f"config key {key!r}={value!r} cannot be honoured: this engine does not offer it; leave it out"
+        )
+
+
+def _zero(value: Any) -> str | None:
+    """What DeepSpeed's `zero` says of `offload`: its stage 3 with `offload_param` is what that does here."""
+    settings = value or {}
+    if not isinstance(settings, Mapping):
+        raise ConfigError(f"config key 'zero'={value!r} must be an object with offload_param")
+    where = settings.get("offload_param") or {}
+    device = where.get("device", "none") if isinstance(where, Mapping) else where
+    if device in ("none", None):
+        return None
+    if not isinstance(device, str) or device not in _ZERO_DEVICES:
+        raise ConfigError(f"config key 'zero' asks for offload_param.device={device!r}; known: none, cpu, nvme")
+    return _ZERO_DEVICES[device]
+
+
+def _only(right: Any) -> Callable[[str, Any], None]:
+    def check(key: str, value: Any) -> None:
+        if value is not None and value != right:
+            raise ConfigError(f"config key {key!r}={value!r} cannot be honoured; leave it out, or {right!r}")
+
+    return check
+
+
+_ZERO_DEVICES: Mapping[str, str] = MappingProxyType({"cpu": "host", "nvme": "nvme"})
+_HOW = frozenset(
+    (
+        "enable_cuda_graph",
+        "keep_module_on_host",
+        "replace_method",
+        "return_tuple",
+        "set_empty_params",
+        "transposed_mode",
+        "triton_autotune",
+        "use_triton",
+    )
+)
+_ONLY: Mapping[str, Callable[[str, Any], None]] = MappingProxyType(
+    {
+        "ep_size": _one,
+        "training_mp_size": _trained_whole,
+        **dict.fromkeys(("moe", "moe_experts"), _no_experts),
+        **dict.fromkeys(
+            (
+                "base_dir",
+                "ds_config",
+                "injection_dict",
+                "injection_policy",
+                "injection_policy_tuple",
+                "quant",
+                "save_mp_checkpoint_path",
+            ),
+            _off,
+        ),
+        "min_out_tokens": _only(1),
+        "moe_type": _only("standard"),
+        "triangular_masking": _only(True),
+    }
+)

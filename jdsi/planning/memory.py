@@ -1,0 +1,87 @@
+"""Memory of one device, counted from a model's spec alone."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from jdsi.models import TransformerSpec
+from jdsi.sharding import Parallelism
+
+from .shares import Shapes, elements, even_stages, share_of
+from .workload import Workload
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes that one device needs.
+
+    Attributes:
+        weights: of its stage.
+        kv: keys and values of all sequences of its data-parallel group, at their full length.
+        activations: arrays that live only during a pass, an estimate.
+        logits: and what sampling makes of them.
+    """
+
+    weights: int
+    kv: int
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.kv + self.activations + self.logits
+
+
+def stage_memory(
+    spec: TransformerSpec,
+    parallelism: Parallelism,
+    work: Workload,
+    *,
+    rows: int,
+    capacity: int,
+    dtype: DTypeLike = "bfloat16",
+    stages: Sequence[range] | None = None,
+) -> tuple[Memory, ...]:
+    """What a device of each pipeline stage needs.
+
+    Args:
+        spec: the model's.
+        parallelism: degrees.
+        work: the micro-batch with the most tokens that a data-parallel group ever runs.
+        rows: sequences of the group, all micro-batches together.
+        capacity: tokens that the cache of each sequence has room for.
+        dtype: of weights, activations and KV cache.
+        stages: layers of each, by default `even_stages`.
+
+    Raises:
+        ConfigError: there are more stages than layers.
+    """
+    share, item = share_of(spec, parallelism.tensor), jnp.dtype(dtype).itemsize
+    found = []
+    for layers in stages or even_stages(spec, parallelism.pipeline):
+        specs = [share.spec.layers[i] for i in layers]
+        slots = sum(sum(one.attention.qkv_rows[1:]) for one in specs if one.attention.causal)
+        last = layers.stop == len(share.layers) and share.spec.head is not None
+        found.append(
+            Memory(
+                weights=elements(share.stage(layers)) * item,
+                kv=rows * capacity * slots * item,
+                activations=work.tokens * max(_live(spec.width, share.layers[i]) for i in layers) * item,
+                # As they come, and once more while they are worked on.
+                logits=2 * 4 * work.rows * share.spec.vocab_size if last else 0,
+            )
+        )
+    return tuple(found)
+
+
+def _live(width: int, layer: Shapes) -> int:
+    """Numbers of each token that a layer holds at once: the residual stream, a sum, and the widest product's two sides.
+
+    Between 0.9 and 1.2 of what XLA sets aside for prompts of large models on Hopper's kernels (GPT-J: 0.7).
+    """
+    (qkv, _), (_, heads) = layer["attention.qkv.weight"], layer["attention.out.weight"]
+    (up, _), (_, hidden) = layer["feed_forward.up.weight"], layer["feed_forward.down.weight"]
+    return 2 * width + max(2 * width, qkv + heads, up + hidden)

@@ -1,0 +1,296 @@
+"""The executor for models spread over a mesh: tensor, pipeline and data parallelism."""
+
+import contextlib
+import functools
+import itertools
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from jdsi.errors import ConfigError
+from jdsi.kv_cache import ContiguousContext
+from jdsi.models import TransformerSpec
+from jdsi.pallas_kernels.operator import Implementation
+from jdsi.sharding import Parallelism, stage_meshes, wavefront
+
+from . import peers
+from .executor import Epilogue, Step
+from .stage_program import StageInput, StageProgram
+from .staged_context import StagedContext
+from .transfer import Link, all_here, is_here, part_on, replicate, spread
+
+Loader = Callable[[Mesh, Sequence[str]], dict[str, Array]]
+"""Gives the named parameters on a stage's mesh, divided as `jdsi.models.tensor_parallel.split_of` says."""
+
+
+class MeshExecutor:
+    """See `Executor`. Every stage of the pipeline is one program on its part of the mesh.
+
+    The batches given to `steps` are the pipeline's micro-batches: each stage starts on one as soon as the stage before
+    is done with it, and a batch's next step as soon as its last one is, for all of that is queued on the devices.
+
+    Where the mesh has devices of several processes, each makes the same calls with the same arguments, and gets the
+    same results: the computations are those of all, and each of them has to start its part. What the calls are given is
+    compared before a device is used, and a process that gets stuck ends the others, see `peers`.
+
+    Args:
+        spec: the model's.
+        mesh: with our axes, see `jdsi.sharding.make_mesh`.
+        load: gives the parameters.
+        dtype: of weights and activations.
+        stages: the layers of each stage, one range for each device on the axis "pipe".
+        implementation: what operators run, see `default_implementation`.
+        sequence_parallel: divide the tokens of the residual stream over "tensor"; by default where they are many.
+        micro_batches: how many batches share a pass; by default one for each stage.
+        prompt_pieces: into how many a batch is cut while its prompts are read.
+
+    Raises:
+        ConfigError: a process has no device in the mesh, or another process has other arguments.
+
+    Attributes:
+        parallelism: degrees.
+        programs: one for each stage.
+    """
+
+    def __init__(
+        self,
+        spec: TransformerSpec,
+        mesh: Mesh,
+        load: Loader,
+        *,
+        dtype: Any,
+        stages: Sequence[range],
+        implementation: Implementation | None = None,
+        sequence_parallel: bool | None = None,
+        micro_batches: int | None = None,
+        prompt_pieces: int = 1,
+    ) -> None:
+        self.mesh, self.parallelism = mesh, Parallelism.of(mesh)
+        self._spec, self._dtype = spec, jnp.dtype(dtype)
+        self._micro_batches, self._prompt_pieces = micro_batches or len(stages), prompt_pieces
+        meshes = stage_meshes(mesh)
+        self._one_process = all_here(mesh)
+        self._turn = contextlib.nullcontext if self._one_process else peers.turn
+        if not self._one_process:
+            _check_processes(mesh)
+            peers.agree(
+                {
+                    "call": "MeshExecutor",
+                    "model": spec,
+                    "tensor_parallel": self.parallelism.tensor,
+                    "pipeline_parallel": self.parallelism.pipeline,
+                    "data_parallel": self.parallelism.data,
+                    "devices": [device.id for device in mesh.devices.flat],
+                    "layers of the stages": [(layers.start, layers.stop) for layers in stages],
+                    "dtype": self._dtype,
+                    "implementation": implementation,
+                    "sequence_parallel": sequence_parallel,
+                    "micro_batches": self._micro_batches,
+                    "prompt_pieces": prompt_pieces,
+                }
+            )
+        self.programs = [
+            StageProgram(spec, layers, part, dtype, implementation=implementation, sequence_parallel=sequence_parallel)
+            for layers, part in zip(stages, meshes, strict=True)
+        ]
+        self._here = [is_here(part) for part in meshes]
+        self._links = [Link(a, b) for a, b in itertools.pairwise(meshes)]
+        self._leaves = [
+            program.parameters(load(program.mesh, program.names)) if here else []
+            for program, here in zip(self.programs, self._here, strict=True)
+        ]
+
+    @property
+    def spec(self) -> TransformerSpec:
+        """The model's."""
+        return self._spec
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Dtype of weights and activations."""
+        return self._dtype
+
+    @property
+    def runs_ahead(self) -> bool:
+        """See `Executor.runs_ahead`."""
+        return True
+
+    @property
+    def batches_per_pass(self) -> int:
+        """See `Executor.batches_per_pass`: the micro-batches of the pipeline."""
+        return self._micro_batches
+
+    @property
+    def micro_batches(self) -> int:
+        """See `Executor.micro_batches`."""
+        return self._micro_batches
+
+    @property
+    def prompt_pieces(self) -> int:
+        """See `Executor.prompt_pieces`."""
+        return self._prompt_pieces
+
+    @property
+    def row_multiple(self) -> int:
+        """See `Executor.row_multiple`: every group of the axis "data" has as many rows."""
+        return self.parallelism.data
+
+    def new_context(self, rows: int, capacity: int) -> ContiguousContext | StagedContext:
+        """See `Executor.new_context`."""
+        contexts = [
+            program.new_context(rows, capacity) if here else None
+            for program, here in zip(self.programs, self._here, strict=True)
+        ]
+        return contexts[0] if len(contexts) == 1 else StagedContext(tuple(contexts))
+
+    def steps(self, batches: Sequence[Step]) -> list[tuple[Any, Any, Any]]:
+        """See `Executor.steps`."""
+        with self._turn():
+            passes = [_Pass(self, batch) for batch in batches]
+            for stage, index in wavefront(len(self.programs), len(batches)):
+                passes[index].run(stage)
+            return [one.outcome() for one in passes]
+
+    def logits(
+        self, tokens: Int[Array, "B S"], lengths: Int[Array, " B"], token_types: Int[Array, "B S"] | None = None
+    ) -> Float[Array, "B S V"]:
+        """See `Executor.logits`."""
+        rows, length = tokens.shape
+        padded = -(-rows // self.row_multiple) * self.row_multiple
+
+        def fill(x: Any) -> np.ndarray:
+            return np.pad(np.asarray(x), [(0, padded - rows), *[(0, 0)] * (np.ndim(x) - 1)], mode="edge")
+
+        ids, counts = fill(tokens), fill(lengths)
+        types = None if token_types is None else fill(token_types)
+        self.agree({"call": "forward", "tokens": ids, "lengths": counts, "token_types": types})
+        with self._turn():
+            x = self._forward(ids.reshape(-1), counts, None if types is None else types.reshape(-1), length)
+        return x.reshape(padded, length, -1)[:rows]
+
+    def _forward(self, x: Any, counts: np.ndarray, types: np.ndarray | None, length: int) -> Array:
+        tokens = len(x)
+        for stage, program in enumerate(self.programs):
+            out = None
+            if self._here[stage]:
+                out = program.forward(self._leaves[stage], x, counts, types if program.first else None, length)
+            x = out if program.last else self._passed_on(stage, out, tokens)
+        if self._one_process:
+            return x
+        width = self._spec.vocab_size if self._spec.head else self._spec.width
+        kind = jnp.float32 if self._spec.head else self._dtype
+        everywhere = self._known_to_all(x, jax.ShapeDtypeStruct((tokens, width), kind))
+        return everywhere.addressable_data(0)  # an array of this process, which it can use without the others
+
+    def agree(self, requests: Mapping[str, Any]) -> int | None:
+        """See `Executor.agree`."""
+        if self._one_process:
+            return None
+        return int(peers.agree(requests, offer=str(secrets.randbits(64))))
+
+    def on_host(self, carry: Any) -> Any:
+        """See `Executor.on_host`."""
+        if self._one_process:
+            return jax.device_get(carry)
+        with self._turn():
+            abstract = jax.tree.map(_abstract, carry)
+            whole = replicate(self.programs[-1].mesh)(carry) if self._here[-1] else None
+            return jax.device_get(self._known_to_all(whole, abstract))
+
+    def stream_report(self) -> None:
+        """See `Executor.stream_report`."""
+        return None
+
+    def close(self) -> None:
+        """See `Executor.close`; there is no background work."""
+
+    def _passed_on(self, stage: int, hidden: Array | None, tokens: int) -> Array | None:
+        """Hidden states of a stage on the next one's devices."""
+        abstract = jax.ShapeDtypeStruct((tokens, self._spec.width), self._dtype)
+        return self._links[stage].send(hidden, self.programs[stage].hidden_spec(tokens), abstract)
+
+    def _known_to_all(self, result: Any, abstract: Any) -> Any:
+        """What the last stage found, on its devices, where every process can read it."""
+        if self._one_process or len(self.programs) == 1:
+            return result
+        return spread(result, abstract, len(self.programs) - 1, self.mesh)
+
+    def _on_first(self, x: Any) -> Any:
+        """Tokens that the last stage sampled, on the first stage; anything else as it is."""
+        first = self.programs[0].mesh
+        if len(self.programs) == 1 or not isinstance(x, jax.Array) or not self._here[0]:
+            return x
+        if self._one_process:
+            return jax.device_put(x, self.programs[0].sharding())
+        return part_on(x, first)
+
+
+class _Pass:
+    """One batch on its way through the stages."""
+
+    def __init__(self, executor: MeshExecutor, step: Step) -> None:
+        self._executor, self._step = executor, step
+        staged = isinstance(step.context, StagedContext)
+        self._contexts = list(step.context.stages) if staged else [step.context]
+        self._staged = staged
+        self._tokens = len(step.tokens)
+        self._x: Any = executor._on_first(step.tokens)
+        self._carry = step.carry
+        self._result: Any = None
+
+    def run(self, stage: int) -> None:
+        """Issues one stage, and the transfer to the next."""
+        executor, program = self._executor, self._executor.programs[stage]
+        out = None
+        if executor._here[stage]:
+            given = StageInput(
+                self._x,
+                self._contexts[stage],
+                token_types=self._step.token_types if program.first else None,
+                last=self._step.last if program.last else None,
+                carry=self._carry if program.last else (),
+            )
+            out, self._contexts[stage], carry = program.step(executor._leaves[stage], given, self._step.epilogue)
+            if program.last:
+                self._carry = carry
+        if not program.last:
+            self._x = executor._passed_on(stage, out, self._tokens)
+            return
+        self._result = executor._known_to_all(out, self._abstract_result())
+
+    def outcome(self) -> tuple[Any, Any, Any]:
+        """What `Executor.steps` returns for the batch."""
+        context = StagedContext(tuple(self._contexts)) if self._staged else self._contexts[0]
+        return self._result, context, self._carry
+
+    def _abstract_result(self) -> Any:
+        if self._executor._one_process:
+            return None
+        rows = self._tokens if self._step.last is None else len(self._step.last)
+        leaves, structure = jax.tree.flatten(self._carry)
+        logits = jax.ShapeDtypeStruct((rows, self._executor.spec.vocab_size), jnp.float32)
+        return _result_shapes(self._step.epilogue, logits, tuple(map(_abstract, leaves)), structure)
+
+
+@functools.lru_cache(maxsize=256)
+def _result_shapes(epilogue: Epilogue, logits: Any, leaves: tuple[Any, ...], structure: Any) -> Any:
+    """Shapes of an epilogue's result; kept, for finding them takes longer than a step."""
+    return jax.eval_shape(epilogue, logits, jax.tree.unflatten(structure, leaves))[0]
+
+
+def _abstract(x: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+def _check_processes(mesh: Mesh) -> None:
+    missing = set(range(jax.process_count())) - {device.process_index for device in mesh.devices.flat}
+    if missing:
+        raise ConfigError(
+            f"the mesh has devices of several processes and none of process {min(missing)}; it must have some of each"
+        )

@@ -1,0 +1,79 @@
+"""From a config and a model to an executor over a mesh."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jdsi.config import InferenceConfig
+from jdsi.converters import open_checkpoint, parse_dtype
+from jdsi.converters.config import load_family
+from jdsi.converters.sharded_loader import from_arrays, load_sharded
+from jdsi.models import Transformer, TransformerSpec, parameters
+from jdsi.pallas_kernels.operator import Implementation
+from jdsi.planning import even_stages
+from jdsi.sharding import Parallelism, make_mesh
+
+from .mesh_executor import Loader, MeshExecutor
+
+
+def wants_mesh(config: InferenceConfig) -> bool:
+    """Whether a config asks for more than one device, or for a choice of how many."""
+    return config.parallelism is not None or degrees(config).devices > 1
+
+
+def degrees(config: InferenceConfig) -> Parallelism:
+    """The degrees that a config names."""
+    return Parallelism(config.tensor_parallel, config.pipeline_parallel, config.data_parallel)
+
+
+def mesh_executor(
+    model: Path | Transformer, config: InferenceConfig, implementation: Implementation | None
+) -> MeshExecutor:
+    """An executor over the devices that JAX sees; of a folder, each process reads only what its devices hold.
+
+    Raises:
+        ConfigError: the degrees do not fit the devices or the model; before anything is read or computed.
+        CheckpointError: as `load_sharded`.
+    """
+    if isinstance(model, Transformer):
+        spec, arrays = model.spec, parameters(model)
+        dtype = next(iter(arrays.values())).dtype if config.dtype == "auto" else parse_dtype(config.dtype)
+
+        def load(mesh: jax.sharding.Mesh, names: Sequence[str]) -> dict[str, jax.Array]:
+            return from_arrays(arrays, spec, mesh, names, dtype=dtype)
+
+        return _built(spec, load, dtype, config, implementation)
+    checkpoint = open_checkpoint(model)
+    family, spec = load_family(checkpoint.path)
+    weight_map = family.weight_map(spec)
+    dtype = parse_dtype(_fastest_dtype() if config.dtype == "auto" else config.dtype)
+
+    def read(mesh: jax.sharding.Mesh, names: Sequence[str]) -> dict[str, jax.Array]:
+        return load_sharded(checkpoint, weight_map, spec, mesh, names, dtype=dtype)
+
+    return _built(spec, read, dtype, config, implementation)
+
+
+def _fastest_dtype() -> str:
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def _built(
+    spec: TransformerSpec, load: Loader, dtype: Any, config: InferenceConfig, implementation: Implementation | None
+) -> MeshExecutor:
+    wanted = degrees(config)
+    mesh = make_mesh(tensor=wanted.tensor, pipe=wanted.pipeline, data=wanted.data)
+    return MeshExecutor(
+        spec,
+        mesh,
+        load,
+        dtype=jnp.dtype(dtype),
+        stages=even_stages(spec, wanted.pipeline),
+        implementation=implementation,
+        sequence_parallel=config.sequence_parallel,
+        micro_batches=config.micro_batches,
+        prompt_pieces=config.prompt_pieces,
+    )
