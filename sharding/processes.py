@@ -68,7 +68,7 @@ def initialize(
     except RuntimeError as error:
         raise ConfigError(f"initialize must be called once, and before JAX is used: {_first_line(error)}") from error
     if not came:
-        end_abruptly_at_exit()
+        atexit.register(end_abruptly)
         address = distributed.global_state.coordinator_address
         raise PeerError(f"{name} waited {patience:g} s for all others to come to {address}; are they running?")
 
@@ -113,17 +113,14 @@ def _within(seconds: float, call: Callable[[], None]) -> bool:
     return not thread.is_alive()
 
 
-def end_abruptly_at_exit() -> None:
-    """From here on the interpreter ends with status 1 and without farewells, for those would wait for lost processes.
+def end_abruptly() -> None:
+    """Ends the process with status 1 and without farewells, for those would wait for lost processes.
 
     JAX says goodbye to the coordinator, and its devices finish their work, which may wait for data that never comes.
     """
-
-    @atexit.register
-    def end() -> None:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def _first_line(error: BaseException) -> str:

@@ -48,13 +48,19 @@ def shape_config(name: str) -> Any:
     return _llama(SHAPES[name])
 
 
-def sized_config(gigabytes: float, itemsize: int) -> Any:
-    """A `LlamaConfig` whose weights take at least `gigabytes` (10^9 bytes) of values of `itemsize` bytes."""
+def sized_config(gigabytes: float, itemsize: int, *, least_layers: int = 1) -> Any:
+    """A `LlamaConfig` whose weights take at least `gigabytes` (10^9 bytes) of values of `itemsize` bytes.
+
+    Args:
+        least_layers: for the sake of as many the model is made narrower, down to a width of 256.
+    """
     values = gigabytes * 1e9 / itemsize
-    width, vocabulary = (2048, 32_000) if values >= 3e8 else (256, 2_000)
-    heads, intermediate = width // 64, 4 * width
-    per_layer = 4 * width * width + 3 * width * intermediate
-    layers = max(1, math.ceil((values - 2 * vocabulary * width) / per_layer))
+    for width, vocabulary in ((2048, 32_000), (1024, 32_000), (512, 8_000), (256, 2_000)):
+        heads, intermediate = width // 64, 4 * width
+        per_layer = 4 * width * width + 3 * width * intermediate
+        layers = max(1, math.ceil((values - 2 * vocabulary * width) / per_layer))
+        if layers >= least_layers and values >= 3e8 * (width / 2048) ** 2:
+            break
     return _llama(_sizes(layers, width, heads, heads, intermediate, vocabulary))
 
 

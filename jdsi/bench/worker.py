@@ -75,7 +75,7 @@ def start(folder: str, cache: str, prompt: list[int]) -> dict[str, Any]:
     }
 
 
-def offload(folder: str, dtype: str, limit: int) -> dict[str, Any]:
+def offload(folder: str, dtype: str, tokens: int, limit: int) -> dict[str, Any]:
     """Generates two tokens with weights that stay on disk."""
     import jdsi
 
@@ -85,7 +85,7 @@ def offload(folder: str, dtype: str, limit: int) -> dict[str, Any]:
         offload="nvme",
         memory_limit=limit,
         max_batch_size=1,
-        max_tokens=64,
+        max_tokens=tokens,
         compilation_cache=False,
     )
     engine.generate([1, 2, 3], jdsi.SamplingParams(max_new_tokens=2, ignore_eos=True))

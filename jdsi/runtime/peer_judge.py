@@ -3,6 +3,8 @@
 import dataclasses
 from collections.abc import Mapping
 
+from jdsi.errors import PeerError
+
 
 @dataclasses.dataclass(frozen=True)
 class Status:
@@ -75,6 +77,11 @@ class Judge:
     def all_ended(self) -> bool:
         """Whether the programs of all others have ended."""
         return all(peer.status.ended for peer in self._peers.values())
+
+    @property
+    def deserted(self) -> bool:
+        """Whether one of the others has given the run up, and will not wait for any more."""
+        return any(peer.status.ended == f"with {PeerError.__name__}" for peer in self._peers.values())
 
     def problem(self, turn: int, waiting_since: float | None, *, suspicious: bool = False) -> str | None:
         """What is wrong, or `None`.

@@ -73,7 +73,7 @@ class Watch:
         self._asking, self._suspicious = 0.0, False
         self._ended = ""
         self._problem: str | None = None
-        self._found, self._taken, self._alone, self._over = (threading.Event() for _ in range(4))
+        self._found, self._taken, self._alone, self._over, self._hurry = (threading.Event() for _ in range(5))
         _abort_slowly()
         atexit.register(self._leave)
         for run in (self._exchange, self._watch):
@@ -110,8 +110,13 @@ class Watch:
 
     def _error(self, problem: str) -> PeerError:
         self._taken.set()
-        processes.end_abruptly_at_exit()
+        self._say_end("with PeerError")
+        atexit.register(processes.end_abruptly)
         return PeerError(problem)
+
+    def _say_end(self, how: str) -> None:
+        self._ended = how
+        self._hurry.set()
 
     def _exchange(self) -> None:
         key, tick = f"{_FOLDER}/{self._judge.own}", 0
@@ -130,7 +135,7 @@ class Watch:
             if self._ended and self._judge.all_ended:
                 self._alone.set()
                 return
-            time.sleep(0.1 if self._ended else self._interval)
+            time.sleep(0.1) if self._ended else self._hurry.wait(self._interval)
 
     def _status(self, tick: int) -> Status:
         frame = sys._current_frames().get(self._thread)
@@ -146,11 +151,11 @@ class Watch:
             if self._problem is None:
                 continue
             self._found.set()
+            self._say_end("with PeerError")
             if not self._taken.wait(_GRACE):
                 # The caller is inside XLA, or sleeps: no exception would reach it.
-                sys.stdout.flush()
-                print(f"jdsi.errors.PeerError: {self._problem}", file=sys.stderr, flush=True)
-                os._exit(1)
+                print(f"jdsi.errors.PeerError: {self._problem}", file=sys.stderr)
+                processes.end_abruptly()
             return
 
     def _find(self) -> str | None:
@@ -162,11 +167,11 @@ class Watch:
     def _leave(self) -> None:
         """Waits at the end of the program for the others', for results of ours may still be on their way to them."""
         error = getattr(sys, "last_exc", None)
-        self._ended = "normally" if error is None else f"with {type(error).__name__}"
+        self._say_end("normally" if error is None else f"with {type(error).__name__}")
         self._alone.wait(None if error is None else self._judge.patience)
         self._over.set()
-        if not self._alone.is_set():
-            processes.end_abruptly_at_exit()
+        if self._judge.deserted or not self._alone.is_set():
+            processes.end_abruptly()
 
 
 _watch: Watch | None = None
