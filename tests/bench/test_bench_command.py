@@ -158,7 +158,7 @@ def test_offload() -> None:
     assert by_name.keys() == {"disk", "streamed x1", "streamed x2", "folder", "mmap", "peak memory"}
     # One pass each; of so few blocks those read ahead, in the others' turn, are a large part.
     assert 0.4 <= by_name["streamed x1"]["bytes_per_pass"] <= 1.6
-    assert by_name["mmap"]["bytes_per_pass"] >= 0.9
+    assert by_name["mmap"]["bytes_per_pass"] >= 0.7
     assert by_name["peak memory"]["within"]
     assert 2 * by_name["streamed x2"]["seconds"]["median"] == pytest.approx(
         4 / by_name["streamed x2"]["tokens_per_second"]
