@@ -1,7 +1,7 @@
 """Checkpoints in and out: Hugging Face folders, PyTorch files, and folders of our own."""
 
 from .checkpoint import Checkpoint, open_checkpoint, resolve
-from .config import parse_dtype
+from .config import parse_dtype, resolve_dtype
 from .convert import ConversionReport, convert
 from .huggingface import export_huggingface, parse_size
 from .loader import load_model, load_parameters, load_spec
@@ -38,4 +38,5 @@ __all__ = [
     "parse_size",
     "random_checkpoint",
     "resolve",
+    "resolve_dtype",
 ]

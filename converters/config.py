@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -55,6 +56,13 @@ def parse_dtype(dtype: Any) -> np.dtype:
     if name not in _DTYPES:
         raise ConfigError(f"dtype {name!r}{nearest(name, _DTYPES)}; known: float32, bfloat16, float16")
     return jnp.dtype(_DTYPES[name])
+
+
+def resolve_dtype(dtype: Any) -> np.dtype:
+    """`parse_dtype`, where `"auto"` is float32 on the CPU, whose narrow types are slow, and bfloat16 elsewhere."""
+    if isinstance(dtype, str) and dtype == "auto":
+        return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+    return parse_dtype(dtype)
 
 
 def read_json(path: Path) -> dict[str, Any]:

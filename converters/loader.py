@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jdsi.models import Transformer, TransformerSpec, abstract_parameters, place
@@ -13,7 +12,7 @@ from jdsi.models.weight_map import WeightMap
 from jdsi.sharding import AxisRules
 
 from .checkpoint import AnyCheckpoint, open_checkpoint, parameters_of, resolve_config
-from .config import load_family, parse_dtype
+from .config import load_family, resolve_dtype
 from .progress import Progress, Silent
 from .watch import Watcher
 
@@ -87,9 +86,7 @@ def load_model(
         CheckpointError: the checkpoint is missing, damaged or does not fit its config.
         ConfigError: its family or one of its options is not supported, or `dtype` is unknown.
     """
-    if isinstance(dtype, str) and dtype == "auto":
-        dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    dtype = parse_dtype(dtype)
+    dtype = resolve_dtype(dtype)
     checkpoint = open_checkpoint(path)
     family, spec = load_family(checkpoint.path)
     abstract = abstract_parameters(spec, dtype)

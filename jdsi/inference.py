@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from jdsi.config import InferenceConfig
-from jdsi.converters import load_model, resolve
+from jdsi.converters import load_model, resolve, resolve_dtype
 from jdsi.converters.block_store import BlockStore
 from jdsi.engine import InferenceEngine
 from jdsi.errors import ConfigError
@@ -83,9 +82,7 @@ def init_inference(
 
 def _offloaded(folder: Path, config: InferenceConfig, implementation: Implementation | None) -> Executor:
     store = BlockStore.open(folder)
-    dtype = np.dtype(
-        ("float32" if jax.default_backend() == "cpu" else "bfloat16") if config.dtype == "auto" else config.dtype
-    )
+    dtype = resolve_dtype(config.dtype)
     plan = plan_offload(
         store,
         str(config.offload),

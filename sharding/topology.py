@@ -164,6 +164,21 @@ class Topology:
             )
         return cls(name, count // _GPUS_PER_HOST, _GPUS_PER_HOST)
 
+    @classmethod
+    def of(cls, devices: Sequence[Any]) -> Self:
+        """The topology of devices that are there, equally many of each process, which stands for a host.
+
+        Raises:
+            ConfigError: devices that are not known here.
+        """
+        kind, platform = devices[0].device_kind, devices[0].platform
+        name = _CPU if platform == _CPU else next((name for name in _TARGETS if name.upper() in kind.upper()), None)
+        if name is None:
+            known = ", ".join((*_TARGETS, _CPU))
+            raise ConfigError(f"nothing is known of the speed of a {kind}; known: {known}; give the degrees yourself")
+        hosts = len({device.process_index for device in devices})
+        return cls(name, hosts, len(devices) // hosts)
+
     @property
     def count(self) -> int:
         """All devices."""

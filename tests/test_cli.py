@@ -1,6 +1,7 @@
 """The command as a user types it, in processes of their own."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from checkpoints import save_llama
+
+TINY = Path(__file__).resolve().parent.parent / "examples" / "tiny-python-lm"
 
 
 def jdsi(*arguments: object, stdin: str = "") -> subprocess.CompletedProcess[str]:
@@ -84,3 +87,43 @@ def test_mistakes_get_a_line_and_no_traceback(folder: Path, arguments: tuple[str
     assert message.replace("FOLDER", folder.name) in result.stderr
     assert "Traceback" not in result.stderr
     assert result.stdout == ""
+
+
+def test_generate_on_a_mesh_and_a_named_error_without_devices() -> None:
+    arguments = ("generate", str(TINY), "--prompt", "def ", "--max-new-tokens", "5")
+    one = jdsi(*arguments)
+    spread = jdsi(*arguments, "--tensor-parallel", "2", "--pipeline-parallel", "2")
+    assert spread.returncode == 0, spread.stderr
+    assert spread.stdout == one.stdout
+    chosen = jdsi(*arguments, "--parallelism", "latency")
+    assert chosen.stdout == one.stdout
+    assert "Chosen:" in chosen.stderr
+    failed = jdsi(*arguments, "--tensor-parallel", "64")
+    assert failed.returncode == 1
+    assert "tensor 64 takes 64 devices" in failed.stderr
+
+
+def test_plan_compiles_for_devices_from_a_config_alone(tmp_path: Path) -> None:
+    shutil.copy(TINY / "config.json", tmp_path / "config.json")
+    options = ("--topology", "cpu:4", "--context", "256", "--batch", "4", "--dtype", "float32")
+    done = jdsi("plan", str(tmp_path), *options, "--tensor-parallel", "2", "--pipeline-parallel", "2", "--json")
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    assert plan["parallelism"] == {"tensor": 2, "pipeline": 2, "data": 1}
+    assert plan["fits"]
+    first, last = plan["stages"]
+    reduced = [c for c in first["decode"]["collectives"] if c["kind"] == "all-reduce" and c["axis"] == "tensor"]
+    # Two layers with two each, and the embedding.
+    assert sum(c["count"] for c in reduced) == 5
+    assert {c["bytes"] for c in reduced} == {2 * plan_width(tmp_path) * 4}
+    assert last["decode"]["arguments"] >= last["memory"]["weights"] + last["memory"]["kv"] // 2
+    text = jdsi("plan", str(tmp_path / "config.json"), *options, "--no-compile")
+    assert "Chosen:" in text.stdout
+    assert "fits:" in text.stdout
+    wrong = jdsi("plan", str(tmp_path), "--topology", "h300:8")
+    assert wrong.returncode == 1
+    assert "did you mean" in wrong.stderr
+
+
+def plan_width(folder: Path) -> int:
+    return json.loads((folder / "config.json").read_text())["hidden_size"]

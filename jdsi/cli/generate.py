@@ -3,7 +3,9 @@
 import contextlib
 import dataclasses
 import json
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +16,7 @@ from jdsi.errors import PromptError
 from .progress import progress_line
 
 _SAMPLING = "Sampling"
+_PARALLELISM = "Parallelism"
 _PROMPTS = "Prompts (each may be repeated)"
 
 
@@ -55,7 +58,35 @@ def generate(
         str | None, typer.Option(help="host, nvme or auto: weights that need not stay on the device.")
     ] = None,
     memory_limit: Annotated[
-        str | None, typer.Option(help="With --offload: memory to keep to, as 2GiB; by default what is free.")
+        str | None,
+        typer.Option(help="With --offload or --parallelism: memory to keep to, as 2GiB; by default what is free."),
+    ] = None,
+    tensor_parallel: Annotated[
+        int, typer.Option(help="Devices that share every layer.", rich_help_panel=_PARALLELISM)
+    ] = 1,
+    pipeline_parallel: Annotated[int, typer.Option(help="Stages of layers.", rich_help_panel=_PARALLELISM)] = 1,
+    data_parallel: Annotated[
+        int, typer.Option(help="Groups of devices that share the prompts.", rich_help_panel=_PARALLELISM)
+    ] = 1,
+    parallelism: Annotated[
+        str | None,
+        typer.Option(help="auto, latency or throughput: choose the degrees.", rich_help_panel=_PARALLELISM),
+    ] = None,
+    distributed: Annotated[
+        bool,
+        typer.Option(
+            "--distributed",
+            help="Several processes run this command; SLURM, Open MPI or Kubernetes says which.",
+            rich_help_panel=_PARALLELISM,
+        ),
+    ] = False,
+    coordinator: Annotated[
+        str | None,
+        typer.Option(help="HOST:PORT of process 0, where nothing says which.", rich_help_panel=_PARALLELISM),
+    ] = None,
+    num_processes: Annotated[int | None, typer.Option(help="How many do.", rich_help_panel=_PARALLELISM)] = None,
+    process_id: Annotated[
+        int | None, typer.Option(help="Which of them this is; 0 prints.", rich_help_panel=_PARALLELISM)
     ] = None,
     kernels: Annotated[bool, typer.Option(help="Use hand-written GPU kernels.")] = True,
     tokenizer: Annotated[str | None, typer.Option(help="Folder or hub id, if not the model's own.")] = None,
@@ -87,11 +118,46 @@ def generate(
         logprobs=logprobs,
         seed=seed,
     )
+    first = True
+    if distributed or (coordinator, num_processes, process_id) != (None, None, None):
+        first = _join_others(coordinator, num_processes, process_id)
     engine = init_inference(
-        model, dtype=dtype, tokenizer=tokenizer, offload=offload, memory_limit=memory_limit, kernels=kernels
+        model,
+        dtype=dtype,
+        tokenizer=tokenizer,
+        offload=offload,
+        memory_limit=memory_limit,
+        kernels=kernels,
+        tensor_parallel=tensor_parallel,
+        pipeline_parallel=pipeline_parallel,
+        data_parallel=data_parallel,
+        parallelism=parallelism,
     )
     with contextlib.closing(engine), progress_line(engine):
-        _run(engine, prompts, sampling, stream=stream, as_json=as_json)
+        choice = getattr(engine.executor, "choice", None)
+        if choice is not None and first:
+            sys.stderr.write(f"{choice.explain()}\n")
+        with contextlib.nullcontext() if first else _silence():
+            _run(engine, prompts, sampling, stream=stream, as_json=as_json)
+
+
+def _join_others(coordinator: str | None, num_processes: int | None, process_id: int | None) -> bool:
+    """Makes this one of several processes; whether it is the one that shows what all of them find."""
+    import jax
+
+    from jdsi.sharding import initialize
+
+    # What carries data between CPUs reports its connections on standard output, which is for what the model says.
+    sys.stdout = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    initialize(coordinator, num_processes, process_id)
+    return jax.process_index() == 0
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        yield
 
 
 def _run(engine: Any, prompts: list[Any], sampling: Any, *, stream: bool, as_json: bool) -> None:

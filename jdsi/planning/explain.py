@@ -147,7 +147,7 @@ def _more(loser: _Time, best: _Time, work: str) -> str:
         "waiting": "more time is spent waiting for other stages",
     }
     worst = max(reasons, key=lambda name: getattr(loser, name) - getattr(best, name))
-    more, less = (f"{round(getattr(time, worst) * 1e3, 6):.3g}" for time in (loser, best))
+    more, less = (f"{round(getattr(time, worst) * 1e3, 6) + 0.0:.3g}" for time in (loser, best))
     return f"{reasons[worst]}, {more} against {less} ms"
 
 

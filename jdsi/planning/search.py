@@ -64,6 +64,7 @@ def choose(
     goal: Goal = "latency",
     memory_limit: int | None = None,
     dtype: DTypeLike = "bfloat16",
+    multiple: int = 1,
 ) -> Choice:
     """The degrees of parallelism that serve a goal best, by the cost model.
 
@@ -79,6 +80,7 @@ def choose(
         goal: "latency" or "throughput".
         memory_limit: bytes of each device, by default all but what the driver and libraries take.
         dtype: of weights, activations and KV cache.
+        multiple: the number of devices must be one of this, such as that of the processes, which all take part.
 
     Raises:
         CapacityError: nothing fits; the message names the least memory that it takes.
@@ -91,7 +93,7 @@ def choose(
         batch = 1
     limit = machine_for(topology).usable if memory_limit is None else memory_limit
     request = Request(spec, topology, goal, batch, context, prompt, limit, dtype)
-    candidates = [_candidate(request, parallelism) for parallelism in _degrees(request)]
+    candidates = [_candidate(request, parallelism) for parallelism in _degrees(request, multiple)]
     fitting = [one for one in candidates if not one.rejected]
     rejected = tuple(one for one in candidates if one.rejected)
     if not fitting:
@@ -113,13 +115,14 @@ def _check(spec: TransformerSpec, goal: str, batch: int | None, context: int, pr
         raise ConfigError(f"context={context} exceeds the {spec.position_table} positions of the learned table")
 
 
-def _degrees(request: Request) -> Iterator[Parallelism]:
+def _degrees(request: Request, multiple: int) -> Iterator[Parallelism]:
     """All that come into question, whether they fit or not."""
     count = request.topology.count
     for tensor in _divisors(count):
         for pipeline in _divisors(count // tensor):
             data = 1 if request.goal == "latency" else count // tensor // pipeline
-            yield Parallelism(tensor, pipeline, data)
+            if tensor * pipeline * data % multiple == 0:
+                yield Parallelism(tensor, pipeline, data)
 
 
 def _divisors(number: int) -> list[int]:

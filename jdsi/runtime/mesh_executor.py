@@ -17,6 +17,7 @@ from jdsi.errors import ConfigError
 from jdsi.kv_cache import ContiguousContext
 from jdsi.models import TransformerSpec
 from jdsi.pallas_kernels.operator import Implementation
+from jdsi.planning.search import Choice
 from jdsi.sharding import Parallelism, stage_meshes, wavefront
 
 from . import peers
@@ -49,6 +50,7 @@ class MeshExecutor:
         sequence_parallel: divide the tokens of the residual stream over "tensor"; by default where they are many.
         micro_batches: how many batches share a pass; by default one for each stage.
         prompt_pieces: into how many a batch is cut while its prompts are read.
+        choice: how the mesh's degrees were found, if they were not given.
 
     Raises:
         ConfigError: a process has no device in the mesh, or another process has other arguments.
@@ -56,6 +58,7 @@ class MeshExecutor:
     Attributes:
         parallelism: degrees.
         programs: one for each stage.
+        choice: as given.
     """
 
     def __init__(
@@ -70,8 +73,9 @@ class MeshExecutor:
         sequence_parallel: bool | None = None,
         micro_batches: int | None = None,
         prompt_pieces: int = 1,
+        choice: Choice | None = None,
     ) -> None:
-        self.mesh, self.parallelism = mesh, Parallelism.of(mesh)
+        self.mesh, self.parallelism, self.choice = mesh, Parallelism.of(mesh), choice
         self._spec, self._dtype = spec, jnp.dtype(dtype)
         self._micro_batches, self._prompt_pieces = micro_batches or len(stages), prompt_pieces
         meshes = stage_meshes(mesh)

@@ -8,15 +8,18 @@ import jax
 import jax.numpy as jnp
 
 from jdsi.config import InferenceConfig
-from jdsi.converters import open_checkpoint, parse_dtype
+from jdsi.converters import open_checkpoint, parse_dtype, resolve_dtype
 from jdsi.converters.config import load_family
 from jdsi.converters.sharded_loader import from_arrays, load_sharded
 from jdsi.models import Transformer, TransformerSpec, parameters
 from jdsi.pallas_kernels.operator import Implementation
-from jdsi.planning import even_stages
+from jdsi.planning import Choice, choose, even_stages
 from jdsi.sharding import Parallelism, make_mesh
+from jdsi.sharding.topology import Topology
 
 from .mesh_executor import Loader, MeshExecutor
+
+_USUAL_CONTEXT = 4096  # what degrees are chosen for where no `max_tokens` is given and the model would take more
 
 
 def wants_mesh(config: InferenceConfig) -> bool:
@@ -49,7 +52,7 @@ def mesh_executor(
     checkpoint = open_checkpoint(model)
     family, spec = load_family(checkpoint.path)
     weight_map = family.weight_map(spec)
-    dtype = parse_dtype(_fastest_dtype() if config.dtype == "auto" else config.dtype)
+    dtype = resolve_dtype(config.dtype)
 
     def read(mesh: jax.sharding.Mesh, names: Sequence[str]) -> dict[str, jax.Array]:
         return load_sharded(checkpoint, weight_map, spec, mesh, names, dtype=dtype)
@@ -57,14 +60,11 @@ def mesh_executor(
     return _built(spec, read, dtype, config, implementation)
 
 
-def _fastest_dtype() -> str:
-    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
-
-
 def _built(
     spec: TransformerSpec, load: Loader, dtype: Any, config: InferenceConfig, implementation: Implementation | None
 ) -> MeshExecutor:
-    wanted = degrees(config)
+    choice = None if config.parallelism is None else _choose(spec, dtype, config)
+    wanted = degrees(config) if choice is None else choice.parallelism
     mesh = make_mesh(tensor=wanted.tensor, pipe=wanted.pipeline, data=wanted.data)
     return MeshExecutor(
         spec,
@@ -76,4 +76,21 @@ def _built(
         sequence_parallel=config.sequence_parallel,
         micro_batches=config.micro_batches,
         prompt_pieces=config.prompt_pieces,
+        choice=choice,
+    )
+
+
+def _choose(spec: TransformerSpec, dtype: Any, config: InferenceConfig) -> Choice:
+    """The degrees for the devices there are: for one sequence, or for as many as the engine takes at a time."""
+    throughput = config.parallelism == "throughput"
+    context = config.max_tokens or min(spec.max_positions, _USUAL_CONTEXT)
+    return choose(
+        spec,
+        Topology.of(jax.devices()),
+        batch=config.max_batch_size if throughput else 1,
+        context=context,
+        goal="throughput" if throughput else "latency",
+        memory_limit=None if config.memory_limit is None else int(config.memory_limit),
+        dtype=dtype,
+        multiple=jax.process_count(),
     )
