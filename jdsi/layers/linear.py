@@ -75,15 +75,20 @@ class VocabularyEmbedding(Embedding):
     """A table of token embeddings; inside `jax.shard_map`, of one rank's share of the vocabulary."""
 
     def __call__(self, ids: Int[Array, " T"]) -> Float[Array, "T E"]:
-        """Rows of the table, on every rank; an id outside the vocabulary reads its nearest entry."""
+        """Rows of the table, on every rank. An id outside the vocabulary reads its nearest entry, or zeros on a mesh."""
         if not is_split(TENSOR):
             return super().__call__(ids)
         table = self.weight[...]
-        ids = ids - axis_index(TENSOR) * table.shape[0]
-        own = (ids >= 0) & (ids < table.shape[0])
-        rows = jnp.take(table, ids, axis=0, mode="clip")
-        # One rank has the row and the others add zeros, so the sum is exact in any dtype.
-        return all_reduce(jnp.where(own[:, None], rows, jnp.zeros((), rows.dtype)), TENSOR)
+        return rows_of_parts(table, ids)
+
+
+def rows_of_parts(part: Float[Array, "own E"], rows: Int[Array, " N"]) -> Float[Array, "N E"]:
+    """Rows of a matrix of which each rank of the axis "tensor" holds an equal part; zeros past its end."""
+    rows = rows - axis_index(TENSOR) * part.shape[0]
+    own = (rows >= 0) & (rows < part.shape[0])
+    found = jnp.take(part, rows, axis=0, mode="clip")
+    # One rank has the row and the others add zeros, so the sum is exact in any dtype.
+    return all_reduce(jnp.where(own[:, None], found, jnp.zeros((), found.dtype)), TENSOR)
 
 
 def row_parallel(

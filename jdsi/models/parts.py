@@ -66,10 +66,10 @@ class Top(nnx.Module):
         self, hidden: Float[Array, "T E"], last: Int[Array, " B"] | None, table: Float[Array, "V W"] | None
     ) -> Float[Array, "B V"]:
         """Logits of the tokens `last`, or of all; hidden states where there is no head."""
-        if self.norm is not None:
-            hidden = self.norm(hidden)
         if last is not None:
             hidden = hidden[last]
+        if self.norm is not None:
+            hidden = self.norm(hidden)
         if self.head is None:
             return hidden
         return self.head(hidden, jnp.zeros((0, 0), hidden.dtype) if table is None else table)

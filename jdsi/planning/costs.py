@@ -221,8 +221,8 @@ class _Counting:
 
     def _head_exchange(self) -> Iterator[Collective]:
         rows = (self._work.rows,)
-        if self._divided:
-            yield self._exchange("all-gather", (self._tokens, self._width))
+        if self._divided:  # each row's last token, from the rank that has it
+            yield self._exchange("all-reduce", (self._work.rows, self._width))
         if self._ranks > 1 and self._share.spec.head is not None:
             yield self._exchange("all-reduce", rows, "s32", count=2)
         if self._parallelism.data > 1:  # every device gets all tokens, their log-probabilities, and which were the last

@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from jdsi.kv_cache import AttentionContext, ContiguousContext, PackedContext
+from jdsi.layers import rows_of_parts
 from jdsi.models import TransformerSpec, abstract_parameters
 from jdsi.models.stage import stage_part
 from jdsi.models.tensor_parallel import SEQUENCE_PARALLEL_TOKENS, local_spec, split_of
@@ -250,7 +251,8 @@ class StageProgram:
     def _logits(self, stage: Any, hidden: Array, last: Array | None, tokens: int) -> Array:
         """One rank's share of the logits, with the padding of the vocabulary at minus infinity."""
         if hidden.shape[0] != tokens:
-            hidden = all_gather(hidden, TENSOR)
+            hidden = all_gather(hidden, TENSOR) if last is None else rows_of_parts(hidden, last)
+            last = None
         with default_implementation(self._implementation):
             logits = stage.finish(hidden, last)
         if self.spec.head is None or logits.shape[1] * axis_size(TENSOR) == self.spec.vocab_size:
