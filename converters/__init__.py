@@ -2,23 +2,27 @@
 
 from .checkpoint import Checkpoint, open_checkpoint, resolve
 from .config import parse_dtype, resolve_dtype
-from .convert import ConversionReport, convert
+from .convert import convert
 from .huggingface import export_huggingface, parse_size
 from .loader import load_model, load_parameters, load_spec
 from .orbax import OrbaxCheckpoint
 from .progress import Progress, ProgressBar
 from .random_checkpoint import random_checkpoint
 from .safetensors_file import SafetensorsWriter, TensorInfo
+from .save import ConversionReport, save_parameters
 from .sharded import ShardedCheckpoint
 from .sharded_loader import abstract_shares, from_arrays, load_sharded
 from .sharded_parameters import ShardedParameters
+from .sources import MemoryParameters, ParameterSource
 from .watch import NonFiniteWarning
 
 __all__ = [
     "Checkpoint",
     "ConversionReport",
+    "MemoryParameters",
     "NonFiniteWarning",
     "OrbaxCheckpoint",
+    "ParameterSource",
     "Progress",
     "ProgressBar",
     "SafetensorsWriter",
@@ -39,4 +43,5 @@ __all__ = [
     "random_checkpoint",
     "resolve",
     "resolve_dtype",
+    "save_parameters",
 ]

@@ -12,7 +12,7 @@ from jdsi.errors import ConfigError
 from jdsi.models import abstract_parameters
 
 from .checkpoint import resolve_config
-from .config import config_file, copy_companions, load_family, parse_dtype, read_config
+from .config import copy_companions, load_family, parse_dtype, read_config
 from .destination import check_destination, new_folder
 from .huggingface import parse_size, write_huggingface
 from .orbax import write_orbax
@@ -57,7 +57,7 @@ class Form:
     max_shard_size: int
 
     @classmethod
-    def of(cls, to: str, dtype: Any, tensor_parallel: int | None, max_shard_size: int | str) -> "Form":
+    def of(cls, to: Layout, dtype: Any, tensor_parallel: int | None, max_shard_size: int | str) -> "Form":
         if to not in get_args(Layout):
             raise ConfigError(f"to={to!r}: wanted is 'orbax', 'hf', 'streaming' or 'sharded'")
         if to != "sharded" and tensor_parallel is not None:
@@ -85,7 +85,8 @@ def save_parameters(
         source: the parameters: `MemoryParameters` of plain arrays, `ShardedParameters` of arrays on a mesh, or a
             checkpoint's. They are read one at a time; no more is in memory than the largest layer, or the embedding.
         path: the folder to make.
-        like: a checkpoint folder or hub id of the same model, whose config, tokenizer and generation files go along.
+        like: a checkpoint folder or hub id of the same model, whose config, tokenizer and generation files go along, or
+            a config file alone.
         to: `"orbax"`, `"hf"`, `"streaming"`, from which models larger than memory run fastest, or `"sharded"`, cut for
             one degree of tensor parallelism, at which it loads fastest; every other can read it too.
         dtype: `"float32"`, `"bfloat16"` or `"float16"`; `None` keeps every parameter's.
@@ -104,6 +105,7 @@ def save_parameters(
     """
     began = time.monotonic()
     form, target, origin = Form.of(to, dtype, tensor_parallel, max_shard_size), Path(path), resolve_config(like)
+    config = origin if origin.is_file() else origin / "config.json"
     check_destination(target, overwrite=overwrite, source=origin)
     family, spec = load_family(origin)
     shapes = {name: tuple(leaf.shape) for name, leaf in abstract_parameters(spec).items()}
@@ -118,9 +120,14 @@ def save_parameters(
         with new_folder(target, overwrite=overwrite, needed_bytes=needed) as partial:
             copy_companions(origin, partial)
             if to == "hf":
-                config, table, size = read_config(origin), family.weight_map(spec), form.max_shard_size
                 write_huggingface(
-                    source, table, config, partial, dtype=form.dtype, max_shard_size=size, watch=watcher
+                    source,
+                    family.weight_map(spec),
+                    read_config(config),
+                    partial,
+                    dtype=form.dtype,
+                    max_shard_size=form.max_shard_size,
+                    watch=watcher,
                 )
             else:
                 if to == "sharded":
@@ -129,7 +136,7 @@ def save_parameters(
                     write = write_orbax if to == "orbax" else write_streaming
                     write(source, partial, dtype=form.dtype, watch=watcher)
                 # Last, so that a folder left by a killed process does not open.
-                shutil.copyfile(config_file(origin), partial / "config.json")
+                shutil.copyfile(config, partial / "config.json")
     finally:
         progress.finish()
     watcher.warn(str(origin))

@@ -188,8 +188,8 @@ def total_bytes(source: ParameterSource, dtype: np.dtype | None) -> int:
     return sum(math.prod(shape) * (dtype or source.dtypes[name]).itemsize for name, shape in source.shapes.items())
 
 
-def check_shapes(path: Path, found: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> None:
-    """Raises `CheckpointError` unless the parameters found in the folder `path` are exactly those wanted."""
+def check_shapes(where: str | Path, found: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> None:
+    """Raises `CheckpointError` unless the parameters found in a folder, or elsewhere, are exactly those wanted."""
     lines = [f"missing: {name}" for name in wanted if name not in found]
     lines += [f"not in the model: {name}" for name in found if name not in wanted]
     lines += [
@@ -200,5 +200,5 @@ def check_shapes(path: Path, found: Mapping[str, Shape], wanted: Mapping[str, Sh
     if lines:
         more = f"\n  ... and {len(lines) - 20} more" if len(lines) > 20 else ""
         raise CheckpointError(
-            f"{path} does not fit the model its config.json describes:\n  " + "\n  ".join(lines[:20]) + more
+            f"{where} does not fit the model its config.json describes:\n  " + "\n  ".join(lines[:20]) + more
         )

@@ -3,6 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,6 +11,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jdsi.config import InferenceConfig
+from jdsi.converters import ParameterSource, Progress, load_spec, save_parameters
+from jdsi.converters.save import Layout
 from jdsi.errors import CapacityError, ConfigError, PromptError
 from jdsi.generation import (
     Completion,
@@ -65,6 +68,7 @@ class InferenceEngine:
         tokenizer: a `transformers` tokenizer, or `None`.
         max_tokens: prompt plus generated tokens a sequence may have.
         eos_token_ids: ids that end a sequence.
+        checkpoint: the folder that the model was loaded from, if it was.
         stats: of the last generation.
     """
 
@@ -75,8 +79,10 @@ class InferenceEngine:
         *,
         tokenizer: Any = None,
         eos_token_ids: Sequence[int] = (),
+        checkpoint: Path | None = None,
     ) -> None:
         self.config = config
+        self.checkpoint = checkpoint
         self.tokenizer = tokenizer
         self.eos_token_ids = tuple(eos_token_ids)
         self.stats = GenerationStats()
@@ -98,6 +104,57 @@ class InferenceEngine:
     def executor(self) -> Executor:
         """What runs the model."""
         return self._executor
+
+    def save(
+        self,
+        path: str | Path,
+        *,
+        to: Layout = "orbax",
+        like: str | Path | None = None,
+        tensor_parallel: int | None = None,
+        max_shard_size: int | str = "5GB",
+        overwrite: bool = False,
+        progress: Progress | None = None,
+    ) -> Path:
+        """Writes the weights as a checkpoint folder, plain and in the dtype they have here; any mesh can load it.
+
+        Where several processes run the engine together, all make this call. Process 0 writes everything, and is sent
+        one share of a parameter at a time.
+
+        Args:
+            path: the folder to make, in process 0; it appears only when it is complete and on disk.
+            to: `"orbax"`, `"hf"`, `"streaming"` or `"sharded"`, see `jdsi.converters.save_parameters`.
+            like: a checkpoint folder of the same model, whose config and tokenizer files go along; by default the one
+                that the model was loaded from.
+            tensor_parallel: the degree that `"sharded"` is cut for; by default the engine's own.
+            max_shard_size, overwrite, progress: as for `save_parameters`.
+
+        Returns:
+            The folder.
+
+        Raises:
+            ConfigError: the model was in memory and `like` is not given, or that describes another model; an option is
+                invalid, or differs between processes; the weights are offloaded.
+            CheckpointError: the destination exists, cannot be written or is not apart from the source; the disk is
+                full; parameters cannot be read.
+            PeerError: a process is lost.
+        """
+        origin = self.checkpoint if like is None else like
+        if to == "sharded" and tensor_parallel is None:
+            tensor_parallel = self._executor.parallelism.tensor
+        asked = {"to": to, "tensor_parallel": tensor_parallel, "max_shard_size": max_shard_size, "overwrite": overwrite}
+        known = self.checkpoint is not None  # not where it is: machines may keep it in different places
+        self._executor.agree({"call": "save", "path": str(path), "like": str(like), "checkpoint": known, **asked})
+        if origin is None:
+            raise ConfigError("this model was in memory, with no config to go along; give like=, a folder of the same")
+
+        def write(source: ParameterSource) -> None:
+            if load_spec(origin) != self.spec:
+                raise ConfigError(f"{origin}: its config describes another model than the {self.spec.family} to save")
+            save_parameters(source, path, like=origin, progress=progress, **asked)
+
+        self._executor.with_parameters(write)
+        return Path(path)
 
     def close(self) -> None:
         """Ends the background work of an engine whose weights are offloaded; it is of no use afterwards."""

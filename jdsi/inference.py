@@ -54,6 +54,7 @@ def init_inference(
     if isinstance(chosen, str | os.PathLike):
         chosen = load_tokenizer(chosen, required=True)
     ends: tuple[int, ...] = ()
+    folder = None
     if isinstance(source, Transformer):
         if parsed.offload is not None:
             raise ConfigError("offload needs a checkpoint folder; this model is in memory already")
@@ -77,7 +78,7 @@ def init_inference(
         ends = (end,)
     if eos_token_ids is not None:
         ends = tuple(eos_token_ids)
-    return InferenceEngine(executor, parsed, tokenizer=chosen, eos_token_ids=ends)
+    return InferenceEngine(executor, parsed, tokenizer=chosen, eos_token_ids=ends, checkpoint=folder)
 
 
 def _offloaded(folder: Path, config: InferenceConfig, implementation: Implementation | None) -> Executor:

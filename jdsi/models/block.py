@@ -162,11 +162,16 @@ class ParallelResidualBlock(_Block):
         self.feed_forward_norm = None if shared else make_norm(spec.residual.norm, width, dtype)
 
     def __call__(self, x: Hidden, context: AttentionContext) -> tuple[Hidden, AttentionContext]:
-        inputs = [(x, self.attention_norm), (x, self.feed_forward_norm or self.attention_norm)]
-        if x.shape[0] != context.positions.shape[0] and self.feed_forward_norm is None:
-            inputs = [whole(x, self.attention_norm, context.positions.shape[0])] * 2  # gathered once for both
-        attended, context = self._attend(*inputs[0], context)
-        fed = self._feed_forward(*inputs[1], context)
+        tokens = context.positions.shape[0]
+        # Gathered once for both: with a norm of their own each, before the norms.
+        if self.feed_forward_norm is None:
+            h, norm = whole(x, self.attention_norm, tokens)
+            attention_norm = feed_forward_norm = norm
+        else:
+            h, _ = whole(x, None, tokens)
+            attention_norm, feed_forward_norm = self.attention_norm, self.feed_forward_norm
+        attended, context = self._attend(h, attention_norm, context)
+        fed = self._feed_forward(h, feed_forward_norm, context)
         return row_parallel([attended, fed], x.shape[0], residual=x), context
 
 

@@ -252,7 +252,7 @@ def _sums(layer: LayerSpec) -> int:
 
 def _gathers(layer: LayerSpec) -> int:
     """How often a layer gathers tokens that are divided over its ranks."""
-    return 1 if isinstance(layer.residual, ParallelResidual) and layer.residual.shared_norm else 2
+    return 1 if isinstance(layer.residual, ParallelResidual) else 2
 
 
 def _together(collectives: Sequence[Collective]) -> Iterator[Collective]:

@@ -8,7 +8,9 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jdsi.converters import ParameterSource
 from jdsi.models import TransformerSpec
+from jdsi.sharding import Parallelism
 
 from .weight_stream import StreamReport
 
@@ -48,6 +50,11 @@ class Executor(Protocol):
     @property
     def dtype(self) -> jax.numpy.dtype:
         """Dtype of weights and activations."""
+        ...
+
+    @property
+    def parallelism(self) -> Parallelism:
+        """Over how many devices the model is spread."""
         ...
 
     @property
@@ -110,6 +117,17 @@ class Executor(Protocol):
 
     def on_host(self, carry: Any) -> Any:
         """An epilogue's state as NumPy arrays, in every process that runs the executor."""
+        ...
+
+    def with_parameters(self, use: Callable[[ParameterSource], object]) -> None:
+        """Calls `use` with all parameters of the model, plain and of the dtype they have here.
+
+        Where several processes run the executor together, all make this call; it is process 0 that calls `use`.
+
+        Raises:
+            CheckpointError, ConfigError: `use` raised it, in every process; or the weights cannot be had.
+            PeerError: a process is lost.
+        """
         ...
 
     def stream_report(self) -> StreamReport | None:

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
+from jdsi.converters import ParameterSource, ShardedParameters
 from jdsi.errors import ConfigError
 from jdsi.kv_cache import ContiguousContext
 from jdsi.models import TransformerSpec
@@ -22,6 +23,7 @@ from jdsi.sharding import Parallelism, stage_meshes, wavefront
 
 from . import peers
 from .executor import Epilogue, Step
+from .gather import Gathering
 from .stage_program import StageInput, StageProgram
 from .staged_context import StagedContext
 from .transfer import Link, all_here, is_here, part_on, replicate, spread
@@ -206,6 +208,22 @@ class MeshExecutor:
             abstract = jax.tree.map(_abstract, carry)
             whole = replicate(self.programs[-1].mesh)(carry) if self._here[-1] else None
             return jax.device_get(self._known_to_all(whole, abstract))
+
+    def parameters(self) -> dict[str, Array]:
+        """The parameters on this process's devices, divided as `split_of` says, each on the mesh of its stage."""
+        found: dict[str, Array] = {}
+        for program, leaves in zip(self.programs, self._leaves, strict=True):
+            for name, leaf in zip(program.names, leaves, strict=False):  # no leaves where the stage is elsewhere
+                found.setdefault(name, leaf)
+        return found
+
+    def with_parameters(self, use: Callable[[ParameterSource], object]) -> None:
+        """See `Executor.with_parameters`. Memory, on every device: three times one share of a parameter."""
+        if self._one_process:
+            use(ShardedParameters(self.parameters(), self._spec, self.parallelism.tensor))
+            return
+        names = [program.names for program in self.programs]
+        Gathering(self._spec, self.mesh, names, self.parameters(), self._dtype).run(use)
 
     def stream_report(self) -> None:
         """See `Executor.stream_report`."""

@@ -1,6 +1,6 @@
 """The executor for models that fit: all layers in one compiled step."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -9,9 +9,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from jdsi.converters import MemoryParameters, ParameterSource
+from jdsi.errors import ConfigError
 from jdsi.kv_cache import AttentionContext, ContiguousContext
-from jdsi.models import Transformer, TransformerSpec
+from jdsi.models import Transformer, TransformerSpec, parameters
 from jdsi.pallas_kernels.operator import Implementation, default_implementation
+from jdsi.sharding import Parallelism
 
 from .executor import Epilogue, Step
 
@@ -55,7 +58,7 @@ class ResidentExecutor:
             with default_implementation(implementation):
                 return rebuild(leaves)(tokens, lengths, token_types)
 
-        self._step, self._logits = step, logits
+        self._step, self._logits, self._rebuild = step, logits, rebuild
 
     @property
     def spec(self) -> TransformerSpec:
@@ -66,6 +69,11 @@ class ResidentExecutor:
     def dtype(self) -> jnp.dtype:
         """Dtype of weights and activations."""
         return self._leaves[0].dtype
+
+    @property
+    def parallelism(self) -> Parallelism:
+        """See `Executor.parallelism`; a model whose arrays are spread is split by XLA, not by us."""
+        return Parallelism()
 
     @property
     def runs_ahead(self) -> bool:
@@ -114,6 +122,13 @@ class ResidentExecutor:
     def on_host(self, carry: Any) -> Any:
         """See `Executor.on_host`."""
         return jax.device_get(carry)
+
+    def with_parameters(self, use: Callable[[ParameterSource], object]) -> None:
+        """See `Executor.with_parameters`; every process calls `use`, for it runs a model of its own."""
+        arrays = parameters(self._rebuild(self._leaves))
+        if not all(array.is_fully_addressable or array.is_fully_replicated for array in arrays.values()):
+            raise ConfigError("parts of this model lie in other processes; only one on a mesh of ours can be saved")
+        use(MemoryParameters(arrays))
 
     def stream_report(self) -> None:
         """See `Executor.stream_report`."""

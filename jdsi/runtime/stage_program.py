@@ -84,6 +84,9 @@ class StageProgram:
             self._step, static_argnames=("epilogue",), donate_argnames=("context", "carry", *passed_on)
         )
         self._forward_jitted = jax.jit(self._forward, static_argnames=("length",), donate_argnames=passed_on)
+        create = partial(ContiguousContext.create, self._kv_heads, dtype=self.dtype)
+        split = jax.eval_shape(partial(create, 1, 1)).partition()
+        self._create = jax.jit(create, static_argnums=(0, 1), out_shardings=jax.tree.map(self.sharding, split))
 
     def sharding(self, spec: PartitionSpec = _WHOLE) -> NamedSharding:
         """A sharding on this stage's mesh."""
@@ -95,9 +98,7 @@ class StageProgram:
 
     def new_context(self, rows: int, capacity: int) -> ContiguousContext:
         """Empty memory of this stage's layers, every device's share made where it lies."""
-        create = partial(ContiguousContext.create, self._kv_heads, rows, capacity, self.dtype)
-        split = jax.eval_shape(create).partition()
-        return jax.jit(create, out_shardings=jax.tree.map(self.sharding, split))()
+        return self._create(rows, capacity)
 
     def hidden_spec(self, tokens: int) -> PartitionSpec:
         """How the hidden states of `tokens` packed tokens lie between stages."""
@@ -152,6 +153,11 @@ class StageProgram:
             Hidden states, or from the last stage the epilogue's result, the same on every device; the context that has
             seen the tokens; the epilogue's new state.
         """
+        lengths = given.context.new_lengths
+        if not isinstance(lengths, jax.Array):
+            # As a step returns it, or the first step behind a prompt would be a program of its own to compile.
+            placed = jax.make_array_from_callback(lengths.shape, self.sharding(_ROWS), lambda rows: lengths[rows])
+            given = dataclasses.replace(given, context=dataclasses.replace(given.context, new_lengths=placed))
         return self._jitted(leaves, *self._arguments(given), epilogue=epilogue)
 
     def _arguments(self, given: StageInput) -> tuple[Any, ...]:

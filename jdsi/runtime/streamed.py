@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,15 +11,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jdsi.converters import ParameterSource
 from jdsi.converters.block_store import Block, BlockStore
 from jdsi.converters.buffers import aligned_copy
 from jdsi.converters.direct_io import PageBuffer
 from jdsi.converters.sources import recast
+from jdsi.errors import ConfigError
 from jdsi.kv_cache import AttentionContext, ContiguousContext, PackedContext
 from jdsi.models import TransformerSpec
 from jdsi.models.parts import Part, embedding_part, layer_part, tied_table, top_part
 from jdsi.models.spec import LayerSpec
 from jdsi.pallas_kernels.operator import Implementation, default_implementation
+from jdsi.sharding import Parallelism
 
 from .executor import Epilogue, Step
 from .residency import Residency
@@ -77,6 +80,11 @@ class StreamedExecutor:
     def dtype(self) -> jnp.dtype:
         """Dtype of activations; weights are cast to it as they are used."""
         return self._dtype
+
+    @property
+    def parallelism(self) -> Parallelism:
+        """See `Executor.parallelism`."""
+        return Parallelism()
 
     @property
     def runs_ahead(self) -> bool:
@@ -160,6 +168,14 @@ class StreamedExecutor:
     def on_host(self, carry: Any) -> Any:
         """See `Executor.on_host`."""
         return jax.device_get(carry)
+
+    def with_parameters(self, use: Callable[[ParameterSource], object]) -> None:
+        """See `Executor.with_parameters`.
+
+        Raises:
+            ConfigError: always, for nothing has all of them.
+        """
+        raise ConfigError("an engine with offload leaves its weights on disk; `jdsi convert` writes them anew")
 
     def stream_report(self) -> StreamReport | None:
         """See `Executor.stream_report`."""

@@ -47,8 +47,7 @@ class Link:
         """
         sharding = NamedSharding(self._target, spec)
         if self._copies:
-            assert x is not None
-            return _at(x, sharding, _copied(x, self._source, self._target))
+            return jax.device_put(x, sharding)
         if not is_here(self._both):
             return None
         pair = _stacked(spec)
@@ -84,12 +83,6 @@ def _permute(mesh: Mesh, spec: PartitionSpec) -> Any:
         return lax.ppermute(x, PIPE, [(0, 1)])
 
     return jax.jit(jax.shard_map(body, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))
-
-
-def _copied(x: Array, source: Mesh, target: Mesh) -> list[Array]:
-    to = dict(zip(source.devices.flat, target.devices.flat, strict=True))
-    shards = {to[shard.device]: shard.data for shard in x.addressable_shards}
-    return jax.device_put([shards[device] for device in target.devices.flat], list(target.devices.flat))
 
 
 def _at(like: Any, sharding: NamedSharding, shards: list[Array]) -> Array:
