@@ -268,7 +268,8 @@ def wavefront(stages: int, micro_batches: int) -> Iterator[tuple[int, int]]:
 def split_layers(costs: Sequence[float], stages: int, first: float = 0, last: float = 0) -> list[range]:
     """The layers of each stage, consecutive and at least one, such that the costliest stage costs least.
 
-    Of equally good splits, the one with the fewest layers on the last stage, then on the one before it, and so on.
+    Of equally good splits the most even one, by the sum of the stages' squared costs; of those the one with the fewest
+    layers on the last stage, then on the one before it, and so on.
 
     Args:
         costs: of each layer, in any unit.
@@ -299,9 +300,24 @@ def split_layers(costs: Sequence[float], stages: int, first: float = 0, last: fl
         above = least[-1]
         least.append({n: min(max(above[m], before[n] - before[m]) for m in above if m < n) for n in ends})
     bound = least[stages][layers]
+    # even[s][n]: of s stages that hold the first n layers and cost no more than that, the smallest sum of squares, and
+    # where the last of them starts.
+    even = [{0: (Fraction(0), 0)}]
+    for stage in range(1, stages + 1):
+        found = {}
+        for n in range(stage, layers - stages + stage + 1):
+            sums = [
+                (square + (before[n] - before[m]) ** 2, -m)
+                for m, (square, _) in even[-1].items()
+                if m < n and before[n] - before[m] <= bound
+            ]
+            if sums:
+                square, start = min(sums)
+                found[n] = (square, -start)
+        even.append(found)
     split, stop = [], layers
-    for stage in reversed(range(stages)):
-        start = max(m for m, cost in least[stage].items() if m < stop and max(cost, before[stop] - before[m]) <= bound)
+    for stage in reversed(range(1, stages + 1)):
+        start = even[stage][stop][1]
         split.append(range(start, stop))
         stop = start
     return split[::-1]

@@ -78,8 +78,6 @@ def compile_step(
     params = [SamplingParams(max_new_tokens=1)] * work.rows
     features = SamplerFeatures.of(params)
     state = jax.eval_shape(lambda: init_state(params, [()] * work.rows, vocab_size=spec.vocab_size, features=features))
-    # Without a device of the kind at hand, kernels have to be told what they are chosen for.
-    chosen = contextlib.nullcontext() if topology.name == "cpu" else target(machine_for(topology).device)
     found: dict[tuple[tuple[LayerSpec, ...], bool, bool], CompiledStage] = {}
     compiled = []
     for layers, part in zip(stages or even_stages(spec, parallelism.pipeline), stage_meshes(mesh), strict=True):
@@ -89,7 +87,8 @@ def compile_step(
             compiled.append(dataclasses.replace(found[kind], seconds=0.0))
             continue
         began = time.perf_counter()
-        with chosen:
+        # Without a device of the kind at hand, kernels have to be told what they are chosen for.
+        with contextlib.nullcontext() if topology.name == "cpu" else target(machine_for(topology).device):
             lowered = program.lower(work.rows, work.new_tokens, capacity, SampleEpilogue(features), state)
         executable = lowered.compile()
         found[kind] = _read(executable, dict(part.shape), time.perf_counter() - began)

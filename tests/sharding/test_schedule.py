@@ -273,11 +273,12 @@ def test_svg(schedule: PipelineSchedule) -> None:
 def test_split_layers(costs: list[float], stages: int, first: float, last: float) -> None:
     stages = min(stages, len(costs))
 
-    def rank(split: list[range]) -> tuple[Fraction, list[int]]:
+    def rank(split: list[range]) -> tuple[Fraction, Fraction, list[int]]:
         loads = [sum((Fraction(costs[layer]) for layer in part), Fraction(0)) for part in split]
         loads[0] += Fraction(first)
         loads[-1] += Fraction(last)
-        return max(loads), [len(part) for part in reversed(split)]
+        squares = sum((load**2 for load in loads), Fraction(0))
+        return max(loads), squares, [len(part) for part in reversed(split)]
 
     cuts = itertools.combinations(range(1, len(costs)), stages - 1)
     splits = [[range(*ends) for ends in itertools.pairwise((0, *cut, len(costs)))] for cut in cuts]
