@@ -287,7 +287,7 @@ def _stage_lines(found: Plan, stage: PlannedStage, count: int, index: int) -> It
         f" {temporaries or counted}"
     )
     work = stage.work
-    yield f"  a token      {work.total('flops') / 1e9:.4g} GFLOP, {gib(work.total('bytes'))} read and written"
+    yield f"  a step       {work.total('flops') / 1e9:.4g} GFLOP, {gib(work.total('bytes'))} read and written"
     for name, one in programs.items():
         if one is not None:
             for collective in one.collectives:
