@@ -94,7 +94,16 @@ def _of_each_process(devices: Sequence[Any], wanted: int) -> list[Any]:
 
 
 def stage_meshes(mesh: Mesh) -> list[Mesh]:
-    """One mesh, without the axis "pipe", for each stage of a pipeline."""
+    """One mesh, without the axis "pipe", for each stage of a pipeline.
+
+    Raises:
+        ConfigError: the mesh lacks one of our axes.
+    """
+    if missing := [axis for axis in AXES if axis not in mesh.axis_names]:
+        raise ConfigError(
+            f"the mesh has the axes {', '.join(map(str, mesh.axis_names))} and lacks {', '.join(missing)}; "
+            "jdsi.sharding.make_mesh makes one with all that are needed"
+        )
     at = mesh.axis_names.index(PIPE)
     names = [axis for axis in mesh.axis_names if axis != PIPE]
     stages = np.moveaxis(mesh.devices, at, 0)

@@ -75,7 +75,7 @@ class VocabularyEmbedding(Embedding):
     """A table of token embeddings; inside `jax.shard_map`, of one rank's share of the vocabulary."""
 
     def __call__(self, ids: Int[Array, " T"]) -> Float[Array, "T E"]:
-        """Rows of the table, on every rank. An id outside the vocabulary reads its nearest entry, or zeros on a mesh."""
+        """Rows of the table, on every rank; an id outside the vocabulary reads its nearest entry, on a mesh zeros."""
         if not is_split(TENSOR):
             return super().__call__(ids)
         table = self.weight[...]

@@ -19,7 +19,7 @@ from jdsi.kv_cache import ContiguousContext
 from jdsi.models import TransformerSpec
 from jdsi.pallas_kernels.operator import Implementation
 from jdsi.planning.search import Choice
-from jdsi.sharding import Parallelism, stage_meshes, wavefront
+from jdsi.sharding import EXPERT, PIPE, Parallelism, stage_meshes, wavefront
 
 from . import peers
 from .executor import Epilogue, Step
@@ -77,6 +77,7 @@ class MeshExecutor:
         prompt_pieces: int = 1,
         choice: Choice | None = None,
     ) -> None:
+        _check(spec, mesh, stages)
         self.mesh, self.parallelism, self.choice = mesh, Parallelism.of(mesh), choice
         self._spec, self._dtype = spec, jnp.dtype(dtype)
         self._micro_batches, self._prompt_pieces = micro_batches or len(stages), prompt_pieces
@@ -251,6 +252,17 @@ class MeshExecutor:
         if self._one_process:
             return jax.device_put(x, self.programs[0].sharding())
         return part_on(x, first)
+
+
+def _check(spec: TransformerSpec, mesh: Mesh, stages: Sequence[range]) -> None:
+    """What can be told wrong before anything is loaded."""
+    if mesh.shape.get(EXPERT, 1) > 1:
+        raise ConfigError(f"{mesh.shape[EXPERT]} devices on the axis {EXPERT!r}; this model has no experts")
+    if len(stages) != mesh.shape.get(PIPE, 1):
+        raise ConfigError(f"{len(stages)} stages for the {mesh.shape.get(PIPE, 1)} devices on the axis {PIPE!r}")
+    if [layer for stage in stages for layer in stage] != list(range(len(spec.layers))) or not all(map(len, stages)):
+        held = ", ".join(f"{stage.start} to {stage.stop - 1}" for stage in stages)
+        raise ConfigError(f"stages of layers {held} are not the model's {len(spec.layers)} layers, in order")
 
 
 class _Pass:
