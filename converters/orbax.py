@@ -22,6 +22,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -65,6 +66,40 @@ def _context() -> Any:
     return context
 
 
+def _save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    import orbax.checkpoint.experimental.v1 as ocp
+
+    if jax.process_count() == 1:
+        with _context():
+            ocp.save(str(path.absolute()), arrays)
+    else:
+        _save_alone(path, arrays)
+
+
+def _save_alone(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """What `_save` does, in one process of several: the newer interface insists that all of them save (0.12.8)."""
+    import orbax.checkpoint as ocp
+
+    own = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"jdsi-{own}"
+    )
+    uncopied = ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)
+    state = ocp.PyTreeCheckpointHandler(
+        use_zarr3=True,
+        use_compression=False,
+        multiprocessing_options=alone,
+        type_handler_registry=ocp.type_handlers.create_type_handler_registry((np.ndarray, uncopied)),
+    )
+    handler = ocp.CompositeCheckpointHandler(
+        composite_options=ocp.CompositeOptions(multiprocessing_options=alone), state=state
+    )
+    chunks = {name: ocp.SaveArgs(chunk_byte_size=_CHUNK) for name in arrays}
+    content = ocp.args.Composite(state=ocp.args.PyTreeSave(dict(arrays), save_args=chunks))
+    with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
+        checkpointer.save(path.absolute(), content)
+
+
 def write_orbax(source: ParameterSource, folder: Path, *, dtype: np.dtype | None, watch: Watch) -> None:
     """Write every parameter below an existing `folder`, then the manifest. Memory: the largest group.
 
@@ -72,14 +107,11 @@ def write_orbax(source: ParameterSource, folder: Path, *, dtype: np.dtype | None
         dtype: cast every parameter; `None` keeps each as stored.
         watch: sees every block read.
     """
-    import orbax.checkpoint.experimental.v1 as ocp
-
     table: dict[str, dict[str, Any]] = {}
     for group, names in groups(source.shapes).items():
         arrays = {name: source.read(name, dtype or source.dtypes[name], watch) for name in names}
         table[group] = {name: {"dtype": a.dtype.name, "shape": list(a.shape)} for name, a in arrays.items()}
-        with _context():
-            ocp.save(str((folder / "orbax" / group).absolute()), arrays)
+        _save(folder / "orbax" / group, arrays)
         del arrays
     write_manifest(folder, FORMAT, VERSION, groups=table)
 

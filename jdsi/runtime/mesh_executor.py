@@ -219,7 +219,7 @@ class MeshExecutor:
         return found
 
     def with_parameters(self, use: Callable[[ParameterSource], object]) -> None:
-        """See `Executor.with_parameters`. Memory, on every device: three times one share of a parameter."""
+        """See `Executor.with_parameters`. Where processes share it, every device takes a few times one share."""
         if self._one_process:
             use(ShardedParameters(self.parameters(), self._spec, self.parallelism.tensor))
             return
