@@ -13,7 +13,7 @@ import os
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Self
 
 import ml_dtypes
@@ -271,14 +271,20 @@ class SafetensorsWriter:
     Args:
         path: the file to create; it must not exist.
         tensors: type and shape of every tensor.
+        metadata: text to keep in the header.
 
     Raises:
         CheckpointError: a type the format lacks, or a tensor left unwritten at the end.
     """
 
-    def __init__(self, path: Path, tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
+        metadata: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         self.path = path
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
         self._infos: dict[str, TensorInfo] = {}
         position = 0
         for name, (dtype, shape) in sorted(tensors.items(), key=lambda item: -item[1][0].itemsize):

@@ -15,6 +15,7 @@ the same folder, gathering runs from several ranks' files.
 import contextlib
 import functools
 import math
+import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from .sources import ParameterSource, ShareReader, Watch, check_shapes
 FORMAT = "jdsi-sharded"
 VERSION = 1
 REPLICATED = "replicated.safetensors"
+_KEY = "jdsi"  # in each file's header: the folder and the file it was written for, so that none is taken for another
 
 
 def rank_file(rank: int, ranks: int) -> str:
@@ -67,14 +69,19 @@ def write_sharded(
         watch: sees every block read.
     """
     shapes = source.shapes
+    identity = secrets.token_hex(8)
     kept = {name: dtype or source.dtypes[name] for name in shapes}
     splits = {name: split_of(spec, name, ranks) for name in shapes}
     local = {name: (kept[name], split.local_shape(shapes[name])) for name, split in splits.items() if split is not None}
     same = {name: (kept[name], shapes[name]) for name, split in splits.items() if split is None}
     with contextlib.ExitStack() as stack:
-        replicated = stack.enter_context(SafetensorsWriter(folder / REPLICATED, same))
-        files = [folder / rank_file(rank, ranks) for rank in range(ranks if local else 0)]
-        writers = [stack.enter_context(SafetensorsWriter(file, local)) for file in files]
+        replicated = stack.enter_context(
+            SafetensorsWriter(folder / REPLICATED, same, {_KEY: f"{identity} {REPLICATED}"})
+        )
+        files = [rank_file(rank, ranks) for rank in range(ranks if local else 0)]
+        writers = [
+            stack.enter_context(SafetensorsWriter(folder / file, local, {_KEY: f"{identity} {file}"})) for file in files
+        ]
         for name, split in splits.items():
             array = source.read(name, kept[name], watch)
             if split is None:
@@ -87,7 +94,7 @@ def write_sharded(
         name: {"dtype": kept[name].name, "shape": list(shapes[name]), "split": _as_json(split)}
         for name, split in splits.items()
     }
-    write_manifest(folder, FORMAT, VERSION, tensor_parallel=ranks, parameters=table)
+    write_manifest(folder, FORMAT, VERSION, identity=identity, tensor_parallel=ranks, parameters=table)
 
 
 def _as_json(split: Split | None) -> dict[str, Any] | None:
@@ -117,7 +124,7 @@ class ShardedCheckpoint(ShareReader):
         self.splits: dict[str, Split | None] = {}
         manifest = read_manifest(path, FORMAT, VERSION)
         try:
-            self.ranks = _natural(manifest["tensor_parallel"])
+            self.ranks, self._identity = _natural(manifest["tensor_parallel"]), str(manifest["identity"])
             for name, entry in manifest["parameters"].items():
                 self.shapes[name] = tuple(_natural(n) for n in entry["shape"])
                 self.dtypes[name] = jnp.dtype(entry["dtype"])
@@ -135,7 +142,9 @@ class ShardedCheckpoint(ShareReader):
         read_config(path)
 
     def _read_header(self, file: Path, shapes: Mapping[str, Shape]) -> dict[str, TensorInfo]:
-        found, _ = read_header(file)
+        found, metadata = read_header(file)
+        if metadata.get(_KEY) != f"{self._identity} {file.name}":
+            raise CheckpointError(f"{file}: written for another folder, or under another name; {MANIFEST} says which")
         wanted = {name: (self.dtypes[name], shape) for name, shape in shapes.items()}
         if wrong := sorted(
             name

@@ -185,10 +185,10 @@ def make_plan(
             )
             for found, step in zip(programs, steps, strict=True):
                 found[at] = step
-    times = [
+    decode, prefill = (
         predict(spec, topology, parallelism, work, dtype=dtype, stages=layers, sequence_parallel=sequence_parallel)
         for work in (Workload.decode(batch, context), Workload.prefill(batch, prompt))
-    ]
+    )
     stages = tuple(
         PlannedStage(part, memory, work, *found)
         for part, memory, work, found in zip(layers, memories, costs, programs, strict=True)
@@ -204,7 +204,8 @@ def make_plan(
         dtype,
         limit,
         stages,
-        *times,
+        decode,
+        prefill,
         choice,
     )
 

@@ -150,11 +150,13 @@ class MeshExecutor:
 
     def new_context(self, rows: int, capacity: int) -> ContiguousContext | StagedContext:
         """See `Executor.new_context`."""
-        contexts = [
+        if len(self.programs) == 1:
+            return self.programs[0].new_context(rows, capacity)
+        contexts = (
             program.new_context(rows, capacity) if here else None
             for program, here in zip(self.programs, self._here, strict=True)
-        ]
-        return contexts[0] if len(contexts) == 1 else StagedContext(tuple(contexts))
+        )
+        return StagedContext(tuple(contexts))
 
     def steps(self, batches: Sequence[Step]) -> list[tuple[Any, Any, Any]]:
         """See `Executor.steps`."""

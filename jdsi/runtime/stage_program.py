@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
@@ -200,7 +201,14 @@ class StageProgram:
             result = lax.with_sharding_constraint(result, self.sharding())
         return result, context, carry
 
-    def forward(self, leaves: list[Array], x: Array, lengths: Array, token_types: Array | None, length: int) -> Array:
+    def forward(
+        self,
+        leaves: list[Array],
+        x: Array | np.ndarray,
+        lengths: Array | np.ndarray,
+        token_types: Array | np.ndarray | None,
+        length: int,
+    ) -> Array:
         """The stage's pass over a right-padded batch of `length` tokens a row, without memory.
 
         Returns:
@@ -248,11 +256,12 @@ class StageProgram:
         self, stage: Any, tokens: Array | None, hidden: Array | None, context: Any, token_types: Array | None
     ) -> tuple[Array, Any]:
         with default_implementation(self._implementation):
-            if hidden is None:
-                hidden = stage.embed(tokens, context, token_types)
-                if self._splits_tokens(hidden.shape[0]):
-                    hidden = own_part(hidden, TENSOR)
-            return stage.run(hidden, context)
+            if hidden is not None:
+                return stage.run(hidden, context)
+            embedded: Array = stage.embed(tokens, context, token_types)
+            if self._splits_tokens(embedded.shape[0]):
+                embedded = own_part(embedded, TENSOR)
+            return stage.run(embedded, context)
 
     def _logits(self, stage: Any, hidden: Array, last: Array | None, tokens: int) -> Array:
         """One rank's share of the logits, with the padding of the vocabulary at minus infinity."""

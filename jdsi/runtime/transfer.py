@@ -71,7 +71,7 @@ def _side_by_side(
     have = {} if x is None else {shard.device: shard.data for shard in x.addressable_shards}
     shards = [
         have[device] if device in have else jnp.zeros(share, abstract.dtype, device=device)
-        for device in sharding.mesh.local_devices
+        for device in sharding.mesh.local_devices or ()
     ]
     shape = (stages * abstract.shape[0], *abstract.shape[1:])
     return jax.make_array_from_single_device_arrays(shape, sharding, shards)

@@ -198,7 +198,7 @@ def _pass_for_three(cut: Path, other: Path) -> None:
         (lambda cut, other: shutil.copy(other.parent / "config.json", cut), r"does not fit the model its config\.json"),
         (lambda cut, _: (cut / "config.json").unlink(), r"no config\.json"),
         (_take_manifest_of_three, f"files are missing: {_rank(0, 3)}"),
-        (_pass_for_three, rf"{_rank(0, 3)}: jdsi\.json disagrees about"),
+        (_pass_for_three, "written for another folder"),
     ],
 )
 def test_damaged_shards_are_named_before_a_device_is_used(

@@ -29,6 +29,7 @@ from jdsi.converters.block_store import BlockStore
 from jdsi.converters.config import load_family, read_config
 from jdsi.converters.huggingface import write_huggingface
 from jdsi.converters.orbax import write_orbax
+from jdsi.converters.safetensors_file import read_header
 from jdsi.converters.sharded import rank_file
 from jdsi.converters.streaming import write_streaming
 from jdsi.errors import CheckpointError, ConfigError
@@ -251,7 +252,7 @@ def test_missing_and_damaged_files(cut: Path, file: str, monkeypatch: pytest.Mon
     (cut / file).write_bytes(whole)
     tensors = load_file(cut / file)
     tensors.pop(next(iter(tensors)))
-    save_file(tensors, cut / file)
+    save_file(tensors, cut / file, read_header(cut / file)[1])
     with pytest.raises(CheckpointError, match=f"{file}: jdsi.json disagrees"):
         load(cut, 2)
 
@@ -262,6 +263,21 @@ def test_an_orbax_folder_without_one_of_its_groups(cut: Path, tmp_path: Path, mo
     monkeypatch.setattr(jax, "device_put", lambda *_: pytest.fail("put on a device"))
     with pytest.raises(CheckpointError, match=r"groups are missing below orbax/: layers\.1"):
         load(tmp_path / "orbax", 2)
+
+
+def test_files_that_were_swapped_or_come_from_another_folder(cut: Path, tmp_path: Path) -> None:
+    first, second = cut / rank_file(0, 2), cut / rank_file(1, 2)
+    aside = tmp_path / "aside"
+    shutil.move(first, aside)
+    shutil.copy(second, first)
+    with pytest.raises(CheckpointError, match=r"rank-00000.*under another name"):
+        open_checkpoint(cut)
+    shutil.copy(aside, first)
+    open_checkpoint(cut)
+    manifest = json.loads((cut / "jdsi.json").read_text())
+    (cut / "jdsi.json").write_text(json.dumps(manifest | {"identity": "another"}))
+    with pytest.raises(CheckpointError, match="written for another folder"):
+        open_checkpoint(cut)
 
 
 def test_a_folder_that_does_not_fit_its_config(cut: Path) -> None:
