@@ -26,7 +26,8 @@ class InferenceConfig:
             narrow types are slow, bfloat16 elsewhere. DeepSpeed's and torch's names are understood.
         max_tokens: prompt plus generated tokens a sequence may have; by default what the model was trained for. Models
             with a learned position table take no more than that, others (rotary, ALiBi) may be given more.
-        max_batch_size: rows decoded together, at most; more prompts are split over several batches.
+        max_batch_size: rows decoded together, at most, in all micro-batches of a pipeline; more prompts are split over
+            several batches.
         checkpoint: folder or hub id of the model, where `init_inference` is given none.
         tokenizer: folder or hub id of the tokenizer; by default the model's own.
         compilation_cache: keep compiled programs on disk: `True` (see `jdsi.runtime.enable_compilation_cache` for
@@ -46,7 +47,8 @@ class InferenceConfig:
         sequence_parallel: whether the ranks of a tensor-parallel group divide the tokens among them between products;
             `None` decides by their number.
         micro_batches: batches on their way through a pipeline at a time; by default one for each stage.
-        prompt_pieces: into how many pieces a batch is cut while its prompts are read, to fill a pipeline sooner.
+        prompt_pieces: into how many equal pieces, at most, a batch is cut while its prompts are read, so that a
+            pipeline fills sooner.
     """
 
     dtype: str = "auto"
@@ -98,9 +100,11 @@ class InferenceConfig:
         if self.offload is not None and (degrees or self.parallelism):
             asked = f"parallelism={self.parallelism!r}" if self.parallelism else f"{next(iter(degrees))} of 2 or more"
             raise ConfigError(f"offload={self.offload!r} streams to one device; it cannot be combined with {asked}")
-        if self.sequence_parallel not in (None, True, False):
+        if self.sequence_parallel is not None and not isinstance(self.sequence_parallel, bool):
             raise ConfigError(f"sequence_parallel={self.sequence_parallel!r} must be true, false or left out")
-        if self.pipeline_parallel == 1 and self.parallelism is None:
+        if self.sequence_parallel and self.tensor_parallel == 1 and self.parallelism is None:
+            raise ConfigError("sequence_parallel is for tensor_parallel of 2 or more")
+        if self.pipeline_parallel == 1:
             for name, neutral in (("micro_batches", None), ("prompt_pieces", 1)):
                 if getattr(self, name) != neutral:
                     raise ConfigError(f"{name} is for pipeline_parallel of 2 or more")

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from jdsi.errors import ConfigError
+from jdsi.errors import ConfigError, nearest
 
 NAMES: Mapping[str, str] = MappingProxyType(
     {
@@ -40,6 +40,8 @@ def in_our_keys(options: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
                 continue
         if name == "tensor_parallel" and isinstance(value, Mapping):
             value = _tensor_parallel(key, value)
+            if value is None:
+                continue
         yield key, name, value
 
 
@@ -54,13 +56,15 @@ def _tensor_parallel(key: str, value: Mapping[str, Any]) -> Any:
     for name in ("mpu", "tp_group"):
         if value.get(name) is not None:
             raise ConfigError(f"config key {key!r} has {name}, a process group of torch's; leave it out")
-    return value.get("tp_size", 1) if value.get("enabled", True) else 1
+    if not isinstance(value.get("enabled", True), bool):
+        raise ConfigError(f"config key {key!r} has enabled={value['enabled']!r}, which must be true or false")
+    return value.get("tp_size") if value.get("enabled", True) else 1
 
 
 def _one(key: str, value: Any) -> None:
     degrees = value if isinstance(value, Mapping) else {key: value}
-    for name in (key, "ep_size", "replica_num"):
-        if degrees.get(name, 1) not in (1, None):
+    for name in (key, "ep_size", "replica_num", "moe_experts"):
+        if degrees.get(name, 1) not in (1, None, [1]) or isinstance(degrees.get(name), bool):
             raise ConfigError(f"config key {key!r} asks for {name}={degrees[name]}; no supported family has experts")
 
 
@@ -92,7 +96,14 @@ def _zero(value: Any) -> str | None:
     settings = value or {}
     if not isinstance(settings, Mapping):
         raise ConfigError(f"config key 'zero'={value!r} must be an object with offload_param")
+    for name in settings:
+        if name not in _ZERO and not str(name).startswith(("stage3_", "zero_")):
+            raise ConfigError(
+                f"config key 'zero' has {name!r}{nearest(str(name), _ZERO)}; what counts here is offload_param"
+            )
     where = settings.get("offload_param") or {}
+    if isinstance(where, Mapping) and (unknown := sorted(map(str, where.keys() - _OFFLOAD_PARAM))):
+        raise ConfigError(f"config key 'zero' has offload_param with {', '.join(unknown)}; what counts here is device")
     device = where.get("device", "none") if isinstance(where, Mapping) else where
     if device in ("none", None):
         return None
@@ -109,6 +120,27 @@ def _only(right: Any) -> Callable[[str, Any], None]:
     return check
 
 
+# What DeepSpeed's ZeRO configuration has; all but offload_param is about training, or how it goes about it.
+_ZERO = frozenset(
+    (
+        *(
+            "stage",
+            "offload_param",
+            "offload_optimizer",
+            "cpu_offload",
+            "cpu_offload_param",
+            "cpu_offload_use_pin_memory",
+        ),
+        *("contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "use_multi_rank_bucket_allreduce"),
+        *("allgather_partitions", "allgather_bucket_size", "overlap_comm", "load_from_fp32_weights"),
+        *("elastic_checkpoint", "sub_group_size", "prefetch_bucket_size", "param_persistence_threshold"),
+        *("model_persistence_threshold", "max_live_parameters", "max_reuse_distance", "memory_efficient_linear"),
+        *("gather_16bit_weights_on_model_save", "ignore_unused_parameters", "legacy_stage1", "round_robin_gradients"),
+        *("module_granularity_threshold", "mics_shard_size", "mics_hierarchical_params_gather"),
+        *("pipeline_loading_checkpoint", "override_module_apply", "log_trace_cache_warnings"),
+    )
+)
+_OFFLOAD_PARAM = frozenset(("device", "nvme_path", "buffer_count", "buffer_size", "max_in_cpu", "pin_memory"))
 _ZERO_DEVICES: Mapping[str, str] = MappingProxyType({"cpu": "host", "nvme": "nvme"})
 _HOW = frozenset(
     (
@@ -130,16 +162,23 @@ _ONLY: Mapping[str, Callable[[str, Any], None]] = MappingProxyType(
         **dict.fromkeys(
             (
                 "base_dir",
+                "checkpoint_config",
+                "ckpt_config",
                 "ds_config",
+                "ep_group",
+                "ep_mp_group",
+                "expert_group",
+                "expert_mp_group",
                 "injection_dict",
                 "injection_policy",
                 "injection_policy_tuple",
+                "mpu",
                 "quant",
                 "save_mp_checkpoint_path",
             ),
             _off,
         ),
-        "min_out_tokens": _only(1),
+        **dict.fromkeys(("min_out_tokens", "min_tokens"), _only(1)),
         "moe_type": _only("standard"),
         "triangular_masking": _only(True),
     }

@@ -325,12 +325,18 @@ class InferenceEngine:
         return max(1, self.config.max_batch_size // params.num_beams)
 
     def _batches(self, requests: list[_Request]) -> Iterator[list[_Request]]:
-        """Batches that fit, one beam width in each, similar lengths together so that little is padding."""
+        """Batches that fit, one beam width in each, similar lengths together so that little is padding.
+
+        Where several run at a time, as in a pipeline, they have `max_batch_size` rows together.
+        """
+        micro_batches, multiple = self._executor.micro_batches, self._executor.row_multiple
+        share = -(-min(len(requests), self.config.max_batch_size) // micro_batches)
+        share = -(-share // multiple) * multiple
         left = sorted(requests, key=lambda r: (r.params.num_beams, len(r.prompt)))
-        share = -(-len(left) // self._executor.micro_batches)
         while left:
             head = left[0].params
-            most = min(self._most_rows(head), share)
+            # A beam search runs alone, so it is not cut.
+            most = self._most_rows(head) if head.num_beams > 1 else min(self._most_rows(head), share)
             batch = [r for r in left[:most] if r.params.num_beams == head.num_beams]
             yield batch
             left = left[len(batch) :]
@@ -349,9 +355,16 @@ class InferenceEngine:
     def _passes(self, requests: list[_Request]) -> Iterator[list[list[_Request]]]:
         """Batches that share their passes, as many as the executor wants."""
         batches = list(self._batches(requests))
-        together = max(1, self._executor.batches_per_pass)
-        for start in range(0, len(batches), together):
-            yield batches[start : start + together]
+        most = self.config.max_batch_size * self._executor.batches_per_pass // self._executor.micro_batches
+        together: list[list[_Request]] = []
+        for batch in batches:
+            rows = sum(map(len, together)) + len(batch)
+            if together and (rows > most or len(together) == self._executor.batches_per_pass):
+                yield together
+                together = []
+            together.append(batch)
+        if together:
+            yield together
 
     def _beam_search(self, batch: list[_Request]) -> dict[int, Completion]:
         start = time.perf_counter()

@@ -65,9 +65,14 @@ def make_mesh(
         ConfigError: there are not that many devices, or they cannot be taken equally from all processes.
     """
     sizes = {PIPE: pipe, DATA: data, EXPERT: expert, TENSOR: tensor}
+    for axis, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1:
+            raise ConfigError(f"{axis}={size!r} must be an integer of at least 1")
     shape = [sizes[axis] for axis in AXES]
     wanted = int(np.prod(shape))
     found = list(jax.devices() if devices is None else devices)
+    if len(set(found)) < len(found) or not found:
+        raise ConfigError("devices must be some, each named once")
     if len(found) < wanted:
         hint = "; on a CPU, set JAX_NUM_CPU_DEVICES before JAX starts" if found[0].platform == "cpu" else ""
         asked = " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1)

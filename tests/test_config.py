@@ -56,6 +56,14 @@ def test_dtype_names(name: str, dtype: str) -> None:
         ({"micro_batches": 2}, "micro_batches is for pipeline_parallel"),
         ({"prompt_pieces": 2}, "prompt_pieces is for pipeline_parallel"),
         ({"sequence_parallel": "yes"}, "sequence_parallel='yes'"),
+        ({"sequence_parallel": 1, "tensor_parallel": 2}, "sequence_parallel=1"),
+        ({"sequence_parallel": True}, "sequence_parallel is for tensor_parallel"),
+        ({"parallelism": "auto", "prompt_pieces": 2}, "prompt_pieces is for pipeline_parallel"),
+        ({"tp": {"enabled": "false", "tp_size": 2}}, "enabled='false'"),
+        ({"zero": {"offload_parm": {"device": "cpu"}}}, "did you mean 'offload_param'"),
+        ({"zero": {"offload_param": {"devise": "cpu"}}}, "offload_param with devise"),
+        ({"moe": {"moe_experts": [8]}}, "moe_experts"),
+        ({"mpu": object()}, "mpu"),
         ({"training_mp_size": 4}, "training_mp_size"),
         ({"ep_size": 4}, "ep_size=4"),
         ({"zero": 3}, "zero"),
@@ -88,6 +96,7 @@ def test_kernel_injection_is_a_choice_of_ours() -> None:
 @pytest.mark.parametrize("options", [{"tensor_parallel": {"tp_size": 2}}, {"tp": {"tp_size": 2}}, {"mp_size": 2}])
 def test_tensor_parallelism_in_every_spelling(options: dict) -> None:
     assert InferenceConfig.from_dict(options).tensor_parallel == 2
+    assert InferenceConfig.from_dict({"tensor_parallel": {}, "mp_size": 2}).tensor_parallel == 2
     assert InferenceConfig.from_dict({"tensor_parallel": {"enabled": False, "tp_size": 2}}).tensor_parallel == 1
 
 

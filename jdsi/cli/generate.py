@@ -134,7 +134,7 @@ def generate(
         parallelism=parallelism,
     )
     with contextlib.closing(engine), progress_line(engine):
-        choice = getattr(engine.executor, "choice", None)
+        choice = engine.executor.choice
         if choice is not None and first:
             sys.stderr.write(f"{choice.explain()}\n")
         with contextlib.nullcontext() if first else _silence():

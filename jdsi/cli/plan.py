@@ -35,8 +35,12 @@ def plan(
     sequence_parallel: Annotated[
         bool | None, typer.Option(help="Divide tokens over tensor-parallel ranks; by default where they are many.")
     ] = None,
-    compile: Annotated[
-        bool, typer.Option(help="Compile the programs and read memory and collectives from them (extra `aot`).")
+    compiled: Annotated[
+        bool,
+        typer.Option(
+            "--compile/--no-compile",
+            help="Compile the programs and read memory and collectives from them (extra `aot`).",
+        ),
     ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -57,7 +61,7 @@ def plan(
     if where.name == "cpu":
         jax.config.update("jax_num_cpu_devices", where.count)
     given = (tensor_parallel, pipeline_parallel, data_parallel)
-    degrees = None if given == (None, None, None) else Parallelism(*(n or 1 for n in given))
+    degrees = None if given == (None, None, None) else Parallelism(*(1 if n is None else n for n in given))
     found = make_plan(
         load_spec(model),
         where,
@@ -69,7 +73,7 @@ def plan(
         memory_limit=None if memory_limit is None else parse_size(memory_limit),
         dtype=parse_dtype(dtype).name,
         sequence_parallel=sequence_parallel,
-        compile=compile,
+        compiled=compiled,
     )
     if as_json:
         json.dump(found.as_dict(), sys.stdout)

@@ -84,8 +84,19 @@ class ContiguousContext:
 
     @classmethod
     def join(cls, contexts: Sequence[Self]) -> Self:
-        """The rows of several contexts of the same capacity, one behind another."""
-        return join_rows(contexts)
+        """The rows of several contexts of the same capacity, one behind another; those contexts are used up."""
+        frames = join_rows([dataclasses.replace(one, keys=(), values=()) for one in contexts])
+
+        def joined(layers: tuple[tuple[Array, ...], ...]) -> tuple[Array, ...]:
+            memory = []
+            for parts in zip(*layers, strict=True):
+                memory.append(join_rows(parts))
+                for part in parts:  # layer by layer, so that no more than one layer is there twice
+                    part.delete()
+            return tuple(memory)
+
+        keys, values = joined(tuple(one.keys for one in contexts)), joined(tuple(one.values for one in contexts))
+        return dataclasses.replace(frames, keys=keys, values=values)
 
     def select(self, rows: Int[Array, " N"]) -> Self:
         """A context whose row i is a copy of row `rows[i]` (beam search)."""

@@ -6,6 +6,7 @@ from typing import Literal
 from jax.typing import DTypeLike
 
 from jdsi.models import TransformerSpec
+from jdsi.runtime.shapes import capacity_bucket, token_bucket
 from jdsi.sharding import Parallelism
 from jdsi.sharding.topology import Topology
 
@@ -16,6 +17,12 @@ Goal = Literal["latency", "throughput"]
 
 TIE = 1.02
 """Times that differ by less are equal: the model is not that exact."""
+
+
+def padded_lengths(prompt: int, context: int) -> tuple[int, int]:
+    """What the engine makes of a prompt and a context: the tokens a row is padded to, and the KV memory it gets."""
+    width = token_bucket(prompt)
+    return width, capacity_bucket(width + context - prompt)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,4 +79,6 @@ def describe_memory(memory: Memory, limit: int) -> str:
 
 def gib(size: float) -> str:
     """Bytes as text."""
-    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+    if size >= 2**30:
+        return f"{size / 2**30:.1f} GiB"
+    return f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{size / 2**10:.1f} KiB"

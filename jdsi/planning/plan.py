@@ -4,18 +4,19 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+from jdsi.errors import ConfigError
 from jdsi.models import TransformerSpec
 from jdsi.sharding import Parallelism
 from jdsi.sharding.topology import Topology
 
-from .candidate import gib
+from .candidate import gib, padded_lengths
 from .collectives import Collective
 from .compile import CompiledStage, compile_step
 from .cost_model import StepTime, predict
 from .costs import StageCosts, stage_costs
 from .machine import machine_for
 from .memory import Memory, stage_memory
-from .search import Choice, Goal, choose
+from .search import Choice, Goal, check_request, choose
 from .shares import even_stages, parameter_count
 from .workload import Workload
 
@@ -117,7 +118,7 @@ def make_plan(
     memory_limit: int | None = None,
     dtype: str = "bfloat16",
     sequence_parallel: bool | None = None,
-    compile: bool = True,
+    compiled: bool = True,
 ) -> Plan:
     """What it takes to run a model on machines that need not be there; no weights are needed.
 
@@ -131,7 +132,7 @@ def make_plan(
         memory_limit: bytes of each device, by default all but what driver and libraries take.
         dtype: of weights, activations and KV memory.
         sequence_parallel: as in `MeshExecutor`.
-        compile: compile the step's programs for that machine and read memory and collectives from them; otherwise all
+        compiled: compile the step's programs for that machine and read memory and collectives from them; otherwise all
             is counted and predicted.
 
     Raises:
@@ -140,6 +141,7 @@ def make_plan(
     """
     topology = Topology.parse(topology) if isinstance(topology, str) else topology
     prompt = max(1, context - 1) if prompt is None else prompt
+    check_request(spec, goal, batch, context, prompt)
     choice = None
     if parallelism is None:
         choice = choose(
@@ -153,13 +155,16 @@ def make_plan(
             dtype=dtype,
         )
         parallelism, batch = choice.parallelism, choice.best.batch
-    batch = batch or parallelism.data
+    if parallelism.devices > topology.count:
+        raise ConfigError(f"{parallelism} takes {parallelism.devices} devices, and {topology} has {topology.count}")
+    batch = parallelism.data if batch is None else batch
+    width, capacity = padded_lengths(prompt, context)
     limit = machine_for(topology).usable if memory_limit is None else memory_limit
     group = -(-batch // parallelism.data)
     micro = -(-group // min(parallelism.pipeline, group))
     layers = even_stages(spec, parallelism.pipeline)
     memories = stage_memory(
-        spec, parallelism, Workload.prefill(micro, prompt), rows=group, capacity=context, dtype=dtype, stages=layers
+        spec, parallelism, Workload.prefill(micro, width), rows=group, capacity=capacity, dtype=dtype, stages=layers
     )
     costs = stage_costs(
         spec,
@@ -170,15 +175,15 @@ def make_plan(
         sequence_parallel=sequence_parallel,
     )
     programs: list[list[CompiledStage | None]] = [[None, None] for _ in layers]
-    if compile:
-        for at, work in enumerate((Workload.decode(micro, context), Workload.prefill(micro, prompt))):
+    if compiled:
+        for at, work in enumerate((Workload.decode(micro, context), Workload.prefill(micro, width))):
             whole = dataclasses.replace(work, rows=work.rows * parallelism.data)
             steps = compile_step(
                 spec,
                 topology,
                 parallelism,
                 whole,
-                capacity=context,
+                capacity=capacity,
                 dtype=dtype,
                 stages=layers,
                 sequence_parallel=sequence_parallel,
@@ -187,7 +192,7 @@ def make_plan(
                 found[at] = step
     decode, prefill = (
         predict(spec, topology, parallelism, work, dtype=dtype, stages=layers, sequence_parallel=sequence_parallel)
-        for work in (Workload.decode(batch, context), Workload.prefill(batch, prompt))
+        for work in (Workload.decode(batch, context), Workload.prefill(batch, width))
     )
     stages = tuple(
         PlannedStage(part, memory, work, *found)
@@ -241,11 +246,14 @@ def _lines(found: Plan) -> Iterator[str]:
         f"{found.spec.family}, {parameter_count(found.spec) / 1e9:.4g} billion parameters, {found.dtype}, on"
         f" {found.topology}: {found.parallelism}; batch {found.batch}, context {found.context}, prompt {found.prompt}"
     )
+    width, capacity = padded_lengths(found.prompt, found.context)
+    if (width, capacity) != (found.prompt, found.context):
+        yield f"as the engine pads them: prompts to {width} tokens, KV memory to {capacity}"
     if found.micro_batch != found.batch:
         yield f"in micro-batches of {found.micro_batch}"
-    for index, (stage, count) in enumerate(_alike(found.stages)):
+    for stage, count in _alike(found.stages):
         yield ""
-        yield from _stage_lines(found, stage, count, index)
+        yield from _stage_lines(stage, count)
     yield ""
     decode, prefill = found.decode, found.prefill
     yield (
@@ -256,9 +264,9 @@ def _lines(found: Plan) -> Iterator[str]:
     most = max(stage.total for stage in found.stages)
     verdict = "fits" if found.fits else "DOES NOT FIT"
     yield f"{verdict}: {gib(most)} of {gib(found.limit)} a device"
-    compiled = sum(one.seconds for s in found.stages for one in (s.decode, s.prefill) if one is not None)
-    if compiled:
-        yield f"compiled for {found.topology} in {compiled:.0f} s"
+    seconds = sum(one.seconds for s in found.stages for one in (s.decode, s.prefill) if one is not None)
+    if seconds:
+        yield f"compiled for {found.topology} in {seconds:.0f} s"
 
 
 def _alike(stages: tuple[PlannedStage, ...]) -> Iterator[tuple[PlannedStage, int]]:
@@ -275,7 +283,7 @@ def _equal(a: PlannedStage, b: PlannedStage) -> bool:
     return same and a.work.total("flops") == b.work.total("flops")
 
 
-def _stage_lines(found: Plan, stage: PlannedStage, count: int, index: int) -> Iterator[str]:
+def _stage_lines(stage: PlannedStage, count: int) -> Iterator[str]:
     first, last = stage.layers.start, stage.layers.stop + (count - 1) * len(stage.layers) - 1
     alike = f", {count} stages alike" if count > 1 else ""
     memory = stage.memory

@@ -15,7 +15,7 @@ from jdsi.models import TransformerSpec
 from jdsi.sharding import Parallelism
 from jdsi.sharding.topology import Topology
 
-from .candidate import TIE, Candidate, Goal, Request, describe_memory, gib
+from .candidate import TIE, Candidate, Goal, Request, describe_memory, gib, padded_lengths
 from .cost_model import predict
 from .explain import explain
 from .machine import machine_for
@@ -76,7 +76,7 @@ def choose(
         topology: the machines, such as "h200:8".
         batch: sequences at a time; by default 1 for latency, and for throughput as many as fit.
         context: tokens that a sequence has in the end.
-        prompt: tokens that it starts with, by default all of `context`.
+        prompt: tokens that it starts with, by default all but one.
         goal: "latency" or "throughput".
         memory_limit: bytes of each device, by default all but what the driver and libraries take.
         dtype: of weights, activations and KV cache.
@@ -87,8 +87,8 @@ def choose(
         ConfigError: the model cannot generate, an argument is out of range, or there are more devices than it can use.
     """
     topology = Topology.parse(topology) if isinstance(topology, str) else topology
-    prompt = context if prompt is None else prompt
-    _check(spec, goal, batch, context, prompt)
+    prompt = max(1, context - 1) if prompt is None else prompt
+    check_request(spec, goal, batch, context, prompt)
     if batch is None and goal == "latency":
         batch = 1
     limit = machine_for(topology).usable if memory_limit is None else memory_limit
@@ -101,7 +101,8 @@ def choose(
     return Choice(request, tuple(_ranked(goal, fitting)), rejected)
 
 
-def _check(spec: TransformerSpec, goal: str, batch: int | None, context: int, prompt: int) -> None:
+def check_request(spec: TransformerSpec, goal: str, batch: int | None, context: int, prompt: int) -> None:
+    """Raises `ConfigError` for what no degrees can run."""
     if goal not in get_args(Goal):
         raise ConfigError(f"goal={goal!r}{nearest(goal, get_args(Goal))} must be one of {get_args(Goal)}")
     if not spec.causal or spec.head is None:
@@ -152,8 +153,9 @@ def _candidate(request: Request, parallelism: Parallelism) -> Candidate:
 
 def _memory(request: Request, parallelism: Parallelism, rows: int) -> Memory:
     """Of the stage that needs most, with `rows` sequences in each data-parallel group."""
-    work = Workload.prefill(rows, request.prompt).divided(min(parallelism.pipeline, rows))
-    stages = stage_memory(request.spec, parallelism, work, rows=rows, capacity=request.context, dtype=request.dtype)
+    width, capacity = padded_lengths(request.prompt, request.context)
+    work = Workload.prefill(rows, width).divided(min(parallelism.pipeline, rows))
+    stages = stage_memory(request.spec, parallelism, work, rows=rows, capacity=capacity, dtype=request.dtype)
     return max(stages, key=lambda memory: memory.total)
 
 

@@ -2,22 +2,19 @@
 
 import dataclasses
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
 from jdsi.generation import SamplingParams, beam
-from jdsi.kv_cache import ContiguousContext
 from jdsi.sharding import DATA, axis_index
 
 from . import peers
 from .decoding import PaddedPrompts, new_context, padded_rows
 from .executor import Executor, Step
-from .staged_context import StagedContext
+from .row_selection import select_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,15 +28,6 @@ class BeamEpilogue:
         tokens, parents, state = beam.step(jnp.repeat(logits, self.repeat, axis=0), state, self.features)
         first = axis_index(DATA) * parents.shape[0]  # of the rows that this device's group has
         return (tokens, first + parents, state.done), state
-
-
-@partial(jax.jit, donate_argnums=0)
-def _select(context: ContiguousContext, parents: Array) -> ContiguousContext:
-    return context.select(parents)
-
-
-def _follow(context: Any, parents: Array) -> Any:
-    return context.select(parents) if isinstance(context, StagedContext) else _select(context, parents)
 
 
 def _step(executor: Executor, step: Step) -> tuple[Any, Any, Any]:
@@ -90,12 +78,12 @@ def beam_search(
     prefill = BeamEpilogue(features, repeat=beams)
     (tokens, parents, done), context, state = _step(executor, Step(padded.tokens, context, padded.last, prefill, state))
     # Nothing can be donated here: every prompt's row becomes `beams` rows.
-    context = context.select(parents // beams).extend(np.ones(rows * beams, np.int32), 1)
+    context = select_rows(context, parents // beams).extend(np.ones(rows * beams, np.int32), 1)
     epilogue = BeamEpilogue(features)
     for _ in range(steps - 1):
         with peers.waiting():
             if np.asarray(done).all():
                 break
         (tokens, parents, done), context, state = _step(executor, Step(tokens, context, None, epilogue, state))
-        context = _follow(context, parents)
+        context = select_rows(context, parents)
     return beam.finish(executor.on_host(state), [*names, *["padding"] * idle])[: len(prompts)]

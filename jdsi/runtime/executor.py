@@ -58,6 +58,11 @@ class Executor(Protocol):
         ...
 
     @property
+    def choice(self) -> Any:
+        """How the degrees of parallelism were chosen, a `jdsi.planning.Choice`; `None` where they were not."""
+        ...
+
+    @property
     def runs_ahead(self) -> bool:
         """Whether a step should be issued before the last one's results are read: where a needless step is cheap."""
         ...

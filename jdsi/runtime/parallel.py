@@ -39,6 +39,7 @@ def mesh_executor(
 
     Raises:
         ConfigError: the degrees do not fit the devices or the model; before anything is read or computed.
+        CapacityError: degrees are to be chosen, and none fits the memory.
         CheckpointError: as `load_sharded`.
     """
     if isinstance(model, Transformer):
@@ -65,13 +66,14 @@ def _built(
 ) -> MeshExecutor:
     choice = None if config.parallelism is None else _choose(spec, dtype, config)
     wanted = degrees(config) if choice is None else choice.parallelism
+    stages = even_stages(spec, wanted.pipeline)
     mesh = make_mesh(tensor=wanted.tensor, pipe=wanted.pipeline, data=wanted.data)
     return MeshExecutor(
         spec,
         mesh,
         load,
         dtype=jnp.dtype(dtype),
-        stages=even_stages(spec, wanted.pipeline),
+        stages=stages,
         implementation=implementation,
         sequence_parallel=config.sequence_parallel,
         micro_batches=config.micro_batches,

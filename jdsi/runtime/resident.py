@@ -76,6 +76,11 @@ class ResidentExecutor:
         return Parallelism()
 
     @property
+    def choice(self) -> None:
+        """See `Executor.choice`."""
+        return None
+
+    @property
     def runs_ahead(self) -> bool:
         """See `Executor.runs_ahead`."""
         return True

@@ -1,10 +1,9 @@
 """The context of a pipeline: one context for each stage, on the stage's own mesh."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
-import jax
 import numpy as np
 from jaxtyping import Array, Int
 
@@ -26,12 +25,7 @@ class StagedContext:
 
     def extend(self, new_lengths: Int[Array | np.ndarray, " B"], new_tokens: int) -> Self:
         """Every stage's context for a call with `new_tokens` tokens per row."""
-        return self._each(lambda stage: stage.extend(new_lengths, new_tokens))
-
-    def select(self, rows: Int[Array | np.ndarray, " N"]) -> Self:
-        """A context whose row i is a copy of row `rows[i]` (beam search)."""
-        on_host = np.asarray(rows)  # every stage has devices of its own, and the indices come from the last one's
-        return self._each(lambda stage: _select(stage, on_host))
+        return self.each(lambda stage: stage.extend(new_lengths, new_tokens))
 
     @classmethod
     def join(cls, contexts: Sequence[Self]) -> Self:
@@ -39,12 +33,8 @@ class StagedContext:
         stages = zip(*(context.stages for context in contexts), strict=True)
         return cls(tuple(None if parts[0] is None else type(parts[0]).join(parts) for parts in stages))
 
-    def _each(self, change: Any) -> Self:
+    def each(self, change: Callable[[Any], Any]) -> Self:
+        """What `change` makes of every stage's context."""
         return dataclasses.replace(
             self, stages=tuple(None if stage is None else change(stage) for stage in self.stages)
         )
-
-
-@jax.jit
-def _select(context: Any, rows: Any) -> Any:
-    return context.select(rows)

@@ -87,6 +87,11 @@ class StreamedExecutor:
         return Parallelism()
 
     @property
+    def choice(self) -> None:
+        """See `Executor.choice`."""
+        return None
+
+    @property
     def runs_ahead(self) -> bool:
         """See `Executor.runs_ahead`."""
         return False

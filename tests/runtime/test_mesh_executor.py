@@ -14,9 +14,11 @@ import jdsi
 from jdsi.converters import from_arrays
 from jdsi.models import Transformer, parameters
 from jdsi.models.families import family_for
-from jdsi.planning import even_stages
+from jdsi.planning import collectives_of, even_stages
+from jdsi.runtime import row_selection
 from jdsi.runtime.mesh_executor import MeshExecutor
-from jdsi.sharding import make_mesh
+from jdsi.runtime.stage_program import StageProgram
+from jdsi.sharding import PipelineSchedule, make_mesh, wavefront
 
 PROMPTS = [[5, 9, 2, 7], [11, 4, 4, 60, 33, 21, 8, 9, 10, 70, 71, 72], [3], [8, 8, 8]]
 
@@ -98,3 +100,57 @@ def test_meshes_and_stages_that_do_not_fit_are_named(model: Transformer) -> None
         executor(model, make_mesh(pipe=2), [range(3)])
     with pytest.raises(jdsi.ConfigError, match="layers 0 to 1, 1 to 2 are not the model's 3 layers"):
         executor(model, make_mesh(pipe=2), [range(2), range(1, 3)])
+
+
+def test_the_order_of_issue_is_the_schedules(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
+    spread = executor(model, make_mesh(pipe=3), prompt_pieces=2)
+    issued: list[tuple[int, int, int]] = []
+    step = StageProgram.step
+
+    def recorded(program: StageProgram, leaves: Any, given: Any, epilogue: Any) -> Any:
+        rows, new_tokens = given.context.batch, given.context.new_tokens
+        issued.append((spread.programs.index(program), rows, new_tokens))
+        return step(program, leaves, given, epilogue)
+
+    monkeypatch.setattr(StageProgram, "step", recorded)
+    params = jdsi.SamplingParams(max_new_tokens=4, ignore_eos=True)
+    jdsi.InferenceEngine(spread, jdsi.InferenceConfig()).generate(PROMPTS * 3, params)
+    # Twelve prompts: three micro-batches of four rows, whose prompts are read in two pieces of two.
+    schedule = PipelineSchedule(stages=3, prompt_micro_batches=6, generation_micro_batches=3, new_tokens=4)
+    wanted = []
+    for token in range(4):
+        tasks = [task for task in schedule if task.token == token]
+        for stage, micro_batch in wavefront(3, 3 if token else 6):
+            assert any((task.stage, task.micro_batch) == (stage, micro_batch) for task in tasks)
+            wanted.append((stage, 4 if token else 2))
+    assert [(stage, rows) for stage, rows, _ in issued] == wanted
+    assert [new_tokens == 1 for _, _, new_tokens in issued] == [False] * 18 + [True] * 27
+
+
+def test_micro_batches_have_the_batch_size_together(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[int] = []
+    steps = MeshExecutor.steps
+
+    def recorded(spread: MeshExecutor, batches: Any) -> Any:
+        rows.append(sum(one.context.batch for one in batches))
+        return steps(spread, batches)
+
+    monkeypatch.setattr(MeshExecutor, "steps", recorded)
+    params = jdsi.SamplingParams(max_new_tokens=3, ignore_eos=True)
+    beams = jdsi.SamplingParams(max_new_tokens=3, num_beams=2, ignore_eos=True)
+    for degrees, size, most in (({"pipe": 3}, 2, 2), ({"pipe": 3}, 6, 6), ({"pipe": 2, "data": 2}, 4, 4)):
+        engine = jdsi.InferenceEngine(executor(model, make_mesh(**degrees)), jdsi.InferenceConfig(max_batch_size=size))
+        rows.clear()
+        engine.generate(PROMPTS * 2, params)
+        assert max(rows) == most
+    rows.clear()
+    engine.generate(PROMPTS, beams)
+    assert len(rows) == 2 * 3  # two batches of two prompts, not cut any further
+
+
+def test_beams_stay_in_their_group(model: Transformer) -> None:
+    """Following beams moves no cache between groups of the axis "data"."""
+    context = executor(model, make_mesh(data=2, tensor=2)).new_context(8, 128)
+    program = row_selection._program(context.lengths.sharding.mesh, True)
+    text = program.lower(context, jnp.arange(8)).compile().as_text()
+    assert not collectives_of(text, dict(context.lengths.sharding.mesh.shape))
