@@ -10,7 +10,7 @@ Load and generate in three lines:
 from jdsi.config import InferenceConfig
 from jdsi.converters import load_model
 from jdsi.engine import InferenceEngine, StreamEvent
-from jdsi.errors import CapacityError, CheckpointError, ConfigError, JdsiError, PromptError
+from jdsi.errors import CapacityError, CheckpointError, ConfigError, JdsiError, PeerError, PromptError
 from jdsi.generation import Completion, SamplingParams, TokenLogprob
 from jdsi.inference import init_inference
 from jdsi.models import Transformer, TransformerSpec
@@ -25,6 +25,7 @@ __all__ = [
     "InferenceConfig",
     "InferenceEngine",
     "JdsiError",
+    "PeerError",
     "PromptError",
     "SamplingParams",
     "StreamEvent",

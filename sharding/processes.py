@@ -24,6 +24,17 @@ from jdsi.errors import ConfigError, PeerError
 _HEARTBEATS = 40  # seconds; our own watch (jdsi.runtime.peers) notices earlier, this is for before it has started
 _FOR_EVER = 10**6  # seconds, for waits that we end ourselves
 _rounds = itertools.count()
+_when_connected: list[Callable[[], object]] = []
+
+
+def place() -> tuple[int, int]:
+    """Which process this is, and of how many; like `jax.process_index` and `jax.process_count`, which start JAX."""
+    return distributed.global_state.process_id, distributed.global_state.num_processes
+
+
+def when_connected(call: Callable[[], object]) -> None:
+    """Has `initialize` call this at its end."""
+    _when_connected.append(call)
 
 
 def initialize(
@@ -71,6 +82,8 @@ def initialize(
         atexit.register(end_abruptly)
         address = distributed.global_state.coordinator_address
         raise PeerError(f"{name} waited {patience:g} s for all others to come to {address}; are they running?")
+    for call in _when_connected:
+        call()
 
 
 def _check_place(coordinator: str, num_processes: int, process_id: int) -> None:
@@ -113,14 +126,16 @@ def _within(seconds: float, call: Callable[[], None]) -> bool:
     return not thread.is_alive()
 
 
-def end_abruptly() -> None:
+def end_abruptly(message: str = "") -> None:
     """Ends the process with status 1 and without farewells, for those would wait for lost processes.
 
     JAX says goodbye to the coordinator, and its devices finish their work, which may wait for data that never comes.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(1)
+    try:
+        sys.stdout.flush()
+        print(message, end="\n" if message else "", file=sys.stderr, flush=True)
+    finally:  # even if nobody reads that any more
+        os._exit(1)
 
 
 def _first_line(error: BaseException) -> str:
@@ -203,7 +218,7 @@ def agree(
         ConfigError: there are differences; every process raises it, with all of them.
         PeerError: a process did not come in time.
     """
-    processes, own = jax.process_count(), jax.process_index()
+    own, processes = place()
     if processes == 1:
         return offer
     board, number = KeyValues(), next(_rounds)

@@ -10,6 +10,7 @@ from .kernel_tuning import Change, Failure, tune_kernels
 from .kernels import Selection, bench_kernels
 from .memory import bench_memory
 from .offload import bench_offload
+from .parallel import bench_parallel
 from .prefill import bench_prefill
 from .rounds import Ratio, interleave
 from .start import bench_start
@@ -23,6 +24,7 @@ __all__ = [
     "bench_kernels",
     "bench_memory",
     "bench_offload",
+    "bench_parallel",
     "bench_prefill",
     "bench_start",
     "interleave",

@@ -26,6 +26,8 @@ class Report:
         results: one record per configuration, figures per round included.
         table: header and rows of text for people.
         notes: how to read the table, one line each.
+        title: of the table.
+        more: further tables, each with its title.
     """
 
     benchmark: str
@@ -33,9 +35,11 @@ class Report:
     results: Sequence[Mapping[str, Any]]
     table: Sequence[Sequence[str]]
     notes: Sequence[str] = ()
+    title: str = ""
+    more: Sequence[tuple[str, Sequence[Sequence[str]]]] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        """All but the table, for `--json`, with the environment."""
+        """All but the tables, for `--json`, with the environment."""
         return {
             "benchmark": self.benchmark,
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
@@ -99,11 +103,11 @@ def show(report: Report, *, as_json: bool) -> None:
     # The width of a file or a pipe is unknown, and a table must not lose columns there.
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     console.print(f"{about['cpu']}, {about['cores']} cores, load {about['load_average'][0]:.1f}; {versions}")
-    head, *rows = report.table
-    table = Table(*head)
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+    for title, (head, *rows) in ((report.title, report.table), *report.more):
+        table = Table(*head, title=title or None, title_justify="left")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
     for note in report.notes:
         console.print(note)
 

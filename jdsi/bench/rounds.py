@@ -30,9 +30,9 @@ class Ratio:
         return cls(statistics.median(ratios), min(ratios), max(ratios), ratios)
 
 
-def interleave(
-    contenders: Mapping[str, Callable[[], float]], rounds: int, *, warmups: int = 1
-) -> dict[str, list[float]]:
+def interleave[Figure](
+    contenders: Mapping[str, Callable[[], Figure]], rounds: int, *, warmups: int = 1
+) -> dict[str, list[Figure]]:
     """Runs every contender once per round and returns its figures by name, one per round.
 
     Round r starts with contender r, so that nobody always runs after the same neighbour. All are warmed up before the
@@ -53,7 +53,7 @@ def interleave(
     for _ in range(warmups):
         for name in names:
             contenders[name]()
-    figures: dict[str, list[float]] = {name: [] for name in names}
+    figures: dict[str, list[Figure]] = {name: [] for name in names}
     for r in range(rounds):
         turn = r % len(names)
         for name in names[turn:] + names[:turn]:

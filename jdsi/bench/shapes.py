@@ -31,21 +31,27 @@ def _sizes(layers: int, width: int, heads: int, kv_heads: int, intermediate: int
 SHAPES: Mapping[str, _Sizes] = MappingProxyType(
     {
         "llama-tiny": _sizes(2, 48, 6, 2, 80, 300),
+        "llama-mini": _sizes(4, 64, 8, 8, 128, 512),  # divides evenly among up to 8 devices, or 4 stages
+        "llama-deep": _sizes(120, 128, 4, 2, 256, 512),  # its products are too small for XLA to use several cores
         "llama-125m": _sizes(12, 768, 12, 4, 2048, 32_000),
         "llama-1b": _sizes(16, 2048, 32, 8, 8192, 32_000),
     }
 )
 
 
-def shape_config(name: str) -> Any:
+def shape_config(name: str, **changes: int) -> Any:
     """The `LlamaConfig` of a named shape.
+
+    Args:
+        name: see `SHAPES`.
+        changes: sizes to have instead of the shape's, by their name in the config.
 
     Raises:
         ConfigError: there is no such shape.
     """
     if name not in SHAPES:
         raise ConfigError(f"shape {name!r} is not known{nearest(name, SHAPES)}; known are {', '.join(SHAPES)}")
-    return _llama(SHAPES[name])
+    return _llama({**SHAPES[name], **changes})
 
 
 def sized_config(gigabytes: float, itemsize: int, *, least_layers: int = 1) -> Any:

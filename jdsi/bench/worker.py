@@ -93,10 +93,34 @@ def offload(folder: str, dtype: str, tokens: int, limit: int) -> dict[str, Any]:
     return {"peak": peak_bytes()}
 
 
+def _virtual_devices(count: int) -> None:
+    """Makes that many of the CPU; where there are GPUs, JAX uses those instead, however many they are."""
+    import jax
+
+    jax.config.update("jax_num_cpu_devices", count)
+
+
+def mesh_steps(devices: int, **settings: Any) -> dict[str, Any]:
+    """Host times and exchanges on meshes."""
+    _virtual_devices(devices)
+    from jdsi.bench.mesh_steps import measure
+
+    return measure(**settings)
+
+
+def pipeline(devices: int, load: dict[str, int], **settings: Any) -> dict[str, Any]:
+    """Bubbles of a pipeline."""
+    _virtual_devices(devices)
+    from jdsi.bench.pipeline import Load, measure
+
+    return measure(load=Load(**load), **settings)
+
+
 def main() -> None:
     """Runs the job named in the argument."""
     settings = json.loads(sys.argv[1])
-    answer = {"load": load, "convert": convert, "start": start, "offload": offload}[settings.pop("job")](**settings)
+    jobs = (load, convert, start, offload, mesh_steps, pipeline)
+    answer = {job.__name__: job for job in jobs}[settings.pop("job")](**settings)
     sys.stdout.write(json.dumps(answer) + "\n")
 
 

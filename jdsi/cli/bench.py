@@ -38,14 +38,10 @@ def decode(
     from jdsi.bench import bench_decode
     from jdsi.bench.report import show
 
-    try:
-        batches = [int(part) for part in batch.split(",")]
-    except ValueError:
-        raise ConfigError(f"--batch {batch!r} must be numbers with commas between them, as 1,4,8") from None
     report = bench_decode(
         model,
         shape=shape,
-        batches=batches,
+        batches=_numbers("--batch", batch),
         prompt=prompt,
         new_tokens=new_tokens,
         rounds=rounds,
@@ -164,17 +160,60 @@ def offload(
     from jdsi.bench import bench_offload
     from jdsi.bench.report import show
 
-    try:
-        counts = [int(part) for part in batches_per_pass.split(",")]
-    except ValueError:
-        raise ConfigError(f"--batches-per-pass {batches_per_pass!r} must be numbers with commas between them") from None
     report = bench_offload(
         gigabytes=gigabytes,
         dtype=dtype,
         compute_dtype=compute_dtype,
         batch=batch,
-        batches_per_pass=counts,
+        batches_per_pass=_numbers("--batches-per-pass", batches_per_pass),
         rounds=rounds,
         folder=folder,
     )
     show(report, as_json=as_json)
+
+
+@bench.command()
+def parallel(
+    shape: Annotated[str, typer.Option(help="Model of random weights, small, for the host's part.")] = "llama-mini",
+    tensor_parallel: Annotated[str, typer.Option(help="Degrees it runs with, as 2,4,8; or none, ''.")] = "2,4,8",
+    pipeline_parallel: Annotated[str, typer.Option(help="Degrees it runs with.")] = "2,4",
+    data_parallel: Annotated[str, typer.Option(help="Degrees it runs with.")] = "2",
+    deep_layers: Annotated[
+        int, typer.Option(help="Layers that it has once more, on one device and the most; 0 leaves that out.")
+    ] = 80,
+    pipeline_shape: Annotated[
+        str, typer.Option(help="Model for the bubbles; on a CPU one whose stages take one core each.")
+    ] = "llama-deep",
+    stages: Annotated[int, typer.Option(help="Of its pipeline.")] = 2,
+    micro_batches: Annotated[str, typer.Option(help="On their way at a time, as 1,2,4.")] = "1,2,4",
+    tokens: Annotated[int, typer.Option(help="Of a micro-batch's pass: its sequences, or 16 times its prompts.")] = 64,
+    topology: Annotated[list[str] | None, typer.Option(help="Machine to predict for; may be repeated.")] = None,
+    rounds: Rounds = 5,
+    as_json: AsJson = False,
+) -> None:
+    """Host time, bubbles and exchanges on a mesh (of virtual devices without GPUs); predictions for large ones."""
+    from jdsi.bench import bench_parallel
+    from jdsi.bench.report import show
+    from jdsi.bench.scaling import TOPOLOGIES
+
+    report = bench_parallel(
+        shape=shape,
+        tensor_parallel=_numbers("--tensor-parallel", tensor_parallel),
+        pipeline_parallel=_numbers("--pipeline-parallel", pipeline_parallel),
+        data_parallel=_numbers("--data-parallel", data_parallel),
+        deep_layers=deep_layers,
+        pipeline_shape=pipeline_shape,
+        stages=stages,
+        micro_batches=_numbers("--micro-batches", micro_batches),
+        tokens=tokens,
+        topologies=topology or TOPOLOGIES,
+        rounds=rounds,
+    )
+    show(report, as_json=as_json)
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")] if text else []
+    except ValueError:
+        raise ConfigError(f"{option} {text!r} must be numbers with commas between them, as 1,4,8") from None

@@ -1,5 +1,6 @@
 """From a config and a model to an executor over a mesh."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from jdsi.planning import Choice, choose, even_stages
 from jdsi.sharding import Parallelism, make_mesh
 from jdsi.sharding.topology import Topology
 
+from . import peers
 from .mesh_executor import Loader, MeshExecutor
 
 _USUAL_CONTEXT = 4096  # what degrees are chosen for where no `max_tokens` is given and the model would take more
@@ -51,6 +53,7 @@ def mesh_executor(
 
         return _built(spec, load, dtype, config, implementation)
     checkpoint = open_checkpoint(model)
+    _agree(config, checkpoint.path)
     family, spec = load_family(checkpoint.path)
     weight_map = family.weight_map(spec)
     dtype = resolve_dtype(config.dtype)
@@ -59,6 +62,15 @@ def mesh_executor(
         return load_sharded(checkpoint, weight_map, spec, mesh, names, dtype=dtype)
 
     return _built(spec, read, dtype, config, implementation)
+
+
+def _agree(config: InferenceConfig, folder: Path) -> None:
+    """Sees to it, before anything can fail in one process alone, that all were given the same."""
+    places = ("checkpoint", "tokenizer", "compilation_cache")  # may be elsewhere in each process
+    settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    told = {name: value for name, value in settings.items() if name not in places}
+    files = sorted((str(f.relative_to(folder)), f.stat().st_size) for f in folder.rglob("*") if f.is_file())
+    peers.agree({"call": "init_inference", **told, "files of the checkpoint": files})
 
 
 def _built(

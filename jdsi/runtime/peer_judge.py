@@ -81,7 +81,7 @@ class Judge:
     @property
     def deserted(self) -> bool:
         """Whether one of the others has given the run up, and will not wait for any more."""
-        return any(peer.status.ended == f"with {PeerError.__name__}" for peer in self._peers.values())
+        return any(peer.status.ended.startswith(f"with {PeerError.__name__}") for peer in self._peers.values())
 
     def problem(self, turn: int, waiting_since: float | None, *, suspicious: bool = False) -> str | None:
         """What is wrong, or `None`.
@@ -91,7 +91,7 @@ class Judge:
             waiting_since: when it began to wait in that turn, `None` if it does not.
             suspicious: a connection broke, so that the next silence means something.
         """
-        silence = self.silence / 3 if suspicious else self.silence
+        silence, long = self.silence / 3 if suspicious else self.silence, 7 * self.patience
         if self.now - self.answered > silence:
             return f"{self._name(0)}, which keeps the run together, has not answered for {silence:.0f} s"
         for process, peer in self._peers.items():
@@ -100,13 +100,13 @@ class Judge:
             waits = f"while process {self.own} waits in turn {turn}"
             if status.ended and behind:
                 return f"{self._name(process)} has ended {status.ended} after turn {status.turn}, {waits}"
-            if not status.tick:  # it may still be importing; JAX's own heartbeats notice if it dies
-                if self.now > 7 * self.patience:
+            if not status.tick:  # its watch has not started; JAX's own heartbeats notice if it dies
+                if self.now > long:
                     return f"{self._name(process)} has not come for {self.now:.0f} s"
             elif quiet > silence:
                 state = f"has ended {status.ended}" if status.ended else "died or is suspended: no word from it"
                 return f"{self._name(process)} {state} for {quiet:.0f} s, after turn {status.turn}"
-            elif behind and self.now - max(peer.moved, waiting_since or 0.0) > self.patience:
+            elif behind and self.now - max(peer.moved, waiting_since or 0.0) > (self.patience if status.turn else long):
                 since = f"in turn {status.turn} for {self.now - peer.moved:.0f} s"
                 return f"{self._name(process)} hangs: {since}, {status.place}, {waits}"
         return None

@@ -6,7 +6,8 @@ others every two seconds, through `jdsi.sharding.processes`, that this process l
 and judge what the others tell (see `peer_judge`). For the caller a turn sets a few attributes.
 
 - Who has not been heard of for 20 s has died or is suspended.
-- Who is a turn behind for 45 s while this process waits in one, hangs; unless it compiles or loads.
+- Who is a turn behind for 45 s while this process waits in one, hangs; unless it compiles or loads. Before its first
+  turn it has seven times as long, for what programs do then is not known.
 - Who has ended and is a turn behind will not come any more.
 
 All that is in proportion to JDSI_PEER_PATIENCE, the 45 s, which must be longer than a process may leave others waiting.
@@ -29,7 +30,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import jax
 import numpy as np
 from jax.errors import JaxRuntimeError
 
@@ -65,7 +65,7 @@ class Watch:
     """The threads that keep `Judge` informed and do what it says; use `turn`, `waiting` and `agree` of this module."""
 
     def __init__(self) -> None:
-        self._judge = Judge(jax.process_index(), jax.process_count(), patience())
+        self._judge = Judge(*processes.place(), patience())
         self._interval = min(2.0, self._judge.patience / 22)
         self._board = processes.KeyValues()
         self._turn, self._depth, self._since = 0, 0, 0.0
@@ -98,7 +98,7 @@ class Watch:
                 raise
             self._suspicious = True
             self._found.wait(self._judge.silence)  # a moment later it is known who is gone
-            lost = f"process {self._judge.own} of {self._judge.count} lost another: {str(error).partition(chr(10))[0]}"
+            lost = f"process {self._judge.own} of {self._judge.count} lost another: {_first_line(error)}"
             raise self._error(self._problem or lost) from error
         finally:
             self._depth -= 1
@@ -110,7 +110,7 @@ class Watch:
 
     def _error(self, problem: str) -> PeerError:
         self._taken.set()
-        self._say_end("with PeerError")
+        self._say_end(f"with PeerError ({problem})")
         atexit.register(processes.end_abruptly)
         return PeerError(problem)
 
@@ -127,9 +127,8 @@ class Watch:
                 self._board.put(key, json.dumps(dataclasses.asdict(self._status(tick))))
                 told = self._board.under(_FOLDER)
             except JaxRuntimeError:
-                if not self._over.wait(_GRACE) and self._board.open:  # else the run is at its end
-                    continue
-                return
+                self._over.wait(_GRACE)
+                continue
             self._asking = 0.0
             self._judge.hear({process: Status(**json.loads(text)) for process, text in told.items()})
             if self._ended and self._judge.all_ended:
@@ -144,6 +143,9 @@ class Watch:
     def _watch(self) -> None:
         last = time.monotonic()
         while not self._over.wait(self._interval / 4):
+            if not self._board.open:  # the program has called `jax.distributed.shutdown`
+                self._over.set()
+                return
             now = time.monotonic()
             self._judge.now += min(now - last, 2 * self._interval)  # more is time in which this process was suspended
             last = now
@@ -151,11 +153,10 @@ class Watch:
             if self._problem is None:
                 continue
             self._found.set()
-            self._say_end("with PeerError")
+            self._say_end(f"with PeerError ({self._problem})")
             if not self._taken.wait(_GRACE):
                 # The caller is inside XLA, or sleeps: no exception would reach it.
-                print(f"jdsi.errors.PeerError: {self._problem}", file=sys.stderr)
-                processes.end_abruptly()
+                processes.end_abruptly(f"jdsi.errors.PeerError: {self._problem}")
             return
 
     def _find(self) -> str | None:
@@ -166,8 +167,10 @@ class Watch:
 
     def _leave(self) -> None:
         """Waits at the end of the program for the others', for results of ours may still be on their way to them."""
+        if self._over.is_set():
+            return
         error = getattr(sys, "last_exc", None)
-        self._say_end("normally" if error is None else f"with {type(error).__name__}")
+        self._say_end("normally" if error is None else f"with {type(error).__name__} ({_first_line(error)[:300]})")
         self._alone.wait(None if error is None else self._judge.patience)
         self._over.set()
         if self._judge.deserted or not self._alone.is_set():
@@ -179,16 +182,15 @@ _lock = threading.Lock()
 
 
 def start() -> Watch | None:
-    """The watch, started if need be; `None` in a run of one process.
-
-    Raises:
-        ConfigError: several processes that were not brought together by `jax.distributed`.
-    """
+    """The watch, started if need be; `None` in a run of one process. `jdsi.sharding.initialize` starts it."""
     global _watch
     with _lock:
-        if _watch is None and jax.process_count() > 1:
+        if _watch is None and processes.place()[1] > 1:
             _watch = Watch()
     return _watch
+
+
+processes.when_connected(start)
 
 
 def turn() -> contextlib.AbstractContextManager[None]:
@@ -233,6 +235,10 @@ def _text(value: Any) -> str:
         value = (value.shape, value.dtype.name, value.tobytes())
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:40]}... ({hashlib.sha256(text.encode()).hexdigest()[:16]})"
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0]
 
 
 def _frames(frame: FrameType | None) -> Iterator[FrameType]:

@@ -114,18 +114,31 @@ def spread(tree: Any, abstract: Any, stage: int, whole: Mesh) -> Any:
 @functools.cache
 def _everywhere(whole: Mesh, stage: int) -> Any:
     def body(arrays: list[Array]) -> list[Array]:
-        return [_from_stage(x, stage) for x in arrays]
+        # One sum for all arrays, in which the other stages count for zero; of bits as integers, for then it is exact.
+        words = jnp.concatenate([_words(x).reshape(-1) for x in arrays])
+        words = lax.psum(jnp.where(lax.axis_index(PIPE) == stage, words, 0), PIPE)
+        parts = jnp.split(words, np.cumsum([x.size for x in arrays])[:-1])
+        return [_from_words(part.reshape(x.shape), x.dtype) for part, x in zip(parts, arrays, strict=True)]
 
     in_specs, out_specs = PartitionSpec(PIPE), PartitionSpec()
     return jax.jit(jax.shard_map(body, mesh=whole, in_specs=in_specs, out_specs=out_specs, check_vma=False))
 
 
-def _from_stage(x: Array, stage: int) -> Array:
-    """A sum in which the other stages count for zero; of bits where that works, for then it is exact."""
-    bits = x.astype(jnp.int32) if x.dtype == jnp.bool_ else x
-    bits = lax.bitcast_convert_type(x, jnp.int32) if x.dtype.itemsize == 4 else bits
-    bits = lax.psum(jnp.where(lax.axis_index(PIPE) == stage, bits, jnp.zeros((), bits.dtype)), PIPE)
-    return lax.bitcast_convert_type(bits, x.dtype) if x.dtype.itemsize == 4 else bits.astype(x.dtype)
+def _words(x: Array) -> Array:
+    if x.dtype == jnp.bool_:
+        return x.astype(jnp.int32)
+    return lax.bitcast_convert_type(x, _bits(x.dtype)).astype(jnp.int32)
+
+
+def _from_words(words: Array, dtype: Any) -> Array:
+    if dtype == jnp.bool_:
+        return words.astype(dtype)
+    return lax.bitcast_convert_type(words.astype(_bits(dtype)), dtype)
+
+
+def _bits(dtype: Any) -> Any:
+    """Integers as wide as numbers of four bytes or fewer."""
+    return {4: jnp.int32, 2: jnp.int16, 1: jnp.int8}[jnp.dtype(dtype).itemsize]
 
 
 def part_on(x: Array, mesh: Mesh) -> Array:

@@ -1,0 +1,95 @@
+"""Several processes give the answers of one device, and notice when they are told different things."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import transformers
+
+import jdsi
+from parity import random_torch_model
+from peer_processes import Run, pickled_model
+from peer_worker import PROMPTS, answers, model_at
+from test_families import CONFIGS, ENCODERS
+
+
+def _saved(name: str, folder: Path) -> Path:
+    auto = transformers.AutoModelForMaskedLM if name in ENCODERS else transformers.AutoModelForCausalLM
+    random_torch_model(transformers.AutoConfig.for_model(name, **CONFIGS[name]), auto).save_pretrained(folder)
+    return folder
+
+
+def _check(folder: Path, count: int, devices: int, runs: list[tuple[str, dict[str, Any], tuple[str, ...]]]) -> None:
+    """`runs` are family, degrees and samplings; all are made by one start of the processes."""
+    create = _saved if count == 2 else pickled_model  # to read a checkpoint is slower, so it is enough to do it once
+    models = {name: create(name, folder / name) for name in {name for name, _, _ in runs}}
+    plan = [
+        {"name": f"{name} {degrees}", "model": str(models[name]), "degrees": degrees, "samplings": samplings}
+        for name, degrees, samplings in runs
+    ]
+    (folder / "plan.json").write_text(json.dumps(plan))
+    with Run("invariance", folder, count, devices) as processes:
+        wanted = {name: sorted({s for n, _, samplings in runs if n == name for s in samplings}) for name in models}
+        alone = {
+            name: answers(jdsi.init_inference(model_at(path), dtype="float32"), wanted[name])
+            for name, path in models.items()
+        }
+        everybody = processes.found(within=240)
+    for process, found in enumerate(everybody):
+        for (name, _, samplings), run in zip(runs, plan, strict=True):
+            where = f"{run['name']}, process {process} of {count}"
+            _same_logits(found[run["name"]], alone[name], where)
+            for sampling in samplings:
+                assert found[run["name"]][sampling] == alone[name][sampling], f"{where}, {sampling}"
+
+
+def _same_logits(found: dict[str, Any], expected: dict[str, Any], where: str) -> None:
+    actual, wanted = np.array(found["logits"]), np.array(expected["logits"])
+    assert actual.shape == wanted.shape, where
+    for row, prompt in enumerate(PROMPTS):
+        n = len(prompt)
+        np.testing.assert_allclose(actual[row, :n], wanted[row, :n], rtol=5e-4, atol=5e-5, err_msg=f"{where}, {row}")
+
+
+def test_two_processes(tmp_path: Path) -> None:
+    both = {"tensor_parallel": 2, "pipeline_parallel": 2}
+    _check(
+        tmp_path,
+        count=2,
+        devices=2,
+        runs=[
+            ("llama", both | {"sequence_parallel": True}, ("greedy",)),
+            ("llama", {"data_parallel": 2}, ("seeded",)),
+            ("llama", {"tensor_parallel": 2}, ("greedy",)),
+            ("gpt2", {"pipeline_parallel": 2, "prompt_pieces": 2}, ("seeded",)),
+            ("gpt2", {"tensor_parallel": 4}, ("beams",)),
+            ("falcon", {"pipeline_parallel": 2, "data_parallel": 2}, ("beams",)),
+            ("bert", both, ()),
+        ],
+    )
+
+
+def test_four_processes(tmp_path: Path) -> None:
+    both = {"tensor_parallel": 2, "pipeline_parallel": 2}
+    _check(tmp_path, count=4, devices=1, runs=[("bloom", both, ("seeded",))])
+
+
+def test_processes_that_are_told_different_things(tmp_path: Path) -> None:
+    model = pickled_model("gpt2", tmp_path / "model.pickle")
+    with Run("disagreement", tmp_path, 2, 2) as processes:
+        expected = answers(jdsi.init_inference(model_at(model)), ["greedy"])
+        first, second = processes.found(within=120)
+    for found in (first, second):
+        assert "tensor_parallel is 2 in process 0 and 4 in process 1" in found["degrees"]
+        assert "prompt_pieces is 1 in process 0 and 2 in process 1" in found["pieces"]
+        assert "take a multiple of 2, up to 4" in found["devices"]
+        assert "before JAX is used" in found["again"]
+        assert "prompts is [[[3, 4]]] in process 0 and [[[3, 5]]] in process 1" in found["prompts"]
+        assert "sampling is" in found["sampling"]
+        assert "call is 'generate' in process 0 and 'forward' in process 1" in found["call"]
+        # Without a seed the answers are random, but the same everywhere.
+        assert found["unseeded"] == first["unseeded"]
+        assert found["unseeded"][0] != found["unseeded"][1]
+        assert found["after"]["greedy"] == expected["greedy"]
+        _same_logits(found["after"], expected, "after all errors")
