@@ -1,6 +1,6 @@
 """The executor for models that fit: all layers in one compiled step."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,15 +11,15 @@ from jaxtyping import Array, Float, Int
 
 from jdsi.converters import MemoryParameters, ParameterSource
 from jdsi.errors import ConfigError
-from jdsi.kv_cache import AttentionContext, ContiguousContext
+from jdsi.kv_cache import AttentionContext
 from jdsi.models import Transformer, TransformerSpec, parameters
 from jdsi.pallas_kernels.operator import Implementation, default_implementation
-from jdsi.sharding import Parallelism
 
 from .executor import Epilogue, Step
+from .one_device import OneDevice
 
 
-class ResidentExecutor:
+class ResidentExecutor(OneDevice):
     """See `Executor`. The module is taken apart once; steps are jitted over its flat leaves, not over the module.
 
     Args:
@@ -71,16 +71,6 @@ class ResidentExecutor:
         return self._leaves[0].dtype
 
     @property
-    def parallelism(self) -> Parallelism:
-        """See `Executor.parallelism`; a model whose arrays are spread is split by XLA, not by us."""
-        return Parallelism()
-
-    @property
-    def choice(self) -> None:
-        """See `Executor.choice`."""
-        return None
-
-    @property
     def runs_ahead(self) -> bool:
         """See `Executor.runs_ahead`."""
         return True
@@ -89,25 +79,6 @@ class ResidentExecutor:
     def batches_per_pass(self) -> int:
         """See `Executor.batches_per_pass`."""
         return 1
-
-    @property
-    def micro_batches(self) -> int:
-        """See `Executor.micro_batches`."""
-        return 1
-
-    @property
-    def prompt_pieces(self) -> int:
-        """See `Executor.prompt_pieces`."""
-        return 1
-
-    @property
-    def row_multiple(self) -> int:
-        """See `Executor.row_multiple`."""
-        return 1
-
-    def new_context(self, rows: int, capacity: int) -> ContiguousContext:
-        """See `Executor.new_context`."""
-        return ContiguousContext.create(self._spec.kv_heads, rows, capacity, self.dtype)
 
     def steps(self, batches: Sequence[Step]) -> list[tuple[Any, Any, Any]]:
         """See `Executor.steps`."""
@@ -120,13 +91,6 @@ class ResidentExecutor:
     ) -> Float[Array, "B S V"]:
         """See `Executor.logits`."""
         return self._logits(self._leaves, tokens, lengths, token_types)
-
-    def agree(self, requests: Mapping[str, Any]) -> None:
-        """See `Executor.agree`; other processes, if there are any, run models of their own."""
-
-    def on_host(self, carry: Any) -> Any:
-        """See `Executor.on_host`."""
-        return jax.device_get(carry)
 
     def with_parameters(self, use: Callable[[ParameterSource], object]) -> None:
         """See `Executor.with_parameters`; every process calls `use`, for it runs a model of its own."""

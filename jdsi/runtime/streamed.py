@@ -17,19 +17,19 @@ from jdsi.converters.buffers import aligned_copy
 from jdsi.converters.direct_io import PageBuffer
 from jdsi.converters.sources import recast
 from jdsi.errors import ConfigError
-from jdsi.kv_cache import AttentionContext, ContiguousContext, PackedContext
+from jdsi.kv_cache import AttentionContext, PackedContext
 from jdsi.models import TransformerSpec
 from jdsi.models.parts import Part, embedding_part, layer_part, tied_table, top_part
 from jdsi.models.spec import LayerSpec
 from jdsi.pallas_kernels.operator import Implementation, default_implementation
-from jdsi.sharding import Parallelism
 
 from .executor import Epilogue, Step
+from .one_device import OneDevice
 from .residency import Residency
 from .weight_stream import BlockSource, Delivery, DiskSource, StreamReport, WeightStream, device_memory
 
 
-class StreamedExecutor:
+class StreamedExecutor(OneDevice):
     """See `Executor`. Weights are where `residency` says; each pass reads every streamed block once.
 
     Attributes:
@@ -82,16 +82,6 @@ class StreamedExecutor:
         return self._dtype
 
     @property
-    def parallelism(self) -> Parallelism:
-        """See `Executor.parallelism`."""
-        return Parallelism()
-
-    @property
-    def choice(self) -> None:
-        """See `Executor.choice`."""
-        return None
-
-    @property
     def runs_ahead(self) -> bool:
         """See `Executor.runs_ahead`."""
         return False
@@ -100,25 +90,6 @@ class StreamedExecutor:
     def batches_per_pass(self) -> int:
         """See `Executor.batches_per_pass`."""
         return self._batches_per_pass
-
-    @property
-    def micro_batches(self) -> int:
-        """See `Executor.micro_batches`."""
-        return 1
-
-    @property
-    def prompt_pieces(self) -> int:
-        """See `Executor.prompt_pieces`."""
-        return 1
-
-    @property
-    def row_multiple(self) -> int:
-        """See `Executor.row_multiple`."""
-        return 1
-
-    def new_context(self, rows: int, capacity: int) -> ContiguousContext:
-        """See `Executor.new_context`."""
-        return ContiguousContext.create(self._spec.kv_heads, rows, capacity, self._dtype)
 
     def steps(self, batches: Sequence[Step]) -> list[tuple[Any, Any, Any]]:
         """See `Executor.steps`; every layer is used for all batches in turn (zig-zag). One thread at a time."""
@@ -166,13 +137,6 @@ class StreamedExecutor:
         types = None if token_types is None else token_types.reshape(-1)
         ((out, _, _),) = self.steps([Step(tokens.reshape(-1), context, None, _as_they_are, (), types)])
         return out.reshape(batch, length, -1)
-
-    def agree(self, requests: Mapping[str, Any]) -> None:
-        """See `Executor.agree`; other processes, if there are any, run models of their own."""
-
-    def on_host(self, carry: Any) -> Any:
-        """See `Executor.on_host`."""
-        return jax.device_get(carry)
 
     def with_parameters(self, use: Callable[[ParameterSource], object]) -> None:
         """See `Executor.with_parameters`.
