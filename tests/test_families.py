@@ -56,6 +56,20 @@ CONFIGS = {
 }
 ENCODERS = {"bert", "roberta", "distilbert"}
 PROMPTS = [[5, 9, 2, 7], [11, 4, 4, 60, 33, 21, 8, 9, 10, 70, 71, 72], [3]]
+# What the families call their number of layers.
+_DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+
+
+def three_layers(name: str, folder: Path) -> Path:
+    """A random model of three layers, saved."""
+    settings = CONFIGS[name] | {key: 3 for key in _DEPTHS if key in CONFIGS[name]}
+    if not any(key in settings for key in _DEPTHS):
+        settings["num_hidden_layers"] = 3
+    if name == "gpt_neo":
+        settings["attention_types"] = [[["global", "local", "global"], 1]]
+    auto = transformers.AutoModelForMaskedLM if name in ENCODERS else transformers.AutoModelForCausalLM
+    random_torch_model(transformers.AutoConfig.for_model(name, **settings), auto).save_pretrained(folder)
+    return folder
 
 
 def test_every_family_is_here() -> None:

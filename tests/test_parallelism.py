@@ -7,14 +7,10 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-import transformers
 
 import jdsi
-from parity import random_torch_model
-from test_families import CONFIGS, ENCODERS, PROMPTS
+from test_families import CONFIGS, ENCODERS, PROMPTS, three_layers
 
-# What the families call their number of layers.
-_DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 # Heads (5), hidden units (56 or 160) and vocabulary (89) come out even for hardly any of these.
 ALWAYS = (
     {"tensor_parallel": 2, "pipeline_parallel": 3},
@@ -35,18 +31,6 @@ GREEDY = jdsi.SamplingParams(max_new_tokens=8, ignore_eos=True)
 
 def _name(degrees: dict) -> str:
     return " ".join(f"{key.partition('_')[0]}{value}" for key, value in degrees.items())
-
-
-def _checkpoint(name: str, folder: Path) -> Path:
-    """A random model of three layers."""
-    settings = CONFIGS[name] | {key: 3 for key in _DEPTHS if key in CONFIGS[name]}
-    if not any(key in settings for key in _DEPTHS):
-        settings["num_hidden_layers"] = 3
-    if name == "gpt_neo":
-        settings["attention_types"] = [[["global", "local", "global"], 1]]
-    auto = transformers.AutoModelForMaskedLM if name in ENCODERS else transformers.AutoModelForCausalLM
-    random_torch_model(transformers.AutoConfig.for_model(name, **settings), auto).save_pretrained(folder)
-    return folder
 
 
 def _check(name: str, folder: Path, meshes: Sequence[dict]) -> None:
@@ -72,17 +56,17 @@ def _check(name: str, folder: Path, meshes: Sequence[dict]) -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_families_do_not_depend_on_the_mesh(name: str, tmp_path: Path) -> None:
-    _check(name, _checkpoint(name, tmp_path / name), ALWAYS)
+    _check(name, three_layers(name, tmp_path / name), ALWAYS)
 
 
 def test_many_meshes(tmp_path: Path) -> None:
-    _check("llama", _checkpoint("llama", tmp_path), THOROUGHLY)
+    _check("llama", three_layers("llama", tmp_path), THOROUGHLY)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_family_on_every_mesh(name: str, tmp_path: Path) -> None:
-    _check(name, _checkpoint(name, tmp_path / name), THOROUGHLY)
+    _check(name, three_layers(name, tmp_path / name), THOROUGHLY)
 
 
 @pytest.fixture(scope="module")

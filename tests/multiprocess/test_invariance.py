@@ -5,24 +5,36 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import transformers
+import pytest
 
 import jdsi
-from parity import random_torch_model
 from peer_processes import Run, pickled_model
 from peer_worker import PROMPTS, answers, model_at
-from test_families import CONFIGS, ENCODERS
+from test_families import CONFIGS, ENCODERS, three_layers
+
+BOTH = {"tensor_parallel": 2, "pipeline_parallel": 2}
+EVERY = (
+    {"tensor_parallel": 2},
+    {"tensor_parallel": 8},
+    {"tensor_parallel": 4, "sequence_parallel": True},
+    {"pipeline_parallel": 2},
+    {"tensor_parallel": 2, "pipeline_parallel": 3},
+    {"data_parallel": 2},
+    BOTH | {"data_parallel": 2},
+)
 
 
-def _saved(name: str, folder: Path) -> Path:
-    auto = transformers.AutoModelForMaskedLM if name in ENCODERS else transformers.AutoModelForCausalLM
-    random_torch_model(transformers.AutoConfig.for_model(name, **CONFIGS[name]), auto).save_pretrained(folder)
-    return folder
-
-
-def _check(folder: Path, count: int, devices: int, runs: list[tuple[str, dict[str, Any], tuple[str, ...]]]) -> None:
-    """`runs` are family, degrees and samplings; all are made by one start of the processes."""
-    create = _saved if count == 2 else pickled_model  # to read a checkpoint is slower, so it is enough to do it once
+def _check(
+    folder: Path,
+    count: int,
+    devices: int,
+    runs: list[tuple[str, dict[str, Any], tuple[str, ...]]],
+    within: float = 240,
+) -> None:
+    """`runs` are family, degrees and samplings; all are made by one start of the processes, in so many seconds."""
+    create = (
+        three_layers if count == 2 else pickled_model
+    )  # to read a checkpoint is slower, so it is enough to do it once
     models = {name: create(name, folder / name) for name in {name for name, _, _ in runs}}
     plan = [
         {"name": f"{name} {degrees}", "model": str(models[name]), "degrees": degrees, "samplings": samplings}
@@ -35,7 +47,7 @@ def _check(folder: Path, count: int, devices: int, runs: list[tuple[str, dict[st
             name: answers(jdsi.init_inference(model_at(path), dtype="float32"), wanted[name])
             for name, path in models.items()
         }
-        everybody = processes.found(within=240)
+        everybody = processes.found(within=within)
     for process, found in enumerate(everybody):
         for (name, _, samplings), run in zip(runs, plan, strict=True):
             where = f"{run['name']}, process {process} of {count}"
@@ -53,26 +65,31 @@ def _same_logits(found: dict[str, Any], expected: dict[str, Any], where: str) ->
 
 
 def test_two_processes(tmp_path: Path) -> None:
-    both = {"tensor_parallel": 2, "pipeline_parallel": 2}
     _check(
         tmp_path,
         count=2,
         devices=2,
         runs=[
-            ("llama", both | {"sequence_parallel": True}, ("greedy",)),
+            ("llama", BOTH | {"sequence_parallel": True}, ("greedy",)),
             ("llama", {"data_parallel": 2}, ("seeded",)),
             ("llama", {"tensor_parallel": 2}, ("greedy",)),
             ("gpt2", {"pipeline_parallel": 2, "prompt_pieces": 2}, ("seeded",)),
             ("gpt2", {"tensor_parallel": 4}, ("beams",)),
             ("falcon", {"pipeline_parallel": 2, "data_parallel": 2}, ("beams",)),
-            ("bert", both, ()),
+            ("bert", BOTH, ()),
         ],
     )
 
 
 def test_four_processes(tmp_path: Path) -> None:
-    both = {"tensor_parallel": 2, "pipeline_parallel": 2}
-    _check(tmp_path, count=4, devices=1, runs=[("bloom", both, ("seeded",))])
+    _check(tmp_path, count=4, devices=1, runs=[("bloom", BOTH, ("seeded",))])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_family_in_two_processes(name: str, tmp_path: Path) -> None:
+    samplings = () if name in ENCODERS else ("greedy",)
+    _check(tmp_path, count=2, devices=4, runs=[(name, degrees, samplings) for degrees in EVERY], within=900)
 
 
 def test_processes_that_are_told_different_things(tmp_path: Path) -> None:
