@@ -20,6 +20,8 @@ def convert(
     dtype: Any = None,
     tensor_parallel: int | None = None,
     max_shard_size: int | str = "5GB",
+    quantize: str | None = None,
+    group_size: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> ConversionReport:
@@ -31,20 +33,28 @@ def convert(
     Args:
         source: a Hugging Face folder or hub id, or a folder that this function made.
         destination: the folder to make.
-        to, tensor_parallel, max_shard_size, overwrite, progress: as for `save_parameters`.
+        to, tensor_parallel, max_shard_size, quantize, group_size, overwrite, progress: as for `save_parameters`.
         dtype: `"float32"`, `"bfloat16"` or `"float16"`; `None` keeps every parameter's type, and the way back is then
-            bit-exact.
+            bit-exact for all that is not quantised.
 
     Raises:
-        CheckpointError: the source is missing, damaged or does not fit its config; the destination exists, cannot be
+        CheckpointError: the source is missing, damaged or does not fit its config, or holds NaN or infinity where it is
+            to be quantised; the destination exists, cannot be
             written or is not apart from the source; the disk is full.
-        ConfigError: the family or an option is not supported.
+        ConfigError: the family or an option is not supported, or the source is to be quantised and already is.
 
     Warns:
         NonFiniteWarning: tensors hold NaN or infinity; they are converted as they are.
     """
     # What can be refused is, before a hub id is downloaded.
-    Form.of(to, dtype, tensor_parallel, max_shard_size)
+    Form.of(
+        to,
+        dtype=dtype,
+        tensor_parallel=tensor_parallel,
+        max_shard_size=max_shard_size,
+        quantize=quantize,
+        group_size=group_size,
+    )
     local = Path(source) if Path(source).exists() else None
     check_destination(Path(destination), overwrite=overwrite, source=local)
     checkpoint = open_checkpoint(source)
@@ -58,6 +68,8 @@ def convert(
         dtype=dtype,
         tensor_parallel=tensor_parallel,
         max_shard_size=max_shard_size,
+        quantize=quantize,
+        group_size=group_size,
         overwrite=overwrite,
         progress=progress,
     )

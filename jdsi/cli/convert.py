@@ -17,6 +17,12 @@ def convert(
         int | None, typer.Option(help="Ranks that --to sharded cuts for; other degrees can load it too.")
     ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest file of --to hf, as 5GB.")] = "5GB",
+    quantize: Annotated[
+        Literal["int8", "int4"] | None, typer.Option(help="Store the matrices of --to streaming in 8 or 4 bits.")
+    ] = None,
+    group_size: Annotated[
+        int | None, typer.Option(help="Inputs that share a scale of --quantize: 32, 64 or 128, by default 128.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing checkpoint.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, no progress bar.")] = False,
 ) -> None:
@@ -31,6 +37,8 @@ def convert(
         dtype=dtype,
         tensor_parallel=tensor_parallel,
         max_shard_size=max_shard_size,
+        quantize=quantize,
+        group_size=group_size,
         overwrite=overwrite,
         progress=None if as_json else ProgressBar("converting"),
     )

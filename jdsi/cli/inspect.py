@@ -1,5 +1,6 @@
 """`jdsi inspect`: what a checkpoint is, without reading its weights."""
 
+import collections
 import dataclasses
 import json
 import math
@@ -26,7 +27,7 @@ def inspect(
 
     if verify:
         _verify(model)
-    report = _report(load_spec(model))
+    report = _report(load_spec(model)) | _stored(model)
     if as_json:
         json.dump(report, sys.stdout)
         sys.stdout.write("\n")
@@ -59,6 +60,25 @@ def _report(spec: TransformerSpec) -> dict[str, Any]:
     }
 
 
+def _stored(model: str) -> dict[str, Any]:
+    """What one of our own folders says of its weights: bytes on disk, and the formats of those that are quantised."""
+    from jdsi.converters import open_checkpoint
+    from jdsi.converters.checkpoint import resolve_config
+    from jdsi.converters.manifest import MANIFEST
+    from jdsi.converters.streaming import StreamingCheckpoint
+
+    path = resolve_config(model)
+    if not (path / MANIFEST).is_file():
+        return {"stored_bytes": None, "quantization": {}}
+    checkpoint, formats = open_checkpoint(path), {}
+    if isinstance(checkpoint, StreamingCheckpoint):
+        formats = {
+            name: {**dataclasses.asdict(stored.format), "bytes": stored.nbytes, "of": checkpoint.dtypes[name].name}
+            for name, stored in checkpoint.quantized.items()
+        }
+    return {"stored_bytes": checkpoint.nbytes, "quantization": formats}
+
+
 def _show(report: dict[str, Any], every_parameter: bool) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -75,15 +95,25 @@ def _show(report: dict[str, Any], every_parameter: bool) -> None:
         kv = [f"{report['kv_bytes_per_token'][dtype] / 1e3:,.1f} kB"] if report["kv_bytes_per_token"] else []
         table.add_row(dtype, f"{size / 1e6:,.1f} MB", *kv)
     console.print(table)
+    if report["stored_bytes"] is not None:
+        console.print(f"stored: {report['stored_bytes'] / 1e6:,.1f} MB")
+        for form, count in collections.Counter(map(_format, report["quantization"].values())).items():
+            console.print(f"quantised: {count} matrices in {form}")
     for first, last, layer in _runs(spec["layers"]):
         console.print(f"layers {first} to {last}:" if last > first else f"layer {first}:", layer)
     for key in ("embedding", "norm", "head"):
         console.print(f"{key}:", spec[key])
     if every_parameter:
-        table = Table("parameter", "shape", "values")
+        formats = report["quantization"]
+        table = Table("parameter", "shape", "values", *(["stored in"] if formats else []))
         for name, shape in report["shapes"].items():
-            table.add_row(name, " × ".join(map(str, shape)), f"{math.prod(shape):,}")
+            form = [_format(formats[name]) if name in formats else ""] if formats else []
+            table.add_row(name, " × ".join(map(str, shape)), f"{math.prod(shape):,}", *form)
         console.print(table)
+
+
+def _format(form: dict[str, Any]) -> str:
+    return f"{form['kind']}, " + (f"groups of {form['group']}" if form["group"] else "one scale a row")
 
 
 def _runs(layers: tuple[dict[str, Any], ...]) -> list[tuple[int, int, dict[str, Any]]]:
