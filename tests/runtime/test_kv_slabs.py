@@ -1,0 +1,327 @@
+"""Slabs in host memory and in a file without a name: contents, room, and every way a disk can disappoint."""
+
+import errno
+import gc
+import os
+import signal
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jdsi.converters.direct_io import PAGE, PageBuffer
+from jdsi.errors import CapacityError, ConfigError, JdsiError
+from jdsi.runtime import pinned, spill_file
+from jdsi.runtime.kv_slabs import FileSlabs, HostSlabs, SlabHome
+from jdsi.runtime.pinned import PinnedPages, pin
+from jdsi.runtime.spill_file import SpillFile
+
+SHAPES = [(128, 3, 2, 5), (256, 3, 1, 8), (128, 3, 4, 16)]
+BFLOAT16 = np.dtype(jnp.bfloat16)
+
+
+@pytest.fixture(params=["host", "file", "file through the cache"])
+def home(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
+    home = HostSlabs() if request.param == "host" else FileSlabs(tmp_path)
+    if request.param == "file through the cache":
+        home.file._set_direct(False)
+    yield home
+    home.close()
+
+
+def put(home: SlabHome, slab: Any, lengths: np.ndarray, new: np.ndarray, rng: np.random.Generator) -> dict:
+    """Saves random new slots; what they should read as."""
+    (memory,) = home.load([slab], int(lengths.max()))
+    found = {}
+    for row, (first, count) in enumerate(zip(lengths, new, strict=True)):
+        for slot in range(first, first + count):
+            memory[slot, row] = rng.standard_normal(memory.shape[2:]).astype(memory.dtype)
+            found[slot, row] = memory[slot, row].copy()
+    home.save([slab], [memory], lengths, new)
+    home.release([memory])
+    return found
+
+
+@pytest.mark.parametrize("dtype", [np.dtype(np.float32), BFLOAT16])
+def test_what_is_saved_is_loaded(home: SlabHome, dtype: np.dtype) -> None:
+    rng, slabs = np.random.default_rng(0), home.allocate(SHAPES, dtype)
+    expected: list[dict] = [{} for _ in slabs]
+    lengths = np.zeros(3, np.int64)
+    for _ in range(12):
+        new = rng.integers(0, 11, 3)
+        for slab, slots in zip(slabs, expected, strict=True):
+            slots |= put(home, slab, lengths, new, rng)
+        lengths += new
+        memories = home.load(slabs, int(lengths.max()))
+        for memory, shape, slots in zip(memories, SHAPES, expected, strict=True):
+            assert memory.shape[0] >= shape[0]
+            assert memory.shape[1:] == shape[1:]
+            assert memory.ctypes.data % PAGE == 0
+            for (slot, row), value in slots.items():
+                assert memory[slot, row].tobytes() == value.tobytes()
+        home.release(memories)
+
+
+def test_room_is_used_again(home: SlabHome) -> None:
+    first = home.allocate(SHAPES, BFLOAT16)
+    places = [slab.place if isinstance(slab.place, int) else slab.place.ctypes.data for slab in first]
+    size = home.file.size if isinstance(home, FileSlabs) else 0
+    home.free(first)
+    del first
+    again = home.allocate(SHAPES, BFLOAT16)
+    assert sorted(slab.place if isinstance(slab.place, int) else slab.place.ctypes.data for slab in again) == sorted(
+        places
+    )
+    assert size == (home.file.size if isinstance(home, FileSlabs) else 0)
+
+
+def test_only_what_is_needed_is_read_and_written(tmp_path: Path) -> None:
+    home = FileSlabs(tmp_path)
+    (slab,) = home.allocate([(1024, 4, 8, 16)], np.dtype(np.float32))  # a row's slot is 512 bytes, two slots a page
+    (memory,) = home.load([slab], 0)
+    assert home.bytes_read == 0
+    memory[:] = 1
+    home.save([slab], [memory], np.zeros(4, int), np.array([100, 90, 100, 3]))
+    assert home.bytes_written == 50 * PAGE
+    home.release([memory])
+    (memory,) = home.load([slab], 100)
+    assert home.bytes_read == 50 * PAGE
+    home.save([slab], [memory], np.array([100, 90, 100, 3]), np.ones(4, int))
+    assert home.bytes_written == (50 + 3) * PAGE  # slots 100, 90 and 3
+    home.release([memory])
+    home.close()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.booleans(), st.integers(1, 5 * PAGE)), max_size=24))
+def test_ranges_never_overlap(tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[bool, int]]) -> None:
+    file = SpillFile(tmp_path_factory.getbasetemp())
+    held: list[tuple[int, int]] = []
+    for reserve, size in steps:
+        if reserve or not held:
+            held += zip(file.reserve([size, PAGE]), [size, PAGE], strict=True)
+        else:
+            file.free(*held.pop(size % len(held)))
+        pages = [page for offset, n in held for page in range(offset // PAGE, -(-(offset + n) // PAGE))]
+        assert len(pages) == len(set(pages))
+        assert all(offset % PAGE == 0 and offset + size <= file.size for offset, size in held)
+        assert os.fstat(file._descriptor).st_blocks * 512 >= file.size
+    for offset, size in held:
+        file.free(offset, size)
+    assert file._free == ([(0, file.size)] if file.size else [])
+    file.close()
+
+
+def test_a_full_disk_is_known_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = FileSlabs(tmp_path)
+    home.allocate([(128, 1, 1, 8)], np.dtype(np.float32))
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "posix_fallocate", full)
+        with pytest.raises(CapacityError, match=rf"need 8192 bytes in {tmp_path}, \d+ are free"):
+            home.allocate([(128, 1, 1, 8)] * 2, np.dtype(np.float32))
+    assert home.file.size == os.fstat(home.file._descriptor).st_size == PAGE
+    with pytest.raises(CapacityError, match="bytes in"):
+        home.allocate([(1 << 40, 1, 1, 8)], np.dtype(np.float32))
+    assert os.fstat(home.file._descriptor).st_size == PAGE
+    home.allocate([(128, 1, 1, 8)], np.dtype(np.float32))
+    home.close()
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "kind", "message"),
+    [
+        ("preadv", errno.EIO, JdsiError, "reading at byte 0: Input/output error"),
+        ("pwritev", errno.EIO, JdsiError, "writing at byte 0: Input/output error"),
+        ("pwritev", errno.ENOSPC, CapacityError, "writing at byte 0: No space left"),
+    ],
+)
+def test_a_failing_disk_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, error: int, kind: type, message: str
+) -> None:
+    file, memory = SpillFile(tmp_path), PageBuffer(PAGE).bytes
+    (offset,) = file.reserve([PAGE])
+
+    def fail(*_: Any) -> int:
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(os, call, fail)
+    with pytest.raises(kind, match=rf"the spill file in {tmp_path}: {message}") as caught:
+        (file.read if call == "preadv" else file.write)([(offset, memory)])
+    assert type(caught.value) is kind
+    file.close()
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_short_reads_and_writes_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, direct: bool) -> None:
+    file, data = SpillFile(tmp_path), np.random.default_rng(0).integers(0, 256, 6 * PAGE, np.uint8)
+    if not direct:
+        file._set_direct(False)
+    source, target = PageBuffer(data.size).bytes, PageBuffer(data.size).bytes
+    source[:] = data
+    (offset,) = file.reserve([data.size])
+    most = 2 * PAGE if direct else 2 * PAGE + 100
+    for name in ("preadv", "pwritev"):
+        whole = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda fd, buffers, at, whole=whole: whole(fd, [buffers[0][:most]], at))
+    monkeypatch.setattr(spill_file, "_CHUNK", 5 * PAGE)
+    file.write([(offset, source)])
+    file.read([(offset, target)])
+    np.testing.assert_array_equal(target, data)
+    os.ftruncate(file._descriptor, 3 * PAGE)
+    with pytest.raises(JdsiError, match=f"reading at byte {3 * PAGE}: nothing went through; it was cut short"):
+        file.read([(offset, target)])
+    file.close()
+    file.close()
+    with pytest.raises(JdsiError, match="is closed"):
+        file.read([(offset, target)])
+
+
+def test_where_direct_reading_is_refused_it_goes_through_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, memory = SpillFile(tmp_path), PageBuffer(PAGE).bytes
+    if not file.direct:
+        pytest.skip("this file system has no O_DIRECT")
+    write = os.pwritev
+
+    def refuse(descriptor: int, *rest: Any) -> int:
+        if file.direct:
+            raise OSError(errno.EINVAL, "not aligned enough")
+        return write(descriptor, *rest)
+
+    monkeypatch.setattr(os, "pwritev", refuse)
+    file.reserve([PAGE])
+    memory[:] = 7
+    file.write([(0, memory)])
+    memory[:] = 0
+    file.read([(0, memory)])
+    assert (memory == 7).all()
+    assert not file.direct
+    file.close()
+
+
+def test_folders_that_cannot_be_used_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=f"no spill file can be made in {tmp_path / 'absent'}: No such file"):
+        SpillFile(tmp_path / "absent")
+    with pytest.raises(ConfigError, match="no spill file can be made in /proc"):
+        SpillFile("/proc")
+
+    def deny(*_: Any) -> int:  # the superuser may write everywhere
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(os, "open", deny)
+    with pytest.raises(ConfigError, match=f"{tmp_path}: Permission denied"):
+        SpillFile(tmp_path)
+
+
+def test_without_unnamed_files_the_name_is_removed_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = os.open
+
+    def refuse(path: Any, flags: int, *rest: Any, **more: Any) -> int:
+        if flags & os.O_TMPFILE == os.O_TMPFILE:
+            raise OSError(errno.EOPNOTSUPP, "no O_TMPFILE here")
+        return opened(path, flags, *rest, **more)
+
+    monkeypatch.setattr(os, "open", refuse)
+    home = FileSlabs(tmp_path)
+    rng, (slab,) = np.random.default_rng(0), home.allocate(SHAPES[:1], BFLOAT16)
+    assert put(home, slab, np.zeros(3, int), np.full(3, 5), rng)
+    assert not list(tmp_path.iterdir())
+    home.close()
+
+
+CRASH = """
+import os, signal, sys
+import numpy as np
+from jdsi.runtime.kv_slabs import FileSlabs
+home = FileSlabs(sys.argv[1])
+(slab,) = home.allocate([(1024, 4, 8, 16)], np.dtype(np.float32))
+(memory,) = home.load([slab], 0)
+home.save([slab], [memory], np.zeros(4, int), np.full(4, 1024))
+print(home.file.size, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_killed_process_leaves_nothing_behind(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", CRASH, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert int(done.stdout) > 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_host_memory_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    home = HostSlabs()
+    monkeypatch.setattr(pinned, "available_host_memory", lambda: 10_000)
+    with pytest.raises(CapacityError, match="need 16384 bytes of host memory, 10000 are free"):
+        home.allocate([(128, 1, 4, 8)], np.dtype(np.float32))
+
+
+class FakeClient:
+    """A backend that pins, or not."""
+
+    platform = "cuda"
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.mapped: dict[int, int] = {}
+        self.error = error
+
+    def dma_map(self, address: int, size: int) -> None:
+        if self.error is not None:
+            raise self.error
+        self.mapped[address] = size
+
+    def dma_unmap(self, address: int) -> None:
+        del self.mapped[address]
+
+
+def use(monkeypatch: pytest.MonkeyPatch, client: Any) -> Any:
+    device = type("Device", (), {"client": client})
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    return client
+
+
+def test_memory_is_pinned_while_a_view_of_it_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    client = use(monkeypatch, FakeClient())
+    memory = PageBuffer(3 * PAGE).bytes
+    address = memory.ctypes.data
+    view = pin(memory)[PAGE:].view(np.float32).reshape(2, -1)[1:]
+    del memory
+    gc.collect()
+    assert client.mapped == {address: 3 * PAGE}
+    view[:] = 1  # writable
+    del view
+    gc.collect()
+    assert not client.mapped
+    pages = PinnedPages()
+    pages.give(pages.take([PAGE, PAGE]))
+    assert len(client.mapped) == 2
+    pages.take([2 * PAGE])  # which replaces what nobody asks for
+    assert not client.mapped
+
+
+def test_where_nothing_can_be_pinned_memory_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = PageBuffer(PAGE).bytes
+    assert pin(memory) is memory  # on the CPU
+    for error in (NotImplementedError(), jax.errors.JaxRuntimeError("UNIMPLEMENTED: DmaMap is not supported.")):
+        use(monkeypatch, FakeClient(error))
+        assert pin(memory) is memory
+    use(monkeypatch, FakeClient(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: too much is locked")))
+    with pytest.warns(RuntimeWarning, match="4096 bytes of host memory cannot be pinned"):
+        assert pin(memory) is memory
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        use(monkeypatch, type("Old", (), {"platform": "cuda"})())
+        assert pin(memory) is memory

@@ -1,0 +1,441 @@
+"""Keys and values that live elsewhere are the same as if they had never left the device."""
+
+import errno
+import gc
+import os
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jdsi.errors import CapacityError, ConfigError, JdsiError
+from jdsi.runtime import kv_moves
+from jdsi.runtime.kv_slabs import FileSlabs, HostSlabs
+from jdsi.runtime.offloaded_kv import OffloadedKV
+from jdsi.runtime.slab_store import SlabStore
+from jdsi.sharding import make_mesh, stage_meshes
+
+HEADS = [(2, 8, 8), (4, 8, 24), (2, 8, 8)]
+CAPACITY = 256
+
+
+@pytest.fixture(params=["host", "nvme"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[SlabStore]:
+    opened = SlabStore(HostSlabs() if request.param == "host" else FileSlabs(tmp_path))
+    yield opened
+    opened.close()
+
+
+def mesh_of(**axes: int) -> Any:
+    (mesh,) = stage_meshes(make_mesh(**axes))
+    return mesh
+
+
+@partial(jax.jit, donate_argnums=0)
+def add_tokens(memory: Any, slots: jax.Array, new: Any) -> Any:
+    """What a layer's program does: new tokens go to `slots[b, s]` of each row, those past the capacity nowhere."""
+    rows = jnp.arange(slots.shape[0])[:, None]
+    return tuple(x.at[rows, :, slots].set(n, mode="drop") for x, n in zip(memory, new, strict=True))
+
+
+class Reference:
+    """Plain arrays beside an `OffloadedKV`, with a model whose layers write random tokens."""
+
+    def __init__(self, kv: OffloadedKV, dtype: Any, seed: int) -> None:
+        self.kv, self.dtype, self.rng = kv, np.dtype(dtype), np.random.default_rng(seed)
+        self.lengths, self.program = np.zeros(kv.rows, np.int64), add_tokens
+        self.layers = [[np.zeros((kv.rows, heads, CAPACITY, dim), dtype) for dim in dims] for heads, *dims in HEADS]
+
+    def step(self, new_lengths: np.ndarray, new_tokens: int) -> None:
+        for layer in range(len(HEADS)):
+            if self.rng.random() < 0.8:
+                self.kv.prefetch((layer + self.rng.integers(0, 2)) % len(HEADS))
+            self.layer(layer, new_lengths, new_tokens)
+        self.lengths += new_lengths
+
+    def layer(self, layer: int, new_lengths: np.ndarray, new_tokens: int) -> None:
+        memory = self.kv.take(layer)
+        for array, expected in zip(memory, self.layers[layer], strict=True):
+            np.testing.assert_array_equal(np.asarray(array).view(np.uint8), expected.view(np.uint8))
+        slots = self.lengths[:, None] + np.arange(new_tokens)
+        slots = np.where(np.arange(new_tokens) < new_lengths[:, None], slots, CAPACITY)
+        shape = (self.kv.rows, new_tokens)
+        new = [
+            self.rng.standard_normal((*shape, x.shape[1], x.shape[3])).astype(self.dtype) for x in self.layers[layer]
+        ]
+        for x, n in zip(self.layers[layer], new, strict=True):
+            for row in range(self.kv.rows):
+                at = slots[row, : new_lengths[row]]
+                x[row][:, at] = n[row, : new_lengths[row]].swapaxes(0, 1)
+        self.kv.give(layer, self.program(memory, slots, new), self.lengths, new_lengths, new_tokens)
+
+    def check(self) -> None:
+        self.step(np.zeros(self.kv.rows, np.int64), 1)
+
+    def select(self, rows: list[int]) -> None:
+        self.kv.select(np.array(rows))
+        self.lengths = self.lengths[rows]
+        self.layers = [[x[rows] for x in layer] for layer in self.layers]
+
+
+@pytest.mark.parametrize(
+    ("axes", "link", "dtype"),
+    [
+        ({}, 1, jnp.float32),
+        ({}, 1, jnp.bfloat16),
+        ({"tensor": 2}, 1, jnp.bfloat16),
+        ({"tensor": 2}, 2, jnp.float32),
+        ({"data": 2, "tensor": 2}, 2, jnp.bfloat16),
+    ],
+)
+def test_the_same_as_plain_arrays(store: SlabStore, axes: dict[str, int], link: int, dtype: Any) -> None:
+    kv = OffloadedKV(HEADS, 4, CAPACITY, dtype, mesh_of(**axes), store, devices_per_link=link)
+    for layer in range(len(HEADS)):
+        devices = jax.devices()[: len(kv.offloaded(0)) * link]
+        assert kv.offloaded(layer) == [d for i, d in enumerate(devices) if i % link == layer % link]
+    model = Reference(kv, dtype, seed=link)
+    model.step(np.array([7, 128, 1, 60]), 128)
+    for i in range(5):
+        model.step(np.array([1, 1, i % 2, 1]), 1)
+    model.select([1, 0, 3, 3])
+    model.step(np.array([1, 0, 1, 1]), 1)
+    model.select([1, 1, 0, 0, 2, 2, 3, 3])
+    model.step(np.ones(8, np.int64), 1)
+    model.step(CAPACITY - model.lengths, CAPACITY)
+    model.check()
+    report = store.report()
+    assert report.bytes_read > 0
+    assert report.bytes_written > 0
+
+
+def test_batches_share_a_store(store: SlabStore) -> None:
+    batches = [
+        Reference(OffloadedKV(HEADS, rows, CAPACITY, jnp.float32, mesh_of(), store), jnp.float32, rows)
+        for rows in (1, 3)
+    ]
+    for new_tokens in (64, 1, 1):
+        for layer in range(len(HEADS)):
+            for batch, following in zip(batches, [*batches[1:], batches[0]], strict=True):
+                new = np.minimum(batch.rng.integers(0, 65, batch.kv.rows), new_tokens)
+                batch.new = new if layer == 0 else batch.new
+                following.kv.prefetch(layer if following is not batches[0] else (layer + 1) % len(HEADS))
+                batch.layer(layer, batch.new, new_tokens)
+        for batch in batches:
+            batch.lengths += batch.new
+    for batch in batches:
+        batch.check()
+
+
+def slowly(program: Any) -> Any:
+    """`program`, which reads its arguments a while after it was called."""
+
+    def later(x: jax.Array) -> jax.Array:
+        wait = jax.pure_callback(lambda: (time.sleep(0.2), np.float32(0))[1], jax.ShapeDtypeStruct((), np.float32))
+        return x + wait.astype(x.dtype)
+
+    return jax.jit(lambda memory, *rest: program(jax.tree.map(later, memory), *rest))
+
+
+def test_memory_waits_for_who_reads_it(store: SlabStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU a program reads the slab, or what was loaded of it, in place: neither may change meanwhile."""
+    expand, aliases = kv_moves._expand, []
+
+    def slow_expand(mesh: Any, capacity: int) -> Any:
+        program = slowly(expand(mesh, capacity))
+
+        def run(arrays: Any, lengths: Any) -> Any:
+            aliases.extend(shard.data.unsafe_buffer_pointer() for x in arrays for shard in x.addressable_shards)
+            return program(arrays, lengths)
+
+        return run
+
+    model = Reference(OffloadedKV(HEADS, 2, CAPACITY, jnp.float32, mesh_of(), store), jnp.float32, 0)
+    model.step(np.array([100, 90]), 128)
+    monkeypatch.setattr(kv_moves, "_expand", slow_expand)
+    taken = [model.kv.take(layer) for layer in range(len(HEADS))]
+    loaded = {memory.ctypes.data for state in model.kv._layers for memory in next(iter(state.taken.memories.values()))}
+    assert loaded == set(aliases), "JAX copies what is put on the device, so that this test shows nothing"
+    threading.Thread(target=model.kv.close).start()
+    monkeypatch.setattr(kv_moves, "_expand", expand)
+    other = Reference(OffloadedKV(HEADS, 2, CAPACITY, jnp.float32, mesh_of(), store), jnp.float32, 1)
+    for _ in range(3):  # in whatever memory becomes free
+        other.step(np.array([80, 80]), 128)
+        other.kv.select(np.array([1, 0]))
+        other.lengths, other.layers = other.lengths[[1, 0]], [[x[[1, 0]] for x in layer] for layer in other.layers]
+    for memory, expected in zip(taken, model.layers, strict=True):
+        for array, values in zip(memory, expected, strict=True):
+            np.testing.assert_array_equal(array, values)
+
+
+def test_a_slow_layer_sees_its_own_memory(store: SlabStore) -> None:
+    model = Reference(OffloadedKV(HEADS, 2, CAPACITY, jnp.float32, mesh_of(), store), jnp.float32, 0)
+    model.step(np.array([100, 90]), 128)
+    sums, slow_sum = [], slowly(lambda memory: [x.sum(axis=(1, 2, 3)) for x in memory])
+
+    def program(memory: Any, slots: Any, new: Any) -> Any:
+        sums.append((slow_sum(memory), [np.asarray(x).sum(axis=(1, 2, 3)) for x in memory]))
+        return add_tokens(memory, slots, new)
+
+    model.program = program
+    for _ in range(2):
+        model.step(np.array([1, 1]), 1)
+    for found, expected in sums:
+        for one, other in zip(found, expected, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-3)
+
+
+def test_what_is_taken_may_be_donated(store: SlabStore) -> None:
+    kv = OffloadedKV(HEADS, 1, CAPACITY, jnp.float32, mesh_of(), store)
+    kv.give(0, tuple(x + 1 for x in kv.take(0)), [0], [130], 130)
+    memory = kv.take(0)
+    host = next(iter(kv._layers[0].taken.memories.values()))
+    pointers = [x.unsafe_buffer_pointer() for x in memory]
+    assert not set(pointers) & {x.ctypes.data for x in host}
+    double = jax.jit(lambda memory: [x * 2 for x in memory], donate_argnums=0)
+    changed = jax.block_until_ready(double(memory))
+    assert all(x.is_deleted() for x in memory)
+    assert [x.unsafe_buffer_pointer() for x in changed] == pointers, "the layer was copied"
+    assert all((x[:130] == 1).all() for x in host)
+    kv.give(0, changed, [130], [0], 1)
+
+
+def made(store: SlabStore, rows: int = 2, **options: Any) -> OffloadedKV:
+    return OffloadedKV(HEADS, rows, CAPACITY, jnp.float32, mesh_of(), store, **options)
+
+
+def pass_through(kv: OffloadedKV, layer: int, lengths: int = 0, new: int = 100) -> None:
+    kv.give(layer, kv.take(layer), [lengths] * kv.rows, [new] * kv.rows, new)
+
+
+def failing(error: int) -> Any:
+    def fail(*_: Any) -> int:
+        raise OSError(error, os.strerror(error))
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "kind", "message"),
+    [
+        ("preadv", errno.EIO, JdsiError, r"reading at byte \d+: Input/output error"),
+        ("pwritev", errno.EIO, JdsiError, r"writing at byte \d+: Input/output error"),
+        ("pwritev", errno.ENOSPC, CapacityError, r"writing at byte \d+: No space left"),
+    ],
+)
+def test_a_failing_disk_is_heard_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, error: int, kind: type, message: str
+) -> None:
+    home = FileSlabs(tmp_path)
+    store = SlabStore(home)
+    kv, other = made(store), made(store)
+    for one in (kv, other):
+        pass_through(one, 0)
+        store.saves.submit(lambda: None).result()
+    with monkeypatch.context() as patched:
+        patched.setattr(os, call, failing(error))
+        if call == "preadv":
+            kv.prefetch(0)
+        else:
+            pass_through(kv, 1)
+        with pytest.raises(kind, match=message) as caught:
+            kv.take(0 if call == "preadv" else 1)
+        assert type(caught.value) is kind
+    for act in (lambda: kv.prefetch(2), lambda: kv.take(2), lambda: kv.select([0, 1]), lambda: pass_through(kv, 2)):
+        with pytest.raises(kind, match=message):
+            act()
+    pass_through(other, 0, lengths=100, new=1)  # a batch does not suffer from another's failure
+    kv.close()
+    other.close()
+    assert not home._loaded
+    assert home.file._free == [(0, home.file.size)]
+    assert store.ahead._value == store.behind._value == 2
+    store.close()
+
+
+def test_whatever_fails_is_heard_of(store: SlabStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("the device is lost")
+
+    kv = made(store)
+    with monkeypatch.context() as patched:
+        patched.setattr(kv_moves, "_insert", fail)
+        pass_through(kv, 0)
+        store.saves.submit(lambda: None).result()
+    for _ in range(2):
+        with pytest.raises(JdsiError, match="moving keys and values failed: the device is lost"):
+            kv.take(0)
+    kv.close()
+
+
+def test_a_closed_memory_says_so(store: SlabStore) -> None:
+    kv = made(store)
+    pass_through(kv, 0)
+    memory = kv.take(1)
+    kv.prefetch(2)
+    kv.close()
+    kv.close()
+    for act in (
+        lambda: kv.prefetch(0),
+        lambda: kv.take(0),
+        lambda: kv.give(1, memory, [0, 0], [1, 1], 1),
+        lambda: kv.select([0, 1]),
+    ):
+        with pytest.raises(JdsiError, match="keys and values are closed"):
+            act()
+    late = made(store)
+    store.close()
+    store.close()
+    for act in (lambda: late.prefetch(0), lambda: late.take(0)):
+        with pytest.raises(JdsiError, match="closed"):
+            act()
+    late.close()
+
+
+def delayed(call: Any, begun: threading.Event, seconds: float = 0.3) -> Any:
+    def run(*arguments: Any) -> Any:
+        begun.set()
+        time.sleep(seconds)
+        return call(*arguments)
+
+    return run
+
+
+@pytest.mark.parametrize("what", ["memory", "store", "dropped"])
+def test_closing_waits_for_what_is_under_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    home = FileSlabs(tmp_path)
+    store, begun = SlabStore(home), threading.Event()
+    kv = made(store)
+    for layer in (0, 1):
+        pass_through(kv, layer)
+    store.saves.submit(lambda: None).result()
+    monkeypatch.setattr(os, "preadv", delayed(os.preadv, begun))
+    kv.prefetch(0)
+    kv.prefetch(1)
+    assert begun.wait(10)
+    if what == "store":
+        store.close()
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(home.file._descriptor)
+        with pytest.raises(JdsiError, match="closed"):
+            kv.take(2)
+        return
+    if what == "memory":
+        kv.close()
+    else:
+        alive = weakref.ref(kv)
+        del kv
+        gc.collect()
+        assert alive() is None, "what is under way keeps the memory"
+        store.loads.submit(lambda: None).result()
+    assert not home._loaded
+    assert home.file._free == [(0, home.file.size)]
+    assert store.ahead._value == 2
+    store.close()
+
+
+def test_memory_that_is_dropped_is_used_again(store: SlabStore) -> None:
+    sizes = []
+    for _ in range(3):
+        kv = made(store)
+        pass_through(kv, 0)
+        kv.take(1)
+        sizes.append(
+            sorted(
+                str(slab.place if isinstance(store.home, FileSlabs) else slab.place.ctypes.data)
+                for state in kv._layers
+                for pair in state.slabs.values()
+                for slab in pair
+            )
+        )
+        del kv
+        gc.collect()
+        store.loads.submit(lambda: None).result()
+    assert sizes[0] == sizes[1] == sizes[2]
+
+
+def test_only_so_much_is_under_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, begun = SlabStore(FileSlabs(tmp_path), ahead=1, behind=1), threading.Event()
+    kv = made(store)
+    kv.prefetch(0)
+    kv.prefetch(1)
+    assert [state.loading is not None for state in kv._layers] == [True, False, False]
+    monkeypatch.setattr(os, "pwritev", delayed(os.pwritev, begun))
+    pass_through(kv, 0)
+    kv.prefetch(1)
+    assert kv._layers[1].loading is not None
+    before = store.report()
+    pass_through(kv, 1)
+    assert kv._layers[0].saving.done(), "the second layer did not wait for the first to be saved"
+    assert store.report().since(before).wait_seconds > 0.1
+    kv.close()
+    store.close()
+
+
+def test_loading_is_counted_and_happens_ahead(store: SlabStore) -> None:
+    kv, slot = made(store), 2 * 2 * 8 * 4  # rows, heads, dim, bytes
+    pass_through(kv, 0, new=96)
+    store.saves.submit(lambda: None).result()
+    before = store.report()
+    assert before.bytes_written == 2 * 96 * slot
+    assert before.bytes_read == 0
+    kv.prefetch(0)
+    store.loads.submit(lambda: None).result()
+    assert store.report().bytes_read == 2 * 96 * slot
+    pass_through(kv, 0, lengths=96, new=1)
+    assert store.report().since(before).bytes_read == 2 * 96 * slot
+
+
+def test_tokens_can_be_taken_back(store: SlabStore) -> None:
+    kv = made(store)
+    kv.give(0, tuple(x + 1 for x in kv.take(0)), [0, 0], [10, 10], 10)
+    kv.give(0, tuple(x + 1 for x in kv.take(0)), [4, 10], [2, 0], 2)
+    keys, _ = kv.take(0)
+    expected = np.zeros(keys.shape, np.float32)
+    expected[0, :, :4], expected[0, :, 4:6], expected[1, :, :10] = 1, 2, 1
+    np.testing.assert_array_equal(keys, expected)
+
+
+def test_wrong_use_is_refused(store: SlabStore) -> None:
+    two = mesh_of(data=2)
+    for arguments, options, message in (
+        ((HEADS, 3, 256, jnp.float32, two, store), {}, "3 rows cannot be divided over 2 devices on the axis 'data'"),
+        (([(3, 8, 8)], 2, 256, jnp.float32, mesh_of(tensor=2), store), {}, "3 kv heads cannot be divided over 2"),
+        ((HEADS, 2, 200, jnp.float32, two, store), {}, "capacity=200 must be a multiple of 128"),
+        ((HEADS, 2, 256, jnp.float32, two, store), {"devices_per_link": 0}, "devices_per_link=0 must be at least 1"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            OffloadedKV(*arguments, **options)
+    kv = OffloadedKV(HEADS, 4, CAPACITY, jnp.float32, two, store)
+    with pytest.raises(ValueError, match="layer 0 was not taken"):
+        kv.give(0, (jnp.zeros(1), jnp.zeros(1)), [0] * 4, [1] * 4, 1)
+    memory = kv.take(0)
+    with pytest.raises(ValueError, match="layer 0 was taken and not given back"):
+        kv.take(0)
+    with pytest.raises(ValueError, match="while a layer is taken"):
+        kv.select([0, 1, 2, 3])
+    for lengths, new, tokens, kind, message in (
+        ([0] * 3, [1] * 3, 1, ValueError, "of 4 rows"),
+        ([1] * 4, [1] * 4, 1, ValueError, "cannot continue behind"),
+        ([0] * 4, [2] * 4, 1, ValueError, "of 1 new tokens"),
+        ([0] * 4, [257] * 4, 257, CapacityError, "would have 257 tokens, and its KV memory has 256 slots"),
+    ):
+        with pytest.raises(kind, match=message):
+            kv.give(0, memory, lengths, new, tokens)
+    everywhere = jax.device_put(memory, NamedSharding(two, PartitionSpec()))
+    with pytest.raises(ValueError, match="must be divided as"):
+        kv.give(0, everywhere, [0] * 4, [1] * 4, 1)
+    with pytest.raises(ValueError, match="is float32"):
+        kv.give(0, tuple(x[:, :1] for x in memory), [0] * 4, [1] * 4, 1)
+    kv.give(0, memory, [0] * 4, [1] * 4, 1)
+    with pytest.raises(ValueError, match="in their own group of the axis 'data'"):
+        kv.select([2, 1, 2, 3])
+    kv.select([1, 0, 3, 3])
