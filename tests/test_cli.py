@@ -1,21 +1,43 @@
-"""The command as a user types it, in processes of their own."""
+"""The command as a user types it: a few in processes of their own, the others in this one, which is much faster."""
 
+import contextlib
+import io
 import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from checkpoints import save_llama
+from jdsi.cli import main
 
 TINY = Path(__file__).resolve().parent.parent / "examples" / "tiny-python-lm"
 
+Command = Callable[..., subprocess.CompletedProcess[str]]
 
-def jdsi(*arguments: object, stdin: str = "") -> subprocess.CompletedProcess[str]:
+
+def process(*arguments: object, stdin: str = "") -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", "from jdsi.cli import main; main()", *map(str, arguments)]
     return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.fixture
+def jdsi(monkeypatch: pytest.MonkeyPatch) -> Command:
+    """The entry point of the command, called in this process."""
+
+    def run(*arguments: object, stdin: str = "") -> subprocess.CompletedProcess[str]:
+        out, err = io.StringIO(), io.StringIO()
+        with monkeypatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            patch.setattr(sys, "argv", ["jdsi", *map(str, arguments)])
+            patch.setattr(sys, "stdin", io.StringIO(stdin))
+            with pytest.raises(SystemExit) as ended:
+                main()
+        return subprocess.CompletedProcess(arguments, int(ended.value.code or 0), out.getvalue(), err.getvalue())
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -25,9 +47,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_convert_then_generate_gives_the_same(folder: Path, tmp_path: Path) -> None:
+def test_convert_then_generate_gives_the_same(jdsi: Command, folder: Path, tmp_path: Path) -> None:
     converted, back = tmp_path / "orbax", tmp_path / "hf"
-    first = jdsi("convert", folder, converted, "--json")
+    first = process("convert", folder, converted, "--json")
     assert first.returncode == 0, first.stderr
     assert json.loads(first.stdout)["bytes"] > 0
     assert jdsi("convert", converted, back, "--to", "hf").returncode == 0
@@ -47,14 +69,14 @@ def test_convert_then_generate_gives_the_same(folder: Path, tmp_path: Path) -> N
     assert json.loads(answers[0].stdout)["stats"]["new_tokens"] == sum(len(c["token_ids"]) for c in completions[0])
 
 
-def test_stream_prints_what_generate_prints(folder: Path) -> None:
+def test_stream_prints_what_generate_prints(jdsi: Command, folder: Path) -> None:
     options = ("--prompt-file", "-", "--max-new-tokens", 12, "--temperature", 1, "--seed", 3)
-    streamed = jdsi("generate", folder, *options, "--stream", stdin="The quick")
+    streamed = process("generate", folder, *options, "--stream", stdin="The quick")
     whole = jdsi("generate", folder, *options, "--json", stdin="The quick")
     assert streamed.stdout == json.loads(whole.stdout)["completions"][0]["text"] + "\n"
 
 
-def test_inspect(folder: Path) -> None:
+def test_inspect(jdsi: Command, folder: Path) -> None:
     report = json.loads(jdsi("inspect", folder, "--json").stdout)
     assert report["family"] == "llama"
     assert report["weight_bytes"]["bfloat16"] == 2 * report["parameters"]
@@ -81,7 +103,9 @@ def test_inspect(folder: Path) -> None:
         (("generate", "FOLDER", "--promt", "x"), "--prompt"),
     ],
 )
-def test_mistakes_get_a_line_and_no_traceback(folder: Path, arguments: tuple[str, ...], message: str) -> None:
+def test_mistakes_get_a_line_and_no_traceback(
+    jdsi: Command, folder: Path, arguments: tuple[str, ...], message: str
+) -> None:
     result = jdsi(*(str(folder) if a == "FOLDER" else a for a in arguments))
     assert result.returncode in (1, 2)
     assert message.replace("FOLDER", folder.name) in result.stderr
@@ -89,7 +113,15 @@ def test_mistakes_get_a_line_and_no_traceback(folder: Path, arguments: tuple[str
     assert result.stdout == ""
 
 
-def test_generate_on_a_mesh_and_a_named_error_without_devices() -> None:
+def test_a_mistake_ends_a_process_with_a_line_alone() -> None:
+    result = process("generate", "nowhere-at-all/", "--prompt", "x")
+    assert result.returncode == 1
+    assert result.stderr.startswith("jdsi: error: nowhere-at-all")
+    assert len(result.stderr.splitlines()) == 1
+    assert result.stdout == ""
+
+
+def test_generate_on_a_mesh_and_a_named_error_without_devices(jdsi: Command) -> None:
     arguments = ("generate", str(TINY), "--prompt", "def ", "--max-new-tokens", "5")
     one = jdsi(*arguments)
     spread = jdsi(*arguments, "--tensor-parallel", "2", "--pipeline-parallel", "2")
@@ -103,10 +135,11 @@ def test_generate_on_a_mesh_and_a_named_error_without_devices() -> None:
     assert "tensor 64 takes 64 devices" in failed.stderr
 
 
-def test_plan_compiles_for_devices_from_a_config_alone(tmp_path: Path) -> None:
+def test_plan_compiles_for_devices_from_a_config_alone(jdsi: Command, tmp_path: Path) -> None:
     shutil.copy(TINY / "config.json", tmp_path / "config.json")
-    options = ("--topology", "cpu:4", "--context", "256", "--batch", "4", "--dtype", "float32")
-    done = jdsi("plan", str(tmp_path), *options, "--tensor-parallel", "2", "--pipeline-parallel", "2", "--json")
+    options = ("--context", 256, "--batch", 4, "--dtype", "float32")
+    degrees = ("--tensor-parallel", 2, "--pipeline-parallel", 2)
+    done = process("plan", tmp_path, "--topology", "cpu:4", *options, *degrees, "--json")
     assert done.returncode == 0, done.stderr
     plan = json.loads(done.stdout)
     assert plan["parallelism"] == {"tensor": 2, "pipeline": 2, "data": 1}
@@ -117,10 +150,11 @@ def test_plan_compiles_for_devices_from_a_config_alone(tmp_path: Path) -> None:
     assert sum(c["count"] for c in reduced) == 5
     assert {c["bytes"] for c in reduced} == {2 * plan_width(tmp_path) * 4}
     assert last["decode"]["arguments"] >= last["memory"]["weights"] + last["memory"]["kv"] // 2
-    text = jdsi("plan", str(tmp_path / "config.json"), *options, "--no-compile")
+    text = jdsi("plan", tmp_path / "config.json", "--topology", "h200:4", *options, "--no-compile")
+    assert text.returncode == 0, text.stderr
     assert "Chosen:" in text.stdout
     assert "fits:" in text.stdout
-    wrong = jdsi("plan", str(tmp_path), "--topology", "h300:8")
+    wrong = jdsi("plan", tmp_path, "--topology", "h300:8")
     assert wrong.returncode == 1
     assert "did you mean" in wrong.stderr
 
