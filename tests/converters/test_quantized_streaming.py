@@ -254,10 +254,15 @@ def test_a_mesh_reads_its_shares_and_no_more_than_whole_groups(
             ranks = {device: at[-1] for at, device in np.ndenumerate(mesh.devices)}
             for shard in array.addressable_shards:
                 assert_same_bits(shard.data, share_of(spec, name, plain[name], tensor, ranks[shard.device]), name)
-    name = "layers.0.feed_forward.up.weight"
-    with counted_reads(monkeypatch) as count:
-        load_sharded(open_checkpoint(store), family.weight_map(spec), spec, mesh, [name], dtype="bfloat16")
-        assert count() == opened(store).quantized[name].nbytes
+    up, out = (opened(store).quantized[f"layers.0.{name}.weight"] for name in ("feed_forward.up", "attention.out"))
+    # Rows of up, all of them; columns 0 to 48 and 48 to 96 of out, in groups of 32: four groups of 128 rows.
+    groups = 4 * 128 * (32 // (1 if kind == "int8" else 2) + out.arrays["scales"].dtype.itemsize)
+    mesh = stage_meshes(make_mesh(tensor=2))[0]
+    for name, wanted in {"feed_forward.up": up.nbytes, "attention.out": groups}.items():
+        with counted_reads(monkeypatch) as count:
+            names = [f"layers.0.{name}.weight"]
+            load_sharded(open_checkpoint(store), family.weight_map(spec), spec, mesh, names, dtype="bfloat16")
+            assert count() == wanted, name
 
 
 @pytest.mark.parametrize("family", CONFIGS)
