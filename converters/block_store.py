@@ -1,7 +1,6 @@
 """A checkpoint as blocks to stream: one per layer, each read into memory of its own and used where it lies."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
@@ -11,50 +10,15 @@ import numpy as np
 from jdsi.errors import CheckpointError, ConfigError
 from jdsi.models import abstract_parameters
 from jdsi.models.spec import TransformerSpec
-from jdsi.models.weight_map import Identity, Op
+from jdsi.models.weight_map import Identity
 
+from .block_form import FIELD_ALIGNMENT, BlockForm, Field, Joined, Parameter
 from .checkpoint import Checkpoint, open_checkpoint
 from .config import load_family
 from .direct_io import Segment, round_up
 from .orbax import groups
-from .sources import MappedParameters, place
+from .sources import MappedParameters
 from .streaming import StreamingCheckpoint
-
-FIELD_ALIGNMENT = 128
-"""Bytes; more than JAX needs to use host memory in place on the CPU, and a cache line of a GPU."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Field:
-    """An array inside a block's memory: `offset` is a multiple of `FIELD_ALIGNMENT`."""
-
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    offset: int
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes it takes."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    def view(self, memory: np.ndarray) -> np.ndarray:
-        """The array."""
-        return memory[self.offset : self.offset + self.nbytes].view(self.dtype).reshape(self.shape)
-
-
-@dataclasses.dataclass(frozen=True)
-class Rearrangement:
-    """A stored tensor that takes another layout in its parameter: read to `stored`, then put into rows of `into`."""
-
-    op: Op
-    stored: Field
-    into: Field
-    rows: tuple[int, int]
-
-    def apply(self, memory: np.ndarray) -> None:
-        """Fills the rows."""
-        out = self.into.view(memory)
-        place(self.op, self.stored.view(memory), out[slice(*self.rows)] if out.ndim else out)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,32 +27,20 @@ class Block:
 
     Attributes:
         name: "embedding", "layers.0", ...
-        fields: every parameter by its full name.
-        segments: the reads that fill the block.
-        rearrangements: what is left to do in memory then.
+        form: what lies where in its memory.
+        segments: the reads that fill the memory.
         nbytes: memory to read it into, whole pages.
     """
 
     name: str
-    fields: Mapping[str, Field]
+    form: BlockForm
     segments: tuple[Segment, ...]
-    rearrangements: tuple[Rearrangement, ...]
     nbytes: int
-
-    def nbytes_as(self, dtype: np.dtype) -> int:
-        """Bytes of the parameters once cast to `dtype`."""
-        return sum(math.prod(field.shape) * np.dtype(dtype).itemsize for field in self.fields.values())
 
     @property
     def bytes_stored(self) -> int:
         """Bytes that one read takes from the files."""
         return sum(segment.nbytes for segment in self.segments)
-
-    def arrays(self, memory: np.ndarray) -> dict[str, np.ndarray]:
-        """The parameters, once the segments are read into `memory`; they are views of it."""
-        for rearrangement in self.rearrangements:
-            rearrangement.apply(memory)
-        return {name: field.view(memory) for name, field in self.fields.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,56 +83,78 @@ class BlockStore:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all parameters."""
-        return sum(field.nbytes for block in self.blocks.values() for field in block.fields.values())
+        """Bytes of all blocks as they are stored."""
+        return sum(field.nbytes for block in self.blocks.values() for _, field in block.form.fields)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """That the checkpoint had its layers in."""
+        return self.blocks["layers.0"].form.parameters[0][1].dtype
 
     def check_dtypes(self) -> None:
         """Raises ConfigError if parameters are no floating-point numbers, which nothing here could run."""
         for block in self.blocks.values():
-            for name, field in block.fields.items():
-                if field.dtype.kind in "iub":
-                    raise ConfigError(f"{self.path}: {name} is stored as {field.dtype}; only floats can be streamed")
+            for name, parameter in block.form.parameters:
+                if parameter.dtype.kind in "iub":
+                    where = f"{self.path}: {name} of {block.name}"
+                    raise ConfigError(f"{where} is stored as {parameter.dtype}; only floats can be streamed")
+
+
+def _local_name(group: str, name: str) -> str:
+    """A parameter's name in its block: layers of a kind must have the same."""
+    return name.removeprefix(f"{group}.") if group.startswith("layers.") else name
 
 
 def _stored_block(checkpoint: StreamingCheckpoint, name: str) -> Block:
     entry = checkpoint.groups[name]
-    fields = {
-        parameter: Field(checkpoint.dtypes[parameter], checkpoint.shapes[parameter], offset)
-        for parameter, offset in entry.offsets.items()
-    }
+    fields, parameters = [], []
+    for parameter, offset in entry.offsets.items():
+        local, dtype, shape = _local_name(name, parameter), checkpoint.dtypes[parameter], checkpoint.shapes[parameter]
+        fields.append((local, Field(dtype, shape, offset)))
+        parameters.append((local, Parameter(shape, dtype, Joined(((local, Identity()),)))))
     nbytes = round_up(entry.nbytes)  # the file is padded to whole pages, which go straight into memory
-    return Block(name, fields, (Segment(checkpoint.file, entry.offset, nbytes, 0),), (), nbytes)
+    segments = (Segment(checkpoint.file, entry.offset, nbytes, 0),)
+    return Block(name, BlockForm(_by_offset(fields), tuple(parameters)), segments, nbytes)
 
 
-class _Layout:
-    """Hands out fields one after another."""
+def _by_offset(fields: list[tuple[str, Field]]) -> tuple[tuple[str, Field], ...]:
+    return tuple(sorted(fields, key=lambda item: item[1].offset))
 
-    def __init__(self) -> None:
-        self.nbytes = 0
 
-    def field(self, dtype: np.dtype, shape: tuple[int, ...]) -> Field:
-        field = Field(dtype, shape, round_up(self.nbytes, FIELD_ALIGNMENT))
-        self.nbytes = field.offset + field.nbytes
-        return field
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+    """An array that is to lie in a block's memory, and what fills it: bytes of files, one behind another."""
+
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    sources: tuple[Segment, ...]
 
 
 def _mapped_block(parameters: MappedParameters, group: str, names: list[str]) -> Block:
-    layout = _Layout()
-    fields = {name: layout.field(parameters.dtypes[name], parameters.shapes[name]) for name in names}
-    segments: list[Segment] = []
-    rearrangements: list[Rearrangement] = []
-    for name, field in fields.items():
-        for op, info, rows in parameters.pieces(name):
-            if info.dtype != field.dtype:
-                raise CheckpointError(
-                    f"{info.where} is stored as {info.dtype}, others of {name} as {field.dtype}; convert the "
-                    "checkpoint with --to streaming first"
-                )
-            if isinstance(op, Identity):
-                row = field.nbytes // field.shape[0] if field.shape and field.shape[0] else 0
-                segments.append(Segment(info.file, info.offset, info.nbytes, field.offset + rows[0] * row))
-            else:
-                stored = layout.field(info.dtype, info.shape)
-                segments.append(Segment(info.file, info.offset, info.nbytes, stored.offset))
-                rearrangements.append(Rearrangement(op, stored, field, rows))
-    return Block(group, fields, tuple(segments), tuple(rearrangements), round_up(layout.nbytes))
+    stored: list[_Stored] = []
+    made = []
+    for full in names:
+        name, shape, pieces = _local_name(group, full), parameters.shapes[full], parameters.pieces(full)
+        files = [Segment(info.file, info.offset, info.nbytes, 0) for _, info, _ in pieces]
+        if all(isinstance(op, Identity) and info.dtype == pieces[0][1].dtype for op, info, _ in pieces):
+            stored.append(_Stored(name, pieces[0][1].dtype, shape, tuple(files)))
+            recipe = Joined(((name, Identity()),))
+        else:
+            tags = [f"{name}:{i}" for i in range(len(pieces))]
+            for tag, (_, info, _), file in zip(tags, pieces, files, strict=True):
+                stored.append(_Stored(tag, info.dtype, info.shape, (file,)))
+            recipe = Joined(tuple((tag, op) for tag, (op, _, _) in zip(tags, pieces, strict=True)))
+        made.append((name, Parameter(shape, parameters.dtypes[full], recipe)))
+    # Arrays of a type side by side, so that they go to several devices as one.
+    stored.sort(key=lambda array: array.dtype.name)
+    fields, segments, end = [], [], 0
+    for array in stored:
+        field = Field(array.dtype, array.shape, round_up(end, FIELD_ALIGNMENT))
+        fields.append((array.name, field))
+        end = field.offset
+        for source in array.sources:
+            segments.append(dataclasses.replace(source, target=end))
+            end += source.nbytes
+        assert end == field.offset + field.nbytes, array.name
+    return Block(group, BlockForm(tuple(fields), tuple(made)), tuple(segments), round_up(end))

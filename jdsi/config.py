@@ -97,9 +97,14 @@ class InferenceConfig:
             raise ConfigError(f"parallelism={self.parallelism!r}{hint} must be one of {PARALLELISMS}")
         if self.parallelism is not None and degrees:
             raise ConfigError(f"parallelism={self.parallelism!r} chooses the degrees; leave out {', '.join(degrees)}")
-        if self.offload is not None and (degrees or self.parallelism):
-            asked = f"parallelism={self.parallelism!r}" if self.parallelism else f"{next(iter(degrees))} of 2 or more"
-            raise ConfigError(f"offload={self.offload!r} streams to one device; it cannot be combined with {asked}")
+        if self.offload is not None and (self.pipeline_parallel > 1 or self.parallelism):
+            asked = f"parallelism={self.parallelism!r}" if self.parallelism else "pipeline_parallel of 2 or more"
+            raise ConfigError(
+                f"offload={self.offload!r} runs all layers on every device; it cannot be combined with {asked},"
+                " but with tensor_parallel and data_parallel"
+            )
+        if self.offload is not None and self.sequence_parallel:
+            raise ConfigError("sequence_parallel is not for offload, which gathers weights, not tokens")
         if self.sequence_parallel is not None and not isinstance(self.sequence_parallel, bool):
             raise ConfigError(f"sequence_parallel={self.sequence_parallel!r} must be true, false or left out")
         if self.sequence_parallel and self.tensor_parallel == 1 and self.parallelism is None:

@@ -17,8 +17,9 @@ from jdsi.generation.tokenizer import load_eos_token_ids, load_tokenizer
 from jdsi.models import Transformer, parameters
 from jdsi.pallas_kernels.operator import Implementation
 from jdsi.runtime import Executor, ResidentExecutor, enable_compilation_cache
-from jdsi.runtime.offload import offloaded_executor, plan_offload
-from jdsi.runtime.parallel import mesh_executor, wants_mesh
+from jdsi.runtime.offload import footprint_on, offloaded_executor, plan_offload
+from jdsi.runtime.parallel import degrees, mesh_executor, wants_mesh
+from jdsi.sharding import make_mesh
 
 
 def init_inference(
@@ -67,12 +68,12 @@ def init_inference(
         folder = resolve(source if isinstance(source, str) else Path(source))
         ends = load_eos_token_ids(folder)
         chosen = load_tokenizer(folder) if chosen is None else chosen
-        if wants_mesh(parsed):
-            executor = mesh_executor(folder, parsed, implementation)
-        elif parsed.offload is None:
-            executor = ResidentExecutor(load_model(folder, dtype=parsed.dtype), implementation)
-        else:
+        if parsed.offload is not None:
             executor = _offloaded(folder, parsed, implementation)
+        elif wants_mesh(parsed):
+            executor = mesh_executor(folder, parsed, implementation)
+        else:
+            executor = ResidentExecutor(load_model(folder, dtype=parsed.dtype), implementation)
     end = getattr(chosen, "eos_token_id", None)
     if not ends and end is not None:
         ends = (end,)
@@ -83,16 +84,17 @@ def init_inference(
 
 def _offloaded(folder: Path, config: InferenceConfig, implementation: Implementation | None) -> Executor:
     store = BlockStore.open(folder)
-    dtype = resolve_dtype(config.dtype)
+    wanted = degrees(config)
+    mesh = make_mesh(tensor=wanted.tensor, data=wanted.data, devices=jax.local_devices())
+    footprint = footprint_on(store, resolve_dtype(config.dtype), mesh)
     plan = plan_offload(
-        store,
+        footprint,
         str(config.offload),
         None if config.memory_limit is None else int(config.memory_limit),
-        dtype,
         max_tokens=config.max_tokens or store.spec.max_positions,
         max_batch_size=config.max_batch_size,
     )
-    return offloaded_executor(store, plan, dtype, implementation)
+    return offloaded_executor(footprint, plan, implementation, mesh)
 
 
 def _parse_config(config: Any, overrides: dict[str, Any]) -> InferenceConfig:

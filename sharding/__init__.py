@@ -14,6 +14,7 @@ from .collectives import (
     axis_size,
     is_split,
     own_part,
+    own_share,
     reduce_scatter,
 )
 from .mesh import Parallelism, make_mesh, stage_meshes
@@ -47,6 +48,7 @@ __all__ = [
     "joined",
     "make_mesh",
     "own_part",
+    "own_share",
     "reduce_scatter",
     "split_evenly",
     "split_heads",

@@ -7,8 +7,11 @@ Under plain `jax.jit` no axis is bound: the same layers then compute on whole ar
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array
+
+from .split import Split
 
 DATA, PIPE, EXPERT, TENSOR = "data", "pipe", "expert", "tensor"
 AXES = (PIPE, DATA, EXPERT, TENSOR)
@@ -62,6 +65,23 @@ def own_part(x: Array, axis: str, dim: int = 0) -> Array:
         return x
     size = x.shape[dim] // devices
     return lax.dynamic_slice_in_dim(x, axis_index(axis) * size, size, dim)
+
+
+def own_share(x: Array, axis: str, split: Split | None) -> Array:
+    """Each device's own share of an `x` that all have, its padding zeros; all of it where there is no split."""
+    if split is None:
+        return x
+    if all(
+        [(run.start, run.stop) for run in runs] == [(rank * split.size, (rank + 1) * split.size)]
+        for rank, runs in enumerate(split.runs)
+    ):
+        return own_part(x, axis, split.dim)
+    past = x.shape[split.dim]
+    places = np.full((split.ranks, split.size), past, np.int32)
+    for rank, runs in enumerate(split.runs):
+        for run in runs:
+            places[rank, run.target : run.target + len(run)] = np.arange(run.start, run.stop)
+    return jnp.take(x, jnp.asarray(places)[axis_index(axis)], axis=split.dim, mode="fill", fill_value=0)
 
 
 def is_split(axis: str) -> bool:

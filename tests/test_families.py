@@ -13,6 +13,7 @@ import jdsi
 from jdsi.converters import convert
 from jdsi.converters.block_store import BlockStore
 from jdsi.models.families import FAMILIES
+from jdsi.runtime.offload import footprint_on
 from jdsi.runtime.residency import plan_residency
 from jdsi.runtime.streamed import StreamedExecutor
 from parity import random_torch_model
@@ -101,7 +102,8 @@ def test_whole_path(name: str, tmp_path: Path) -> None:
                 assert completion.token_ids == out[0, len(row) :].tolist()
 
     store = BlockStore.open(original)
-    streamed = StreamedExecutor(store, plan_residency(store, None, np.dtype("float32")), dtype="float32")
+    residency = plan_residency(footprint_on(store, np.dtype("float32")), None)
+    streamed = StreamedExecutor(store, residency, dtype="float32")
     with contextlib.closing(jdsi.InferenceEngine(streamed, jdsi.InferenceConfig(dtype="float32"))) as offloaded:
         np.testing.assert_allclose(offloaded.forward(PROMPTS), logits, rtol=1e-4, atol=1e-5)
         if name not in ENCODERS:

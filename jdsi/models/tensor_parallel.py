@@ -3,7 +3,10 @@
 import dataclasses
 import re
 
-from jdsi.sharding import TENSOR, HeadSplit, Split, joined, split_evenly, split_heads
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jdsi.sharding import TENSOR, HeadSplit, Split, axis_index, axis_size, joined, split_evenly, split_heads
 
 from .spec import AttentionSpec, LayerSpec, MlpSpec, TransformerSpec
 
@@ -30,6 +33,14 @@ def local_spec(spec: TransformerSpec, ranks: int) -> TransformerSpec:
 def split_vocabulary(spec: TransformerSpec, ranks: int) -> Split:
     """The vocabulary divided among ranks."""
     return split_evenly(spec.vocab_size, ranks, multiple=_MULTIPLE)
+
+
+def without_padding(logits: Float[Array, "B V"], vocabulary: int) -> Float[Array, "B V"]:
+    """One rank's share of the logits with minus infinity past the end of the vocabulary; inside `jax.shard_map`."""
+    if logits.shape[1] * axis_size(TENSOR) == vocabulary:
+        return logits
+    ids = axis_index(TENSOR) * logits.shape[1] + jnp.arange(logits.shape[1])
+    return jnp.where(ids < vocabulary, logits, -jnp.inf)
 
 
 def _local_layer(layer: LayerSpec, ranks: int) -> LayerSpec:

@@ -36,7 +36,7 @@ class Step:
     last: Int[Array | np.ndarray, " B"] | None
     epilogue: Epilogue
     carry: Any
-    token_types: Int[Array, " T"] | None = None
+    token_types: Int[Array | np.ndarray, " T"] | None = None
 
 
 class Executor(Protocol):

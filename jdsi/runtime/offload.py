@@ -1,50 +1,26 @@
 """Choosing where a model's weights live, and the executor that runs them from there."""
 
-import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from jdsi.converters.block_store import Block, BlockStore
-from jdsi.converters.direct_io import DirectReader, PageBuffer
+from jdsi.converters.block_store import BlockStore
 from jdsi.errors import CapacityError
 from jdsi.models import TransformerSpec
+from jdsi.models.tensor_parallel import local_spec
 from jdsi.pallas_kernels.operator import Implementation
+from jdsi.sharding import DATA, TENSOR
 
 from .memory import available_host_memory, available_memory
-from .residency import Residency, least_bytes, plan_residency
+from .residency import Footprint, Residency, least_bytes, plan_residency
 from .shapes import capacity_bucket
 from .streamed import StreamedExecutor
+from .weight_stream import HostSource
 
 PROCESS_BYTES = 400 << 20
 """What Python, JAX and the compiled programs take beside weights and KV."""
-
-
-class HostSource:
-    """Blocks that stay in host memory, pinned where the device is a GPU, and go to the device for every pass."""
-
-    needs_memory = False
-
-    def __init__(self, blocks: Sequence[Block]) -> None:
-        with contextlib.closing(DirectReader()) as reader:
-            self._blocks = {block.name: self._load(reader, block) for block in blocks}
-
-    def _load(self, reader: DirectReader, block: Block) -> Mapping[str, np.ndarray | jax.Array]:
-        memory = PageBuffer(block.nbytes).bytes
-        reader.read(block.segments, memory)
-        # The driver copies from pinned memory at the link's speed, from other memory at a tenth of it.
-        pinned = jax.sharding.SingleDeviceSharding(jax.local_devices()[0], memory_kind="pinned_host")
-        return jax.block_until_ready(jax.device_put(block.arrays(memory), pinned))
-
-    def read(self, block: Block, memory: np.ndarray) -> Mapping[str, np.ndarray | jax.Array]:
-        """See `BlockSource.read`."""
-        return self._blocks[block.name]
-
-    def close(self) -> None:
-        """See `BlockSource.close`."""
-        self._blocks.clear()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +38,14 @@ class OffloadPlan:
     batches_per_pass: int
 
 
+def footprint_on(store: BlockStore, dtype: np.dtype, mesh: Mesh | None = None) -> Footprint:
+    """A model's footprint on a mesh, or on JAX's default device."""
+    devices = {} if mesh is None else {"tensor": mesh.shape[TENSOR], "data": mesh.shape[DATA]}
+    return Footprint(store, np.dtype(dtype), **devices, shared=jax.default_backend() == "cpu")
+
+
 def plan_offload(
-    store: BlockStore, offload: str, limit: int | None, dtype: np.dtype, *, max_tokens: int, max_batch_size: int
+    footprint: Footprint, offload: str, limit: int | None, *, max_tokens: int, max_batch_size: int
 ) -> OffloadPlan:
     """Decides from the sizes of the model and of the memory.
 
@@ -71,21 +53,20 @@ def plan_offload(
     set aside for one batch, but for no more than half of the limit; what the weights then leave is for more batches.
 
     Args:
-        store: the model.
+        footprint: of the model.
         offload: "host", "nvme" or "auto".
-        limit: bytes of the device's memory; `None` for what is free.
-        dtype: that the model runs in.
+        limit: bytes of a device's memory; `None` for what is free.
         max_tokens, max_batch_size: of a batch.
 
     Raises:
         CapacityError: the limit is too small to run the model at all, or host memory to hold it.
     """
-    on_cpu = jax.default_backend() == "cpu"
+    store, on_cpu = footprint.store, footprint.shared
     process = PROCESS_BYTES if on_cpu else 0
     free = available_memory() if limit is None else limit - process
-    kv = kv_bytes(store.spec, capacity_bucket(max_tokens), dtype) * max_batch_size
+    kv = footprint_of_kv(footprint, capacity_bucket(max_tokens)) * max_batch_size
     reserved = min(kv, max(free, 0) // 2)
-    everything = plan_residency(store, None, dtype, stream=False)
+    everything = plan_residency(footprint, None, stream=False)
     if offload == "auto" and everything.nbytes <= free - reserved:
         return OffloadPlan("device", everything, 1)
     where = offload
@@ -99,9 +80,9 @@ def plan_offload(
     if where == "host" and on_cpu:  # the host's memory is the device's: nothing is gained by moving weights within it
         return OffloadPlan("device", everything, 1)
     try:
-        residency = plan_residency(store, free - reserved, dtype)
+        residency = plan_residency(footprint, free - reserved)
     except CapacityError as error:
-        least = least_bytes(store, dtype)
+        least = least_bytes(footprint)
         given = f"{free:,} bytes are free" if limit is None else f"memory_limit={limit:,} is too small"
         raise CapacityError(
             f"{store.path}: {given}: to stream it takes {process + least + min(kv, least):,} bytes ({least:,} for two "
@@ -119,16 +100,23 @@ def kv_bytes(spec: TransformerSpec, tokens: int, dtype: np.dtype) -> int:
     return sum(heads * (k + v) for heads, k, v in spec.kv_heads) * tokens * np.dtype(dtype).itemsize
 
 
+def footprint_of_kv(footprint: Footprint, tokens: int) -> int:
+    """Bytes that the KV cache of one sequence takes of the memory that the limit is for."""
+    ranks, spec = footprint.tensor, footprint.store.spec
+    own = kv_bytes(local_spec(spec, ranks), tokens, footprint.dtype)  # heads may be padded, or held by several ranks
+    return own * ranks if footprint.shared else -(-own // footprint.data)
+
+
 def offloaded_executor(
-    store: BlockStore, plan: OffloadPlan, dtype: np.dtype, implementation: Implementation | None
+    footprint: Footprint, plan: OffloadPlan, implementation: Implementation | None, mesh: Mesh | None = None
 ) -> StreamedExecutor:
     """The executor that follows a plan."""
-    streamed = [store.blocks[name] for name in dict.fromkeys(plan.residency.streamed)]
     return StreamedExecutor(
-        store,
+        footprint.store,
         plan.residency,
-        dtype=dtype,
-        source=HostSource(streamed) if plan.where == "host" else None,
+        dtype=footprint.dtype,
+        mesh=mesh,
+        source=HostSource() if plan.where == "host" else None,
         batches_per_pass=plan.batches_per_pass,
         implementation=implementation,
     )

@@ -21,7 +21,7 @@ class Residency:
         streamed: names of those that do not, in the order of a pass; a table that is the embedding and the head comes
             twice.
         slots: buffers of the ring.
-        nbytes: memory for weights: ring, resident blocks, and a streamed block's copy where it changes its type.
+        nbytes: memory for weights: ring, resident blocks, and what a streamed block takes while it is used.
     """
 
     resident: frozenset[str]
@@ -30,66 +30,88 @@ class Residency:
     nbytes: int
 
 
-def plan_residency(
-    store: BlockStore, limit: int | None, dtype: np.dtype, *, slots: int = 3, stream: bool = True
-) -> Residency:
+@dataclasses.dataclass(frozen=True)
+class Footprint:
+    """What weights take of the memory that a limit is for: a GPU's own, or that of the process where devices are CPUs.
+
+    Attributes:
+        store: the model.
+        dtype: that it runs in.
+        tensor, data: over how many devices.
+        shared: whether the devices have the host's memory, and count together.
+    """
+
+    store: BlockStore
+    dtype: np.dtype
+    tensor: int = 1
+    data: int = 1
+    shared: bool = True
+
+    def kept(self, names: Iterable[str]) -> int:
+        """Bytes of blocks that stay; every data-parallel group has them."""
+        total = sum(self.store.blocks[name].form.nbytes_as(self.dtype) for name in names)
+        return total * self.data if self.shared else -(-total // self.tensor)
+
+    def buffer(self, names: Iterable[str]) -> int:
+        """Bytes that a buffer of the ring takes, one which any of the blocks fits."""
+        largest = max((self.store.blocks[name].nbytes for name in names), default=0)
+        return largest if self.shared else -(-largest // (self.tensor * self.data))
+
+    def in_use(self, names: Iterable[str]) -> int:
+        """Bytes that a streamed block takes while it is used: gathered from several devices, of another type."""
+        devices = self.tensor * self.data
+        blocks = [self.store.blocks[name] for name in names]
+        most = max((b.form.made_bytes(self.dtype) + b.nbytes * (devices > 1) for b in blocks), default=0)
+        return most * devices if self.shared else most
+
+
+def plan_residency(footprint: Footprint, limit: int | None, *, slots: int = 3, stream: bool = True) -> Residency:
     """Keeps what the limit allows: first what every token needs at both ends, then layers, evenly spread.
 
     Layers that stay are spread over the stack so that those on their way always have something to hide behind.
 
     Args:
-        store: the model.
-        limit: bytes of host memory for weights; `None` keeps the embedding and the head, and no layer.
-        dtype: of the weights that stay; those on their way keep the type they are stored in.
+        footprint: of the model.
+        limit: bytes of memory for weights; `None` keeps the embedding and the head, and no layer.
         slots: buffers of the ring, at least 2; one fewer is tried before giving up.
         stream: `False` keeps everything, whatever it takes.
 
     Raises:
         CapacityError: not even two blocks fit; the message says what would.
     """
-    stored = {name: block.nbytes for name, block in store.blocks.items()}
-    kept_size = {name: block.nbytes_as(dtype) for name, block in store.blocks.items()}
-    layers = [name for name in stored if name.startswith("layers.")]
-    edges = [name for name in stored if name in EDGES]
-    small = [name for name in stored if name not in layers and name not in edges]  # the last norm
+    names = list(footprint.store.blocks)
+    layers = [name for name in names if name.startswith("layers.")]
+    edges = [name for name in names if name in EDGES]
+    small = [name for name in names if name not in layers and name not in edges]  # the last norm
 
-    def held(names: Iterable[str]) -> int:
-        return sum(kept_size[name] for name in names)
+    def moving(streamed: list[str], ring: int) -> int:
+        return ring * footprint.buffer(streamed) + footprint.in_use(streamed)
 
     if limit is None:
-        limit = held([*small, *edges]) + slots * max(stored[name] for name in layers)
-        limit += _widened(store, layers, dtype)
-    if not stream or held(stored) <= limit:
-        return Residency(frozenset(stored), (), 0, held(stored))
+        limit = footprint.kept([*small, *edges]) + moving(layers, slots)
+    everything = footprint.kept(names)
+    if not stream or everything <= limit:
+        return Residency(frozenset(names), (), 0, everything)
     for ring in (slots, 2):
         for streamed_edges in ([], edges[:1], edges[1:], edges):
             kept = [*small, *(name for name in edges if name not in streamed_edges)]
-            buffers = ring * max(stored[name] for name in [*layers, *streamed_edges])
-            buffers += _widened(store, [*layers, *streamed_edges], dtype)
-            room = limit - buffers - held(kept)
+            buffers = moving([*layers, *streamed_edges], ring)
+            room = limit - buffers - footprint.kept(kept)
             if room >= 0:
-                kept += _spread(layers, max(kept_size[name] for name in layers), room)
-                return Residency(frozenset(kept), _order(store, frozenset(kept)), ring, buffers + held(kept))
+                kept += _spread(layers, max(footprint.kept([name]) for name in layers), room)
+                resident = frozenset(kept)
+                return Residency(resident, _order(footprint.store, resident), ring, buffers + footprint.kept(kept))
     raise CapacityError(
-        f"{store.path}: {limit:,} bytes for weights are too few, {least_bytes(store, dtype):,} are needed"
+        f"{footprint.store.path}: {limit:,} bytes for weights are too few, {least_bytes(footprint):,} are needed"
     )
 
 
-def least_bytes(store: BlockStore, dtype: np.dtype) -> int:
+def least_bytes(footprint: Footprint) -> int:
     """Bytes for weights without which `plan_residency` gives up."""
-    blocks = store.blocks.values()
-    small = sum(b.nbytes_as(dtype) for b in blocks if b.name not in EDGES and not b.name.startswith("layers."))
-    return 2 * max(b.nbytes for b in blocks) + _widened(store, store.blocks, dtype) + small
-
-
-def _widened(store: BlockStore, names: Iterable[str], dtype: np.dtype) -> int:
-    """What a streamed block takes while it is used as another type than it is stored in."""
-    changed = [
-        store.blocks[name].nbytes_as(dtype)
-        for name in names
-        if any(field.dtype != dtype for field in store.blocks[name].fields.values())
-    ]
-    return max(changed, default=0)
+    names = list(footprint.store.blocks)
+    small = [name for name in names if name not in EDGES and not name.startswith("layers.")]
+    moving = [name for name in names if name not in small]
+    return 2 * footprint.buffer(moving) + footprint.in_use(moving) + footprint.kept(small)
 
 
 def _spread(layers: list[str], largest: int, room: int) -> list[str]:

@@ -16,10 +16,10 @@ from jdsi.models import Transformer, TransformerSpec, parameters
 from jdsi.pallas_kernels.operator import Implementation, default_implementation
 
 from .executor import Epilogue, Step
-from .one_device import OneDevice
+from .one_process import OneProcess
 
 
-class ResidentExecutor(OneDevice):
+class ResidentExecutor(OneProcess):
     """See `Executor`. The module is taken apart once; steps are jitted over its flat leaves, not over the module.
 
     Args:

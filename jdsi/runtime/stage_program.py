@@ -16,7 +16,7 @@ from jdsi.kv_cache import AttentionContext, ContiguousContext, PackedContext
 from jdsi.layers import rows_of_parts
 from jdsi.models import TransformerSpec, abstract_parameters
 from jdsi.models.stage import stage_part
-from jdsi.models.tensor_parallel import SEQUENCE_PARALLEL_TOKENS, local_spec, split_of
+from jdsi.models.tensor_parallel import SEQUENCE_PARALLEL_TOKENS, local_spec, split_of, without_padding
 from jdsi.pallas_kernels.operator import Implementation, default_implementation
 from jdsi.sharding import DATA, TENSOR, all_gather, axis_index, axis_size, own_part
 
@@ -270,7 +270,4 @@ class StageProgram:
             last = None
         with default_implementation(self._implementation):
             logits = stage.finish(hidden, last)
-        if self.spec.head is None or logits.shape[1] * axis_size(TENSOR) == self.spec.vocab_size:
-            return logits
-        ids = axis_index(TENSOR) * logits.shape[1] + jnp.arange(logits.shape[1])
-        return jnp.where(ids < self.spec.vocab_size, logits, -jnp.inf)
+        return logits if self.spec.head is None else without_padding(logits, self.spec.vocab_size)

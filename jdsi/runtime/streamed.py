@@ -3,37 +3,50 @@
 import contextlib
 import dataclasses
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jdsi.converters import ParameterSource
 from jdsi.converters.block_store import Block, BlockStore
-from jdsi.converters.buffers import aligned_copy
 from jdsi.converters.direct_io import PageBuffer
-from jdsi.converters.sources import recast
 from jdsi.errors import ConfigError
-from jdsi.kv_cache import AttentionContext, PackedContext
+from jdsi.kv_cache import ContiguousContext, PackedContext
 from jdsi.models import TransformerSpec
-from jdsi.models.parts import Part, embedding_part, layer_part, tied_table, top_part
-from jdsi.models.spec import LayerSpec
-from jdsi.pallas_kernels.operator import Implementation, default_implementation
+from jdsi.models.parts import tied_table
+from jdsi.models.tensor_parallel import local_spec
+from jdsi.pallas_kernels.operator import Implementation
+from jdsi.sharding import DATA, TENSOR, Parallelism, make_mesh
 
-from .executor import Epilogue, Step
-from .one_device import OneDevice
+from .executor import Step
+from .layer_programs import LayerPrograms
+from .one_process import OneProcess
+from .placement import Streamed, kept_weights, streamed_weights
 from .residency import Residency
-from .weight_stream import BlockSource, Delivery, DiskSource, StreamReport, WeightStream, device_memory
+from .weight_stream import BlockSource, Delivery, DiskSource, StreamReport, WeightStream
 
 
-class StreamedExecutor(OneDevice):
+class StreamedExecutor(OneProcess):
     """See `Executor`. Weights are where `residency` says; each pass reads every streamed block once.
 
+    Args:
+        store: the model.
+        residency: what stays on the devices.
+        dtype: of activations; by default the one that the checkpoint's layers had.
+        mesh: tensor and data parallelism over devices of this process; by default JAX's default device alone.
+        source: where streamed blocks come from; by default the store's files.
+        batches_per_pass: how many batches should share a pass.
+        implementation: what operators run, see `default_implementation`.
+
     Attributes:
-        residency: what stays in memory.
+        residency: as given.
+        mesh: as given.
     """
 
     def __init__(
@@ -42,34 +55,39 @@ class StreamedExecutor(OneDevice):
         residency: Residency,
         *,
         dtype: Any = None,
+        mesh: Mesh | None = None,
         source: BlockSource | None = None,
         batches_per_pass: int = 1,
         implementation: Implementation | None = None,
     ) -> None:
         store.check_dtypes()
+        self.mesh = make_mesh(devices=jax.local_devices()[:1]) if mesh is None else mesh
         self._spec = store.spec
-        stored = next(iter(store.blocks["layers.0"].fields.values())).dtype
-        self._dtype = jnp.dtype(stored if dtype is None else dtype)
+        self._dtype = jnp.dtype(store.dtype if dtype is None else dtype)
         self.residency, self._batches_per_pass = residency, batches_per_pass
+        programs = LayerPrograms(store.spec, self.mesh, self._dtype, implementation)
+        weights = {name: streamed_weights(store.spec, block, self.mesh) for name, block in store.blocks.items()}
         with contextlib.closing(DiskSource()) as disk:
-            self._resident = {name: self._load(disk, store.blocks[name]) for name in residency.resident}
-        blocks = [store.blocks[name] for name in residency.streamed]
+            self._resident = {
+                name: _load(disk, store.blocks[name], weights[name], programs) for name in residency.resident
+            }
+        blocks = [(store.blocks[name], weights[name]) for name in residency.streamed]
         self._stream = WeightStream(source or DiskSource(), blocks, residency.slots) if blocks else None
         self._turn = threading.Lock()
-        tied = tied_table(store.spec)
-        top = [name for name in ("norm", "head") if name in store.blocks]
+        used = {name: kept_weights(own) if name in residency.resident else own for name, own in weights.items()}
         # In the order in which they arrive.
-        self._top_blocks = ["norm"] * ("norm" in top) + ["embedding"] * (tied is not None) + ["head"] * ("head" in top)
-        self._programs = _Programs(store.spec, self._dtype, implementation)
-
-    def _load(self, source: DiskSource, block: Block) -> dict[str, Array]:
-        arrays = source.read(block, PageBuffer(block.nbytes).bytes)
-        if block.rearrangements:  # their memory holds the stored layout as well
-            arrays = {name: aligned_copy(array) for name, array in arrays.items()}
-        # On the CPU JAX uses this memory as it is; nothing writes to it again.
-        return jax.device_put(
-            {name: recast(array, self._dtype, name) for name, array in arrays.items()}, device_memory()
-        )
+        self._top_blocks = ["norm"] * ("norm" in used)
+        self._top_blocks += ["embedding"] * (tied_table(store.spec) is not None) + ["head"] * ("head" in used)
+        self._embed = programs.embed(used["embedding"])
+        self._layers = [programs.layer(used[f"layers.{i}"], layer) for i, layer in enumerate(store.spec.layers)]
+        top = [used[name] for name in self._top_blocks]
+        self._top, self._logits = programs.top(top), programs.logits(top)
+        self._rows = NamedSharding(self.mesh, PartitionSpec(DATA))
+        ranks = self.mesh.shape[TENSOR]
+        heads = [(count * ranks, k, v) for count, k, v in local_spec(store.spec, ranks).kv_heads]
+        create = partial(ContiguousContext.create, heads, dtype=self._dtype)
+        places = jax.tree.map(partial(NamedSharding, self.mesh), jax.eval_shape(partial(create, 1, 1)).partition())
+        self._create = jax.jit(create, static_argnums=(0, 1), out_shardings=places)
 
     @property
     def spec(self) -> TransformerSpec:
@@ -82,6 +100,16 @@ class StreamedExecutor(OneDevice):
         return self._dtype
 
     @property
+    def parallelism(self) -> Parallelism:
+        """See `Executor.parallelism`."""
+        return Parallelism.of(self.mesh)
+
+    @property
+    def row_multiple(self) -> int:
+        """See `Executor.row_multiple`."""
+        return self.mesh.shape[DATA]
+
+    @property
     def runs_ahead(self) -> bool:
         """See `Executor.runs_ahead`."""
         return False
@@ -91,52 +119,79 @@ class StreamedExecutor(OneDevice):
         """See `Executor.batches_per_pass`."""
         return self._batches_per_pass
 
+    def new_context(self, rows: int, capacity: int) -> ContiguousContext:
+        """See `Executor.new_context`."""
+        return self._create(rows, capacity)
+
     def steps(self, batches: Sequence[Step]) -> list[tuple[Any, Any, Any]]:
         """See `Executor.steps`; every layer is used for all batches in turn (zig-zag). One thread at a time."""
         with self._turn:
-            return self._pass(batches)
-
-    def _pass(self, batches: Sequence[Step]) -> list[tuple[Any, Any, Any]]:
-        run, contexts = self._programs, [b.context for b in batches]
-        with self._block("embedding") as block:
-            hidden = []
-            for batch in batches:
-                tokens = jnp.asarray(batch.tokens)
-                x, done = run.embed(block.arrays, tokens, batch.context.positions, batch.token_types)
-                hidden.append(x)
-                block.used_by(done)
-        for index, layer in enumerate(self._spec.layers):
-            with self._block(f"layers.{index}") as block:
-                for i, context in enumerate(contexts):
-                    hidden[i], memory, done = run.layer(
-                        _inside(block.arrays, f"layers.{index}."),
-                        hidden[i],
-                        context.memory(index),
-                        context.only(()),
-                        layer,
-                    )
-                    contexts[i] = context.with_memory(index, memory)
-                    block.used_by(done)
-        with contextlib.ExitStack() as stack:
-            held = [stack.enter_context(self._block(name)) for name in self._top_blocks]
-            arrays = {name: array for block in held for name, array in block.arrays.items()}
+            hidden, contexts = self._through_layers(batches)
             results = []
-            for i, batch in enumerate(batches):
-                result, carry, done = run.top(arrays, hidden[i], batch.last, batch.epilogue, batch.carry)
-                results.append((result, contexts[i].commit(), carry))
-                for block in held:
-                    block.used_by(done)
-        return results
+            with self._top_weights() as (arrays, held):
+                for i, batch in enumerate(batches):
+                    result, carry, done = self._top(arrays, hidden[i], batch.last, batch.epilogue, batch.carry)
+                    results.append((result, contexts[i].commit(), carry))
+                    for block in held:
+                        block.used_by(done)
+            return results
 
     def logits(
         self, tokens: Int[Array, "B S"], lengths: Int[Array, " B"], token_types: Int[Array, "B S"] | None = None
     ) -> Float[Array, "B S V"]:
         """See `Executor.logits`."""
-        batch, length = tokens.shape
-        context = PackedContext.from_dense(batch, length, lengths)
-        types = None if token_types is None else token_types.reshape(-1)
-        ((out, _, _),) = self.steps([Step(tokens.reshape(-1), context, None, _as_they_are, (), types)])
-        return out.reshape(batch, length, -1)
+        rows, length = tokens.shape
+        padded = -(-rows // self.row_multiple) * self.row_multiple
+
+        def fill(x: Any) -> np.ndarray:
+            return np.pad(np.asarray(x), [(0, padded - rows), *[(0, 0)] * (np.ndim(x) - 1)], mode="edge")
+
+        context = PackedContext.from_dense(padded, length, jnp.asarray(fill(lengths)))
+        types = None if token_types is None else fill(token_types).reshape(-1)
+        step = Step(fill(tokens).reshape(-1), context, None, _unused, (), types)
+        with self._turn:
+            (hidden,), _ = self._through_layers([step])
+            with self._top_weights() as (arrays, held):
+                out, done = self._logits(arrays, hidden)
+                for block in held:
+                    block.used_by(done)
+        return out.reshape(padded, length, -1)[:rows]
+
+    def _through_layers(self, batches: Sequence[Step]) -> tuple[list[Array], list[Any]]:
+        contexts = [batch.context for batch in batches]
+        # Each is put in its place once for all layers, whose programs would otherwise do it, and be compiled for it.
+        frames = [jax.device_put(context.only(()), self._rows) for context in contexts]
+        hidden: list[Array] = []
+        with self._block("embedding") as block:
+            for batch, frame in zip(batches, frames, strict=True):
+                tokens = jax.device_put(batch.tokens, self._rows)
+                x, done = self._embed(block.arrays, tokens, frame, batch.token_types)
+                hidden.append(x)
+                block.used_by(done)
+        for index, run in enumerate(self._layers):
+            with self._block(f"layers.{index}") as block:
+                for i, frame in enumerate(frames):
+                    hidden[i], memory, done = run(block.arrays, hidden[i], contexts[i].memory(index), frame)
+                    contexts[i] = contexts[i].with_memory(index, memory)
+                    block.used_by(done)
+        return hidden, contexts
+
+    @contextlib.contextmanager
+    def _top_weights(self) -> Iterator[tuple[list[Any], list["Delivery | _Resident"]]]:
+        with contextlib.ExitStack() as stack:
+            held = [stack.enter_context(self._block(name)) for name in self._top_blocks]
+            yield [block.arrays for block in held], held
+
+    @contextlib.contextmanager
+    def _block(self, name: str) -> Iterator["Delivery | _Resident"]:
+        if name in self._resident or self._stream is None:
+            yield _Resident(self._resident[name])
+            return
+        delivery = self._stream.take(name)
+        try:
+            yield delivery
+        finally:
+            delivery.release()
 
     def with_parameters(self, use: Callable[[ParameterSource], object]) -> None:
         """See `Executor.with_parameters`.
@@ -155,74 +210,24 @@ class StreamedExecutor(OneDevice):
         if self._stream is not None:
             self._stream.close()
 
-    @contextlib.contextmanager
-    def _block(self, name: str) -> Iterator["Delivery | _Resident"]:
-        if name in self._resident or self._stream is None:
-            yield _Resident(self._resident[name])
-            return
-        delivery = self._stream.take(name)
-        try:
-            yield delivery
-        finally:
-            delivery.release()
+
+def _load(disk: DiskSource, block: Block, weights: Streamed, programs: LayerPrograms) -> dict[str, Array]:
+    """A block's parameters, to stay; on a CPU, if stored as they are used, in the memory they are read into."""
+    arrays = disk.deliver(block, PageBuffer(weights.memory_bytes(block.nbytes)).bytes, weights)
+    if weights.mesh.size == 1 and not block.form.made_bytes(programs.dtype):
+        return arrays
+    return jax.block_until_ready(programs.keep(weights, kept_weights(weights))(arrays))
 
 
-def _as_they_are(logits: Float[Array, "T V"], carry: Any) -> tuple[Float[Array, "T V"], Any]:
+def _unused(logits: Float[Array, "T V"], carry: Any) -> tuple[Float[Array, "T V"], Any]:
     return logits, carry
-
-
-def _inside(arrays: Mapping[str, Array], prefix: str) -> dict[str, Array]:
-    return {name.removeprefix(prefix): array for name, array in arrays.items()}
 
 
 @dataclasses.dataclass(frozen=True)
 class _Resident:
     """Stands for a `Delivery` where the block never leaves."""
 
-    arrays: Mapping[str, Array]
+    arrays: Any
 
     def used_by(self, result: Array) -> None:
         """Nothing waits for it."""
-
-
-class _Programs:
-    """The compiled pieces of a model: one program per kind of layer, not per layer.
-
-    What each returns is given away to the next one or the caller, so each also returns a number that tells when it is
-    done.
-    """
-
-    def __init__(self, spec: TransformerSpec, dtype: jnp.dtype, implementation: Implementation | None) -> None:
-        parts = {layer: layer_part(spec, layer, dtype) for layer in dict.fromkeys(spec.layers)}
-        embedding, top, table = embedding_part(spec, dtype), top_part(spec, dtype), tied_table(spec)
-
-        def cast(part: Part, arrays: Mapping[str, Array], prefix: str = "") -> list[Array]:
-            return [a.astype(dtype) for a in part.pick(arrays, prefix)]
-
-        @jax.jit
-        def embed(
-            arrays: Mapping[str, Array], tokens: Array, positions: Array, token_types: Array | None
-        ) -> tuple[Array, Array]:
-            with default_implementation(implementation):
-                x = embedding.build(cast(embedding, arrays, "embedding."))(tokens, positions, token_types)
-            return x, x[0, 0]
-
-        @partial(jax.jit, static_argnames="layer", donate_argnames=("hidden", "memory"))
-        def run_layer(
-            arrays: Mapping[str, Array], hidden: Array, memory: Any, frame: AttentionContext, layer: LayerSpec
-        ) -> tuple[Array, Any, Array]:
-            part = parts[layer]
-            with default_implementation(implementation):
-                hidden, context = part.build(cast(part, arrays))(hidden, frame.only(memory))
-            return hidden, context.memory(0), hidden[0, 0]
-
-        @partial(jax.jit, static_argnames="epilogue", donate_argnames="carry")
-        def run_top(
-            arrays: Mapping[str, Array], hidden: Array, last: Array | None, epilogue: Epilogue, carry: Any
-        ) -> tuple[Any, Any, Array]:
-            shared = None if table is None else arrays[table].astype(dtype)
-            with default_implementation(implementation):
-                logits = top.build(cast(top, arrays))(hidden, last, shared)
-            return *epilogue(logits, carry), logits[0, 0]
-
-        self.embed, self.layer, self.top = embed, run_layer, run_top

@@ -1,12 +1,13 @@
 """Weights that arrive while the layers before them compute."""
 
+import abc
 import contextlib
 import dataclasses
 import queue
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -16,15 +17,27 @@ from jdsi.converters.block_store import Block
 from jdsi.converters.direct_io import DirectReader, PageBuffer
 from jdsi.errors import CheckpointError, JdsiError
 
+from .placement import Streamed
+
 
 class BlockSource(Protocol):
     """Where a stream takes blocks from."""
 
     needs_memory: bool
-    """Whether `read` fills the memory it is given; otherwise it has memory of its own."""
+    """Whether `deliver` fills the memory it is given; otherwise it has memory of its own."""
 
-    def read(self, block: Block, memory: np.ndarray) -> Mapping[str, np.ndarray | jax.Array]:
-        """The block's parameters on the host; called from the stream's thread."""
+    def prepare(self, blocks: Sequence[tuple[Block, Streamed]]) -> None:
+        """Called once, before anything is delivered, with all that will be."""
+        ...
+
+    def deliver(self, block: Block, memory: np.ndarray, weights: Streamed) -> Any:
+        """What `weights` takes of the block, on its way to the devices; called from the stream's thread.
+
+        Args:
+            block: which one.
+            memory: to read it into, where that is needed; it stays untouched until the weights have been used.
+            weights: where they go.
+        """
         ...
 
     def close(self) -> None:
@@ -32,22 +45,64 @@ class BlockSource(Protocol):
         ...
 
 
-class DiskSource:
-    """Blocks straight from their files, every time they are asked for."""
+class MemorySource(abc.ABC):
+    """A `BlockSource` that reads into the memory it is given."""
 
     needs_memory = True
+
+    @abc.abstractmethod
+    def read(self, block: Block, memory: np.ndarray) -> None:
+        """Fills the memory with the block's bytes."""
+
+    def deliver(self, block: Block, memory: np.ndarray, weights: Streamed) -> Any:
+        """See `BlockSource.deliver`."""
+        self.read(block, memory)
+        return weights.put(memory)
+
+
+class DiskSource(MemorySource):
+    """Blocks straight from their files, every time they are asked for."""
 
     def __init__(self) -> None:
         self._reader = DirectReader()
 
-    def read(self, block: Block, memory: np.ndarray) -> dict[str, np.ndarray]:
-        """See `BlockSource.read`."""
+    def prepare(self, blocks: Sequence[tuple[Block, Streamed]]) -> None:
+        """See `BlockSource.prepare`; reads nothing ahead."""
+
+    def read(self, block: Block, memory: np.ndarray) -> None:
+        """See `MemorySource.read`."""
         self._reader.read(block.segments, memory)
-        return block.arrays(memory)
 
     def close(self) -> None:
         """See `BlockSource.close`."""
         self._reader.close()
+
+
+class HostSource:
+    """Blocks that stay in host memory, pinned where the devices are GPUs, and go to the devices for every pass."""
+
+    needs_memory = False
+
+    def __init__(self) -> None:
+        self._blocks: dict[str, Any] = {}
+
+    def prepare(self, blocks: Sequence[tuple[Block, Streamed]]) -> None:
+        """See `BlockSource.prepare`; reads all of them."""
+        with contextlib.closing(DirectReader()) as reader:
+            for block, weights in blocks:
+                if block.name not in self._blocks:
+                    memory = PageBuffer(weights.memory_bytes(block.nbytes)).bytes
+                    reader.read(block.segments, memory)
+                    # The driver copies from pinned memory at the link's speed, from other memory at a tenth of it.
+                    self._blocks[block.name] = jax.block_until_ready(weights.put(memory, "pinned_host"))
+
+    def deliver(self, block: Block, memory: np.ndarray, weights: Streamed) -> Any:
+        """See `BlockSource.deliver`."""
+        return jax.device_put(self._blocks[block.name], weights.shardings("device"))
+
+    def close(self) -> None:
+        """See `BlockSource.close`."""
+        self._blocks.clear()
 
 
 @dataclasses.dataclass
@@ -57,7 +112,7 @@ class StreamReport:
     Attributes:
         blocks: read.
         bytes_streamed: taken from the files or from host memory for them.
-        read_seconds: that reading and placing them took.
+        read_seconds: that reading them took, and starting their copies to the devices.
         wait_seconds: that layers waited for them.
     """
 
@@ -77,18 +132,18 @@ class StreamReport:
 
 
 class Delivery:
-    """A block that has arrived on the device. Its memory is used again once it is released, or forgotten.
+    """A block on its way to the devices. Its memory is used again once it is released, or forgotten.
 
     Attributes:
         name: of the block.
-        arrays: its parameters, until it is released.
+        arrays: what its `Streamed` takes, until it is released; the copies to the devices may be under way.
     """
 
-    def __init__(self, name: str, arrays: Mapping[str, jax.Array], slot: int, free: "queue.SimpleQueue") -> None:
+    def __init__(self, name: str, arrays: Any, slot: int, free: "queue.SimpleQueue") -> None:
         self.name, self.arrays = name, arrays
         self._slot: int | None = slot
         self._free = free
-        self._after: Any = None
+        self._after = arrays  # at the least, the memory must have been copied from
 
     def used_by(self, result: jax.Array) -> None:
         """The memory must stay until `result`, and all that was handed in before, has been computed."""
@@ -98,7 +153,7 @@ class Delivery:
         """Gives the memory back; the second time does nothing."""
         slot, self._slot = self._slot, None
         if slot is not None:
-            self.arrays = {}
+            self.arrays = None
             self._free.put((slot, self._after))
             self._after = None
 
@@ -115,20 +170,26 @@ class WeightStream:
 
     Args:
         source: where blocks come from; closed with the stream.
-        blocks: in the order in which a pass takes them.
+        blocks: in the order in which a pass takes them, each with what it becomes.
         slots: buffers, hence blocks on their way or in use at once; at least 2 for any overlap.
+
+    Raises:
+        ValueError: there is no buffer.
 
     Attributes:
         report: what it has done, kept up to date.
     """
 
-    def __init__(self, source: BlockSource, blocks: Sequence[Block], slots: int) -> None:
+    def __init__(self, source: BlockSource, blocks: Sequence[tuple[Block, Streamed]], slots: int) -> None:
+        if slots < 1:
+            raise ValueError(f"{slots} buffers for {len(blocks)} blocks")
         self.report = StreamReport()
         self._ready: queue.SimpleQueue[Delivery | JdsiError] = queue.SimpleQueue()
         self._free: queue.SimpleQueue[tuple[int, Any] | None] = queue.SimpleQueue()
         self._failed: JdsiError | None = None
         self._closing = threading.Event()
-        size = max(block.nbytes for block in blocks) if source.needs_memory else 0
+        source.prepare(blocks)
+        size = max(weights.memory_bytes(block.nbytes) for block, weights in blocks) if source.needs_memory else 0
         memory = [PageBuffer(size).bytes for _ in range(slots)]
         for slot in range(slots):
             self._free.put((slot, None))
@@ -169,7 +230,7 @@ class WeightStream:
 @dataclasses.dataclass(frozen=True)
 class _Worker:
     source: BlockSource
-    blocks: tuple[Block, ...]
+    blocks: tuple[tuple[Block, Streamed], ...]
     memory: Sequence[np.ndarray]
     free: "queue.SimpleQueue[tuple[int, Any] | None]"
     ready: "queue.SimpleQueue[Delivery | JdsiError]"
@@ -178,11 +239,11 @@ class _Worker:
 
     def run(self) -> None:
         try:
-            for block in self._forever():
+            for block, weights in self._forever():
                 slot = self._next_slot()
                 if slot is None:
                     return
-                self.ready.put(self._deliver(block, slot))
+                self.ready.put(self._deliver(block, weights, slot))
         except JdsiError as error:
             self.ready.put(error)
         except Exception as error:  # whatever it is, whoever waits for a block must hear of it
@@ -190,7 +251,7 @@ class _Worker:
             wrapped.__cause__ = error
             self.ready.put(wrapped)
 
-    def _forever(self) -> Iterator[Block]:
+    def _forever(self) -> Iterator[tuple[Block, Streamed]]:
         while True:
             yield from self.blocks
 
@@ -203,19 +264,13 @@ class _Worker:
             jax.block_until_ready(after)
         return slot
 
-    def _deliver(self, block: Block, slot: int) -> Delivery:
+    def _deliver(self, block: Block, weights: Streamed, slot: int) -> Delivery:
         began = time.perf_counter()
-        arrays = self.source.read(block, self.memory[slot][: block.nbytes])
-        placed = jax.block_until_ready(jax.device_put(arrays, device_memory()))
+        placed = self.source.deliver(block, self.memory[slot], weights)
         self.report.read_seconds += time.perf_counter() - began
         self.report.blocks += 1
         self.report.bytes_streamed += block.bytes_stored
         return Delivery(block.name, placed, slot, self.free)
-
-
-def device_memory() -> jax.sharding.SingleDeviceSharding:
-    """The default device's own memory, named because arrays in pinned host memory are on the device already."""
-    return jax.sharding.SingleDeviceSharding(jax.local_devices()[0], memory_kind="device")
 
 
 def _stop(

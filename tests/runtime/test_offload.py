@@ -7,6 +7,7 @@ import sys
 import threading
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -15,10 +16,12 @@ from checkpoints import save_llama
 from jdsi.converters import convert
 from jdsi.converters.block_store import BlockStore
 from jdsi.errors import CapacityError, CheckpointError, ConfigError, JdsiError
-from jdsi.runtime.offload import PROCESS_BYTES, HostSource, kv_bytes, plan_offload
+from jdsi.runtime.offload import PROCESS_BYTES, footprint_on, kv_bytes, plan_offload
+from jdsi.runtime.placement import streamed_weights
 from jdsi.runtime.residency import plan_residency
 from jdsi.runtime.streamed import StreamedExecutor
-from jdsi.runtime.weight_stream import DiskSource, WeightStream
+from jdsi.runtime.weight_stream import DiskSource, HostSource, WeightStream
+from jdsi.sharding import make_mesh
 
 PROMPTS = [[5, 9, 2, 7], [11, 4, 4, 60, 33, 21, 8], [3]]
 SAMPLING = jdsi.SamplingParams(max_new_tokens=7, ignore_eos=True)
@@ -49,11 +52,11 @@ def limit_for(folder: Path, layers: int, edges: bool = True, *, batch: int = 64,
     size = {name: block.nbytes for name, block in store.blocks.items()}
     layer = size["layers.0"]
     streamed = layer if edges else max(size.values())
-    kept = {name: block.nbytes_as(np.dtype("float32")) for name, block in store.blocks.items()}
+    kept = {name: block.form.nbytes_as(np.dtype("float32")) for name, block in store.blocks.items()}
     weights = 3 * streamed + kept["norm"] + layers * kept["layers.0"]
     weights += (kept["embedding"] + kept["head"]) if edges else 0
-    if any(field.dtype != np.float32 for block in store.blocks.values() for field in block.fields.values()):
-        weights += max(kept.values())  # a streamed block is widened while it is used
+    # A streamed block of another type is widened while it is used.
+    weights += max(block.form.made_bytes(np.dtype("float32")) for block in store.blocks.values())
     kv = batch * kv_bytes(store.spec, max_tokens, np.dtype("float32"))
     return PROCESS_BYTES + weights + min(kv, weights)  # for KV no more than half is set aside
 
@@ -85,7 +88,7 @@ def test_tokens_do_not_depend_on_where_weights_live(
 def test_batches_share_a_pass(llama: Path, expected: list[list[int]], batches: int) -> None:
     store = BlockStore.open(llama)
     executor = StreamedExecutor(
-        store, plan_residency(store, None, np.dtype("float32")), dtype="float32", batches_per_pass=batches
+        store, plan_residency(footprint_on(store, np.dtype("float32")), None), dtype="float32", batches_per_pass=batches
     )
     config = jdsi.InferenceConfig(dtype="float32", max_batch_size=1)
     engine = jdsi.InferenceEngine(executor, config)
@@ -165,9 +168,8 @@ def test_a_changed_file_is_an_error_not_other_weights(llama: Path, tmp_path: Pat
 def test_weights_in_pinned_host_memory_are_moved_for_every_pass(llama: Path, expected: list[list[int]]) -> None:
     """The CPU backend has the memory kind too, and refuses to compute with what was not moved."""
     store = BlockStore.open(llama)
-    residency = plan_residency(store, None, np.dtype("float32"))
-    source = HostSource([store.blocks[name] for name in residency.streamed])
-    executor = StreamedExecutor(store, residency, dtype="float32", source=source)
+    residency = plan_residency(footprint_on(store, np.dtype("float32")), None)
+    executor = StreamedExecutor(store, residency, dtype="float32", source=HostSource())
     engine = jdsi.InferenceEngine(executor, jdsi.InferenceConfig(dtype="float32"))
     assert [c.token_ids for c in engine.generate(PROMPTS, SAMPLING)] == expected
     engine.close()
@@ -175,7 +177,9 @@ def test_weights_in_pinned_host_memory_are_moved_for_every_pass(llama: Path, exp
 
 def test_deliveries_give_their_memory_back_once(llama: Path) -> None:
     store = BlockStore.open(llama)
-    stream = WeightStream(DiskSource(), [store.blocks["layers.0"], store.blocks["layers.1"]], 2)
+    mesh = make_mesh(devices=jax.devices()[:1])
+    blocks = [store.blocks["layers.0"], store.blocks["layers.1"]]
+    stream = WeightStream(DiskSource(), [(block, streamed_weights(store.spec, block, mesh)) for block in blocks], 2)
     for turn in range(6):  # forgotten, released, released twice: with a buffer lost or gained this would hang or mix
         delivery = stream.take(f"layers.{turn % 2}")
         if turn % 3:
@@ -199,11 +203,11 @@ def test_closing_ends_the_thread(llama: Path) -> None:
 def test_plan_prefers_the_fastest_place(llama: Path) -> None:
     store = BlockStore.open(llama)
     narrow = {"max_tokens": 64, "max_batch_size": 1}
-    dtype = np.dtype("float32")
-    assert plan_offload(store, "auto", PROCESS_BYTES + (1 << 30), dtype, **narrow).where == "device"
+    footprint = footprint_on(store, np.dtype("float32"))
+    assert plan_offload(footprint, "auto", PROCESS_BYTES + (1 << 30), **narrow).where == "device"
     small = limit_for(llama, 0, batch=1, max_tokens=64)
-    assert plan_offload(store, "auto", small, dtype, **narrow).where == "nvme"
-    more = plan_offload(store, "nvme", PROCESS_BYTES + (1 << 30), dtype, **narrow)
+    assert plan_offload(footprint, "auto", small, **narrow).where == "nvme"
+    more = plan_offload(footprint, "nvme", PROCESS_BYTES + (1 << 30), **narrow)
     assert more.residency.streamed == ()
     assert more.batches_per_pass > 10
 

@@ -1,4 +1,4 @@
-"""What executors have in common that spread nothing over a mesh of ours."""
+"""What executors have in common that run in one process and without a pipeline."""
 
 import abc
 from collections.abc import Mapping
@@ -12,8 +12,11 @@ from jdsi.models import TransformerSpec
 from jdsi.sharding import Parallelism
 
 
-class OneDevice(abc.ABC):
-    """The members of `Executor` that have one answer without a mesh; a base for the others."""
+class OneProcess(abc.ABC):
+    """The members of `Executor` that have one answer without other processes and stages; a base for such executors.
+
+    As they stand here they are for a model that nothing of ours spreads over devices.
+    """
 
     @property
     @abc.abstractmethod

@@ -1,0 +1,118 @@
+"""What a block of stored arrays looks like in memory, and how a model's parameters are made of them on the device."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from jdsi.models.weight_map import Identity, Op, Shape
+
+FIELD_ALIGNMENT = 128
+"""Bytes; more than JAX needs to use host memory in place on the CPU, and a cache line of a GPU."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """An array inside a block's memory: `offset` is a multiple of `FIELD_ALIGNMENT`."""
+
+    dtype: np.dtype
+    shape: Shape
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it takes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def view(self, memory: np.ndarray) -> np.ndarray:
+        """The array."""
+        return memory[self.offset : self.offset + self.nbytes].view(self.dtype).reshape(self.shape)
+
+
+class Recipe(Protocol):
+    """How a parameter is made of stored arrays; hashable, and traced into the program that uses the parameter."""
+
+    def make(self, stored: Mapping[str, Array], dtype: Any) -> Array:
+        """The parameter, out of a block's arrays by name."""
+        ...
+
+    def is_stored_as(self, fields: Mapping[str, Field], dtype: Any) -> bool:
+        """Whether a stored array is the parameter as it is, so that making it takes no memory."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Joined:
+    """Stored arrays, each first through an `Op`, one behind another along axis 0.
+
+    Attributes:
+        pieces: names of the arrays and what is done to each.
+    """
+
+    pieces: tuple[tuple[str, Op], ...]
+
+    def make(self, stored: Mapping[str, Array], dtype: Any) -> Array:
+        """See `Recipe.make`."""
+        parts = []
+        for name, op in self.pieces:
+            array: Any = stored[name]  # a JAX array will do where an `Op` names NumPy's
+            parts.append(jnp.asarray(op.forward(array)).astype(dtype))
+        return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+
+    def is_stored_as(self, fields: Mapping[str, Field], dtype: Any) -> bool:
+        """See `Recipe.is_stored_as`."""
+        name, op = self.pieces[0]
+        return len(self.pieces) == 1 and isinstance(op, Identity) and fields[name].dtype == dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """One parameter of a block.
+
+    Attributes:
+        shape: its own.
+        dtype: that the checkpoint had it in.
+        recipe: how it is made of what is stored.
+    """
+
+    shape: Shape
+    dtype: np.dtype
+    recipe: Recipe
+
+    def nbytes_as(self, dtype: np.dtype) -> int:
+        """Bytes once it is of `dtype`."""
+        return math.prod(self.shape) * np.dtype(dtype).itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockForm:
+    """The form of a block, which layers of a kind share. Hashable.
+
+    Attributes:
+        fields: the stored arrays, in the order of their offsets.
+        parameters: those of a layer by their names inside it, others by their full names.
+    """
+
+    fields: tuple[tuple[str, Field], ...]
+    parameters: tuple[tuple[str, Parameter], ...]
+
+    def views(self, memory: np.ndarray) -> dict[str, np.ndarray]:
+        """The stored arrays in a block's memory."""
+        return {name: field.view(memory) for name, field in self.fields}
+
+    def make(self, stored: Mapping[str, Array], dtype: Any) -> dict[str, Array]:
+        """All parameters, out of the stored arrays."""
+        return {name: parameter.recipe.make(stored, dtype) for name, parameter in self.parameters}
+
+    def nbytes_as(self, dtype: np.dtype) -> int:
+        """Bytes of the parameters once they are of `dtype`."""
+        return sum(parameter.nbytes_as(dtype) for _, parameter in self.parameters)
+
+    def made_bytes(self, dtype: np.dtype) -> int:
+        """Bytes of those parameters that are not used where they are stored."""
+        fields = dict(self.fields)
+        return sum(p.nbytes_as(dtype) for _, p in self.parameters if not p.recipe.is_stored_as(fields, dtype))

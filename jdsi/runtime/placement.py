@@ -1,0 +1,188 @@
+"""How weights get onto the devices of a mesh and become each device's parameters there.
+
+A block that is streamed to several devices is cut into equal stretches of bytes: every device fetches one over its own
+link, the mesh gathers them, and each device takes its share of the parameters (ZeRO-Inference, arXiv:2207.00032).
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+from jdsi.converters.block_form import FIELD_ALIGNMENT, BlockForm, Field
+from jdsi.converters.block_store import Block
+from jdsi.converters.direct_io import round_up
+from jdsi.models import TransformerSpec
+from jdsi.models.tensor_parallel import split_of
+from jdsi.sharding import DATA, TENSOR, Split, all_gather, own_share
+
+MemoryKind = str
+"""Of a device: "device" is its own, "pinned_host" the host's as its link reaches it fastest."""
+
+
+class Weights(Protocol):
+    """What a program gets of a block, and what it makes of that."""
+
+    @property
+    def specs(self) -> Any:
+        """How the arrays lie on the mesh: their pytree, a `PartitionSpec` for each."""
+        ...
+
+    def parameters(self, arrays: Any, dtype: Any) -> dict[str, Array]:
+        """Each device's parameters by name; called inside `jax.shard_map`."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """See `Weights`: parameters that stay on the device, by name, each with the dimension divided over "tensor"."""
+
+    dims: tuple[tuple[str, int | None], ...]
+
+    @property
+    def specs(self) -> dict[str, PartitionSpec]:
+        """See `Weights.specs`."""
+        return {n: PartitionSpec() if dim is None else PartitionSpec(*[None] * dim, TENSOR) for n, dim in self.dims}
+
+    def parameters(self, arrays: Mapping[str, Array], dtype: Any) -> dict[str, Array]:
+        """See `Weights.parameters`."""
+        return dict(arrays)
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """A stretch of a block's memory with arrays of one type.
+
+    Attributes:
+        dtype: of the arrays.
+        offset: of its first byte.
+        size: in values.
+        fields: the arrays in it.
+    """
+
+    dtype: np.dtype
+    offset: int
+    size: int
+    fields: tuple[tuple[str, Field], ...]
+
+    def stretch(self, devices: int) -> int:
+        """Values that each of several devices fetches; the last one's may reach past the section's end."""
+        return round_up(-(-self.size // devices) * self.dtype.itemsize, FIELD_ALIGNMENT) // self.dtype.itemsize
+
+    @classmethod
+    def of(cls, form: BlockForm) -> "tuple[Section, ...]":
+        """A block's memory as few sections."""
+        runs: list[list[tuple[str, Field]]] = []
+        for name, field in form.fields:
+            if not runs or runs[-1][-1][1].dtype != field.dtype:
+                runs.append([])
+            runs[-1].append((name, field))
+        found = []
+        for run in runs:
+            first, last = run[0][1], run[-1][1]
+            size = (last.offset + last.nbytes - first.offset) // first.dtype.itemsize
+            found.append(cls(first.dtype, first.offset, size, tuple(run)))
+        return tuple(found)
+
+
+@dataclasses.dataclass(frozen=True)
+class Streamed:
+    """See `Weights`: a block's stored arrays, which come anew for every pass.
+
+    To a single device they go one by one, so that on a CPU, where nothing is copied, a program uses them in place.
+
+    Attributes:
+        form: of the block.
+        mesh: with the axes "data" and "tensor".
+        splits: how each parameter is divided over "tensor", by name.
+    """
+
+    form: BlockForm
+    mesh: Mesh
+    splits: tuple[tuple[str, Split | None], ...]
+
+    @cached_property
+    def sections(self) -> tuple[Section, ...]:
+        """What is cut into stretches for several devices."""
+        return Section.of(self.form)
+
+    def memory_bytes(self, nbytes: int) -> int:
+        """Memory that a block of `nbytes` must be read into, so that every device's stretch lies within."""
+        devices = self.mesh.size
+        ends = [s.offset + devices * s.stretch(devices) * s.dtype.itemsize for s in self.sections]
+        return round_up(max([nbytes, *ends]) if devices > 1 else nbytes)
+
+    @property
+    def specs(self) -> Any:
+        """See `Weights.specs`."""
+        if self.mesh.size == 1:
+            return {name: PartitionSpec() for name, _ in self.form.fields}
+        return [PartitionSpec((DATA, TENSOR))] * len(self.sections)
+
+    def shardings(self, kind: MemoryKind) -> Any:
+        """As `specs`, a sharding for each."""
+
+        def sharding(spec: PartitionSpec) -> NamedSharding:
+            return NamedSharding(self.mesh, spec, memory_kind=kind)
+
+        return jax.tree.map(sharding, self.specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
+
+    def put(self, memory: np.ndarray, kind: MemoryKind = "device") -> Any:
+        """A block's bytes on the devices, the arrays that `parameters` takes; it does not wait for the copies.
+
+        Args:
+            memory: the block's, of `memory_bytes`. On a CPU the arrays are views of it.
+            kind: the memory of each device to put them into.
+        """
+        shardings = self.shardings(kind)
+        if self.mesh.size == 1:
+            return jax.device_put(self.form.views(memory), shardings)
+        devices = list(self.mesh.devices.flat)
+        pieces = [
+            memory[section.offset :][start : start + length].view(section.dtype)
+            for section in self.sections
+            for length in [section.stretch(len(devices)) * section.dtype.itemsize]
+            for start in range(0, len(devices) * length, length)
+        ]
+        places = [jax.sharding.SingleDeviceSharding(device, memory_kind=kind) for device in devices]
+        placed = iter(jax.device_put(pieces, places * len(self.sections)))
+        return [
+            jax.make_array_from_single_device_arrays(
+                (len(devices) * section.stretch(len(devices)),), sharding, [next(placed) for _ in devices]
+            )
+            for section, sharding in zip(self.sections, shardings, strict=True)
+        ]
+
+    def parameters(self, arrays: Any, dtype: Any) -> dict[str, Array]:
+        """See `Weights.parameters`."""
+        stored = dict(arrays) if self.mesh.size == 1 else self._gathered(arrays)
+        splits = dict(self.splits)
+        return {name: own_share(x, TENSOR, splits[name]) for name, x in self.form.make(stored, dtype).items()}
+
+    def _gathered(self, stretches: Sequence[Array]) -> dict[str, Array]:
+        found = {}
+        for section, stretch in zip(self.sections, stretches, strict=True):
+            values = all_gather(all_gather(stretch, TENSOR), DATA)
+            for name, field in section.fields:
+                start = (field.offset - section.offset) // section.dtype.itemsize
+                size = field.nbytes // section.dtype.itemsize
+                found[name] = values[start : start + size].reshape(field.shape)
+        return found
+
+
+def streamed_weights(spec: TransformerSpec, block: Block, mesh: Mesh) -> Streamed:
+    """How a block of a model is streamed to a mesh."""
+    ranks = mesh.shape[TENSOR]
+    prefix = f"{block.name}." if block.name.startswith("layers.") else ""
+    splits = tuple((name, split_of(spec, prefix + name, ranks)) for name, _ in block.form.parameters)
+    return Streamed(block.form, mesh, splits)
+
+
+def kept_weights(streamed: Streamed) -> Kept:
+    """The same block's parameters where they stay."""
+    return Kept(tuple((name, None if split is None else split.dim) for name, split in streamed.splits))

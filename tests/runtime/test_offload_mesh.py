@@ -1,0 +1,111 @@
+"""Weights that are streamed to several devices: the same answers as on one, whatever the degrees."""
+
+import contextlib
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import jdsi
+from checkpoints import save_llama
+from jdsi.converters import convert
+from jdsi.converters.block_store import BlockStore
+from jdsi.runtime.placement import Section
+from jdsi.runtime.residency import Residency
+from jdsi.runtime.streamed import StreamedExecutor
+from jdsi.runtime.weight_stream import HostSource
+from jdsi.sharding import make_mesh
+from test_families import CONFIGS, ENCODERS, three_layers
+
+PROMPTS = [[5, 9, 2, 7], [11, 4, 4, 60, 33, 21, 8], [3]]
+SAMPLINGS = (
+    jdsi.SamplingParams(max_new_tokens=7, ignore_eos=True, logprobs=2),
+    jdsi.SamplingParams(max_new_tokens=7, ignore_eos=True, temperature=0.8, top_p=0.9, seed=3),
+)
+BEAMS = jdsi.SamplingParams(max_new_tokens=5, num_beams=2)
+
+
+def nothing_kept(store: BlockStore) -> Residency:
+    """Only what is never streamed stays."""
+    head = store.spec.head
+    last = ["embedding"] if head is not None and head.tied else ["head"] if "head" in store.blocks else []
+    layers = [name for name in store.blocks if name.startswith("layers.")]
+    streamed = ("embedding", *layers, *last)
+    return Residency(frozenset(store.blocks) - set(streamed), streamed, slots=2, nbytes=0)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("mesh") / "llama"
+    save_llama(folder, num_hidden_layers=5)
+    convert(folder, folder.with_name("streaming"), to="streaming")
+    convert(folder, folder.with_name("narrow"), to="streaming", dtype="bfloat16")
+    return folder
+
+
+@pytest.mark.parametrize("layout", ["llama", "streaming", "narrow"])
+@pytest.mark.parametrize("degrees", [{"tensor": 2}, {"data": 2}, {"tensor": 3, "data": 2}], ids=str)
+def test_tokens_do_not_depend_on_the_mesh(llama: Path, layout: str, degrees: dict[str, int]) -> None:
+    folder = llama.with_name(layout)
+    plain = jdsi.init_inference(folder, dtype="float32", max_batch_size=2)
+    store, mesh = BlockStore.open(folder), make_mesh(**degrees)
+    source = HostSource() if layout == "llama" else None
+    executor = StreamedExecutor(
+        store, nothing_kept(store), dtype="float32", mesh=mesh, source=source, batches_per_pass=2
+    )
+    engine = jdsi.InferenceEngine(executor, jdsi.InferenceConfig(dtype="float32", max_batch_size=2))
+    with contextlib.closing(engine):
+        np.testing.assert_allclose(engine.forward(PROMPTS), plain.forward(PROMPTS), rtol=5e-4, atol=5e-5)
+        for sampling in (*SAMPLINGS, BEAMS):
+            expected, found = plain.generate(PROMPTS, sampling), engine.generate(PROMPTS, sampling)
+            assert [c.token_ids for c in found] == [c.token_ids for c in expected], sampling
+
+
+# Matrices stored transposed, rows in another order with parallel residuals, heads of ALiBi, an encoder.
+TELLING = ("gpt2", "falcon", "bloom", "bert")
+
+
+@pytest.mark.parametrize("name", [n if n in TELLING else pytest.param(n, marks=pytest.mark.slow) for n in CONFIGS])
+def test_every_family(name: str, tmp_path: Path) -> None:
+    """Heads, widths and vocabularies that do not divide, stored layouts of all kinds."""
+    folder = three_layers(name, tmp_path / name)
+    expected = jdsi.init_inference(folder, dtype="float32")
+    store = BlockStore.open(folder)
+    mesh = make_mesh(tensor=3, data=2)
+    executor = StreamedExecutor(store, nothing_kept(store), dtype="float32", mesh=mesh)
+    with contextlib.closing(jdsi.InferenceEngine(executor, jdsi.InferenceConfig(dtype="float32"))) as engine:
+        actual, wanted = np.asarray(engine.forward(PROMPTS)), np.asarray(expected.forward(PROMPTS))
+        for row, prompt in enumerate(PROMPTS):
+            n = len(prompt)
+            np.testing.assert_allclose(actual[row, :n], wanted[row, :n], rtol=5e-4, atol=5e-5)
+        if name not in ENCODERS:
+            greedy = SAMPLINGS[0]
+            tokens = [c.token_ids for c in expected.generate(PROMPTS, greedy)]
+            assert [c.token_ids for c in engine.generate(PROMPTS, greedy)] == tokens
+
+
+def test_every_device_fetches_an_equal_part(llama: Path) -> None:
+    store = BlockStore.open(llama.with_name("streaming"))
+    mesh = make_mesh(tensor=2, data=2)
+    executor = StreamedExecutor(store, nothing_kept(store), dtype="float32", mesh=mesh)
+    block = store.blocks["layers.0"]
+    with contextlib.closing(executor), executor._block("embedding"), executor._block("layers.0") as arrived:
+        sections = Section.of(block.form)
+        assert len(sections) == 1
+        for array in arrived.arrays:
+            shares = {shard.device: shard.data.nbytes for shard in array.addressable_shards}
+            assert list(shares) == list(mesh.devices.flat)
+            assert len(set(shares.values())) == 1
+            assert block.bytes_stored <= sum(shares.values()) + 4096 <= block.bytes_stored + 4096 + 4 * 128
+
+
+def test_the_engine_takes_degrees_and_limits(llama: Path) -> None:
+    plain = jdsi.init_inference(llama, dtype="float32").generate(PROMPTS, SAMPLINGS[0])
+    settings = {"offload": "nvme", "memory_limit": "420MiB", "max_tokens": 64, "max_batch_size": 4}
+    engine = jdsi.init_inference(llama, dtype="float32", tensor_parallel=2, data_parallel=2, **settings)
+    with contextlib.closing(engine):
+        assert str(engine.executor.parallelism) == "tensor 2 x pipeline 1 x data 2"
+        assert [c.token_ids for c in engine.generate(PROMPTS, SAMPLINGS[0])] == [c.token_ids for c in plain]
+    with pytest.raises(jdsi.ConfigError, match=rf"tensor 2 x.*there are {len(jax.devices())}|data"):
+        jdsi.init_inference(llama, tensor_parallel=2, data_parallel=len(jax.devices()), offload="nvme")
