@@ -4,6 +4,7 @@ A script of its own, not a module of the package: importing jdsi is part of what
 """
 
 import contextlib
+import ctypes
 import itertools
 import json
 import resource
@@ -11,6 +12,8 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+NEW_TOKENS = 4
 
 
 def peak_bytes() -> int:
@@ -75,22 +78,62 @@ def start(folder: str, cache: str, prompt: list[int]) -> dict[str, Any]:
     }
 
 
-def offload(folder: str, dtype: str, tokens: int, limit: int) -> dict[str, Any]:
-    """Generates two tokens with weights that stay on disk."""
+def offload(
+    folder: str, dtype: str, tokens: int, limit: int | None, warm_up: str | None = None, cap: int | None = None
+) -> dict[str, Any]:
+    """Generates tokens with weights that stay on disk, or without a limit in memory.
+
+    Args:
+        folder: the model.
+        dtype: that it runs in.
+        tokens: that the engine is set up for.
+        limit: of memory, for what is kept and read ahead.
+        warm_up: a small model with which the same is done first; then all of it on the CPU, whose memory is meant.
+        cap: bytes by which the address space may grow from there on, and no further.
+    """
+    import jax
+
     import jdsi
 
-    engine = jdsi.init_inference(
-        folder,
-        dtype=dtype,
-        offload="nvme",
-        memory_limit=limit,
-        max_batch_size=1,
-        max_tokens=tokens,
-        compilation_cache=False,
-    )
-    engine.generate([1, 2, 3], jdsi.SamplingParams(max_new_tokens=2, ignore_eos=True))
-    engine.close()
-    return {"peak": peak_bytes()}
+    if warm_up is not None:
+        jax.config.update("jax_platforms", "cpu")
+
+    def generate(model: str) -> tuple[list[int], int | None]:
+        offloaded: dict[str, Any] = {} if limit is None else {"offload": "nvme", "memory_limit": limit}
+        with contextlib.closing(
+            jdsi.init_inference(
+                model, dtype=dtype, max_batch_size=1, max_tokens=tokens, compilation_cache=False, **offloaded
+            )
+        ) as engine:
+            sampling = jdsi.SamplingParams(max_new_tokens=NEW_TOKENS, ignore_eos=True)
+            found = engine.generate([5, 9, 2, 7], sampling)[0].token_ids
+            residency = getattr(engine.executor, "residency", None)
+            return found, None if residency is None else len(residency.streamed)
+
+    if cap is not None:
+        _one_arena()
+    if warm_up is not None:
+        generate(warm_up)
+    before = _address_space()
+    if cap is not None:
+        resource.setrlimit(resource.RLIMIT_AS, (before + cap, resource.RLIM_INFINITY))
+    start = time.perf_counter()
+    try:
+        made, streamed = generate(folder)
+    except Exception as error:  # what a user would see, be it ours, JAX's or Python's
+        return {"failed": f"{type(error).__name__}: {error}", "address_space": before}
+    took = time.perf_counter() - start
+    return {"peak": peak_bytes(), "tokens": made, "streamed": streamed, "seconds": took, "address_space": before}
+
+
+def _address_space() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+
+
+def _one_arena() -> None:
+    """Keeps glibc from reserving 64 MB of address space for every thread that allocates, used or not."""
+    with contextlib.suppress(AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(-8, 1)  # M_ARENA_MAX
 
 
 def _virtual_devices(count: int) -> None:

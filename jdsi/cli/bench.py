@@ -147,26 +147,43 @@ def kernels(
 
 @bench.command()
 def offload(
-    gigabytes: Annotated[float, typer.Option(help="Size of the random checkpoint, written twice.")] = 3.0,
+    gigabytes: Annotated[
+        float | None, typer.Option(help="Size of the random checkpoint; by default 3, with --cap 10.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="That it is stored in.")] = "bfloat16",
     compute_dtype: Annotated[str, typer.Option(help="That the model runs in.")] = "float32",
     batch: Annotated[int, typer.Option(help="Rows of a batch.")] = 1,
-    batches_per_pass: Annotated[str, typer.Option(help="Batches that share a pass, as 1,2,4.")] = "1,2,4,8",
+    batches_per_pass: Annotated[str, typer.Option(help="Batches that share a pass, as 1,2,4.")] = "1,2,4,8,16",
     rounds: Rounds = 3,
+    peer: Annotated[list[str] | None, typer.Option(help="disk-offload or cpu-offload; may be repeated.")] = None,
+    cap: Annotated[
+        bool,
+        typer.Option("--cap", help="Instead, run it under a cap of memory a fifth of its size. Nothing is timed."),
+    ] = False,
     folder: Annotated[str | None, typer.Option(help="Where to write; the temporary folder by default.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """A model streamed from disk: seconds a pass beside the disk's own limit, and peak memory."""
+    """A model streamed from disk: seconds a pass beside the disk's own limit and other programs, and peak memory."""
     from jdsi.bench import bench_offload
+    from jdsi.bench.offload_cap import bench_offload_cap
     from jdsi.bench.report import show
 
+    if cap:
+        if peer:
+            raise ConfigError("--cap runs no peers: leave out --peer")
+        size = 10.0 if gigabytes is None else gigabytes
+        show(
+            bench_offload_cap(gigabytes=size, dtype=dtype, compute_dtype=compute_dtype, folder=folder), as_json=as_json
+        )
+        return
     report = bench_offload(
-        gigabytes=gigabytes,
+        gigabytes=3.0 if gigabytes is None else gigabytes,
         dtype=dtype,
         compute_dtype=compute_dtype,
         batch=batch,
         batches_per_pass=_numbers("--batches-per-pass", batches_per_pass),
         rounds=rounds,
+        peers=peer or (),
         folder=folder,
     )
     show(report, as_json=as_json)

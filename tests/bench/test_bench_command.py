@@ -150,16 +150,3 @@ def test_a_peer_that_is_not_installed_names_the_extra(monkeypatch: pytest.Monkey
 
 def test_the_environment_is_json() -> None:
     assert json.loads(json.dumps(environment()))["memory_bytes"] > 0
-
-
-def test_offload() -> None:
-    found = report("offload", "--gigabytes", "0.01", "--rounds", "1", "--batches-per-pass", "1,2")
-    by_name = {result["what"]: result for result in found["results"]}
-    assert by_name.keys() == {"disk", "streamed x1", "streamed x2", "folder", "mmap", "peak memory"}
-    # One pass each; of so few blocks those read ahead, in the others' turn, are a large part.
-    assert 0.4 <= by_name["streamed x1"]["bytes_per_pass"] <= 1.6
-    assert by_name["mmap"]["bytes_per_pass"] >= 0.7
-    assert by_name["peak memory"]["within"]
-    assert 2 * by_name["streamed x2"]["seconds"]["median"] == pytest.approx(
-        4 / by_name["streamed x2"]["tokens_per_second"]
-    )
