@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,10 @@ def test_a_full_disk_is_known_at_once(tmp_path: Path, monkeypatch: pytest.Monkey
     home = FileSlabs(tmp_path)
     home.allocate([(128, 1, 1, 8)], np.dtype(np.float32))
 
-    def full(*_: Any) -> None:
+    fallocate = os.posix_fallocate
+
+    def full(descriptor: int, offset: int, size: int) -> None:
+        fallocate(descriptor, offset, size // 2)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patched:
@@ -160,6 +164,27 @@ def test_a_failing_disk_is_named(
     with pytest.raises(kind, match=rf"the spill file in {tmp_path}: {message}") as caught:
         (file.read if call == "preadv" else file.write)([(offset, memory)])
     assert type(caught.value) is kind
+    file.close()
+
+
+def test_a_read_that_failed_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its memory goes to others, in which a part that was still being read would appear."""
+
+    def read(descriptor: int, buffers: list[np.ndarray], offset: int) -> int:
+        if offset == 0:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        time.sleep(0.2)
+        buffers[0][:] = 9
+        return buffers[0].size
+
+    file, memory = SpillFile(tmp_path), PageBuffer(3 * PAGE).bytes
+    monkeypatch.setattr(spill_file, "_CHUNK", PAGE)
+    monkeypatch.setattr(os, "preadv", read)
+    with pytest.raises(JdsiError, match="reading at byte 0"):
+        file.read([(0, memory)])
+    then = memory.copy()
+    time.sleep(0.3)
+    np.testing.assert_array_equal(memory, then)
     file.close()
 
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jdsi.errors import CapacityError, ConfigError, JdsiError
@@ -38,6 +39,10 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[SlabStore]
 def mesh_of(**axes: int) -> Any:
     (mesh,) = stage_meshes(make_mesh(**axes))
     return mesh
+
+
+def made(store: SlabStore, rows: int = 2, **options: Any) -> OffloadedKV:
+    return OffloadedKV(HEADS, rows, CAPACITY, jnp.float32, mesh_of(), store, **options)
 
 
 @partial(jax.jit, donate_argnums=0)
@@ -66,6 +71,9 @@ class Reference:
         memory = self.kv.take(layer)
         for array, expected in zip(memory, self.layers[layer], strict=True):
             np.testing.assert_array_equal(np.asarray(array).view(np.uint8), expected.view(np.uint8))
+        self.add(layer, memory, new_lengths, new_tokens)
+
+    def add(self, layer: int, memory: Any, new_lengths: np.ndarray, new_tokens: int) -> None:
         slots = self.lengths[:, None] + np.arange(new_tokens)
         slots = np.where(np.arange(new_tokens) < new_lengths[:, None], slots, CAPACITY)
         shape = (self.kv.rows, new_tokens)
@@ -136,13 +144,14 @@ def test_batches_share_a_store(store: SlabStore) -> None:
 
 
 def slowly(program: Any) -> Any:
-    """`program`, which reads its arguments a while after it was called."""
+    """`program`, which reads its arrays a while after it was called. (One with a callback would be waited for.)"""
 
-    def later(x: jax.Array) -> jax.Array:
-        wait = jax.pure_callback(lambda: (time.sleep(0.2), np.float32(0))[1], jax.ShapeDtypeStruct((), np.float32))
-        return x + wait.astype(x.dtype)
+    def run(memory: Any, *rest: Any) -> Any:
+        busy = lax.fori_loop(0, 15_000, lambda _, x: jnp.sin(x @ x), jnp.ones((64, 64), jnp.float32))
+        zero = jnp.where(busy[0, 0] > 2, 1, 0)  # a sine never is
+        return program([x + zero.astype(x.dtype) for x in memory], *rest)
 
-    return jax.jit(lambda memory, *rest: program(jax.tree.map(later, memory), *rest))
+    return jax.jit(run)
 
 
 def test_memory_waits_for_who_reads_it(store: SlabStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,35 +171,36 @@ def test_memory_waits_for_who_reads_it(store: SlabStore, monkeypatch: pytest.Mon
     model.step(np.array([100, 90]), 128)
     monkeypatch.setattr(kv_moves, "_expand", slow_expand)
     taken = [model.kv.take(layer) for layer in range(len(HEADS))]
+    assert not taken[-1][0].is_ready()
     loaded = {memory.ctypes.data for state in model.kv._layers for memory in next(iter(state.taken.memories.values()))}
     assert loaded == set(aliases), "JAX copies what is put on the device, so that this test shows nothing"
-    threading.Thread(target=model.kv.close).start()
-    monkeypatch.setattr(kv_moves, "_expand", expand)
-    other = Reference(OffloadedKV(HEADS, 2, CAPACITY, jnp.float32, mesh_of(), store), jnp.float32, 1)
-    for _ in range(3):  # in whatever memory becomes free
-        other.step(np.array([80, 80]), 128)
-        other.kv.select(np.array([1, 0]))
-        other.lengths, other.layers = other.lengths[[1, 0]], [[x[[1, 0]] for x in layer] for layer in other.layers]
+    shapes = [slab.shape for state in model.kv._layers for pair in state.slabs.values() for slab in pair]
+    model.kv.close()
+    memories = store.home.load(store.home.allocate(shapes, np.dtype(np.float32)), 0)
+    assert {memory.ctypes.data for memory in memories} == loaded
+    for memory in memories:
+        memory[:] = 77
     for memory, expected in zip(taken, model.layers, strict=True):
         for array, values in zip(memory, expected, strict=True):
             np.testing.assert_array_equal(array, values)
 
 
-def test_a_slow_layer_sees_its_own_memory(store: SlabStore) -> None:
-    model = Reference(OffloadedKV(HEADS, 2, CAPACITY, jnp.float32, mesh_of(), store), jnp.float32, 0)
-    model.step(np.array([100, 90]), 128)
-    sums, slow_sum = [], slowly(lambda memory: [x.sum(axis=(1, 2, 3)) for x in memory])
-
-    def program(memory: Any, slots: Any, new: Any) -> Any:
-        sums.append((slow_sum(memory), [np.asarray(x).sum(axis=(1, 2, 3)) for x in memory]))
-        return add_tokens(memory, slots, new)
-
-    model.program = program
+def test_slow_layers_are_waited_for(store: SlabStore) -> None:
+    batches = [Reference(made(store), jnp.float32, seed) for seed in range(2)]
+    for batch in batches:
+        batch.step(np.array([100, 90]), 128)
+        batch.program = slowly(add_tokens)
     for _ in range(2):
-        model.step(np.array([1, 1]), 1)
-    for found, expected in sums:
-        for one, other in zip(found, expected, strict=True):
-            np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-3)
+        for batch in batches:
+            for layer in range(len(HEADS)):
+                memory = batch.kv.take(layer)  # without looking at it, which would wait
+                batch.kv.prefetch((layer + 1) % len(HEADS))
+                batch.add(layer, memory, np.array([1, 1]), 1)
+            assert not batch.kv._layers[-1].saving.done()
+            batch.lengths += 1
+    for batch in batches:
+        batch.program = add_tokens
+        batch.check()
 
 
 def test_what_is_taken_may_be_donated(store: SlabStore) -> None:
@@ -206,10 +216,6 @@ def test_what_is_taken_may_be_donated(store: SlabStore) -> None:
     assert [x.unsafe_buffer_pointer() for x in changed] == pointers, "the layer was copied"
     assert all((x[:130] == 1).all() for x in host)
     kv.give(0, changed, [130], [0], 1)
-
-
-def made(store: SlabStore, rows: int = 2, **options: Any) -> OffloadedKV:
-    return OffloadedKV(HEADS, rows, CAPACITY, jnp.float32, mesh_of(), store, **options)
 
 
 def pass_through(kv: OffloadedKV, layer: int, lengths: int = 0, new: int = 100) -> None:
