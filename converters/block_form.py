@@ -10,6 +10,9 @@ import numpy as np
 from jaxtyping import Array
 
 from jdsi.models.weight_map import Identity, Op, Shape
+from jdsi.pallas_kernels.quantized_linear import WeightFormat
+
+from .quantization import dequantized
 
 FIELD_ALIGNMENT = 128
 """Bytes; more than JAX needs to use host memory in place on the CPU, and a cache line of a GPU."""
@@ -67,6 +70,27 @@ class Joined:
         """See `Recipe.is_stored_as`."""
         name, op = self.pieces[0]
         return len(self.pieces) == 1 and isinstance(op, Identity) and fields[name].dtype == dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class Dequantized:
+    """A quantised matrix.
+
+    Attributes:
+        format: its own.
+        arrays: what `dequantized` calls each of its arrays, and the name that it is stored under.
+    """
+
+    format: WeightFormat
+    arrays: tuple[tuple[str, str], ...]
+
+    def make(self, stored: Mapping[str, Array], dtype: Any) -> Array:
+        """See `Recipe.make`."""
+        return dequantized({part: stored[name] for part, name in self.arrays}, self.format, dtype)
+
+    def is_stored_as(self, fields: Mapping[str, Field], dtype: Any) -> bool:
+        """See `Recipe.is_stored_as`."""
+        return False
 
 
 @dataclasses.dataclass(frozen=True)

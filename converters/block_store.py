@@ -10,13 +10,15 @@ import numpy as np
 from jdsi.errors import CheckpointError, ConfigError
 from jdsi.models import abstract_parameters
 from jdsi.models.spec import TransformerSpec
+from jdsi.models.tensor_parallel import split_of
 from jdsi.models.weight_map import Identity
 
-from .block_form import FIELD_ALIGNMENT, BlockForm, Field, Joined, Parameter
+from .block_form import FIELD_ALIGNMENT, BlockForm, Dequantized, Field, Joined, Parameter, Recipe
 from .checkpoint import Checkpoint, open_checkpoint
 from .config import load_family
 from .direct_io import Segment, round_up
 from .orbax import groups
+from .sharded import ShardedCheckpoint
 from .sources import MappedParameters
 from .streaming import StreamingCheckpoint
 
@@ -27,15 +29,26 @@ class Block:
 
     Attributes:
         name: "embedding", "layers.0", ...
-        form: what lies where in its memory.
+        form: what lies where in its memory, or in each rank's part of that.
         segments: the reads that fill the memory.
         nbytes: memory to read it into, whole pages.
+        ranks: how many shares it is stored as, one rank's behind another's in equal parts of the memory; 1 where it is
+            stored whole.
     """
 
     name: str
     form: BlockForm
     segments: tuple[Segment, ...]
     nbytes: int
+    ranks: int = 1
+
+    def nbytes_as(self, dtype: np.dtype) -> int:
+        """Bytes of the parameters, of all ranks, once they are of `dtype`."""
+        return self.form.nbytes_as(dtype) * self.ranks
+
+    def made_bytes(self, dtype: np.dtype) -> int:
+        """Bytes of those parameters that are not used where they are stored."""
+        return self.form.made_bytes(dtype) * self.ranks
 
     @property
     def bytes_stored(self) -> int:
@@ -58,8 +71,13 @@ class BlockStore:
     blocks: Mapping[str, Block]
 
     @classmethod
-    def open(cls, path: str | Path) -> Self:
+    def open(cls, path: str | Path, *, tensor_parallel: int = 1) -> Self:
         """The blocks of a folder that `convert(to="streaming")` made, or of a safetensors folder as it is.
+
+        Args:
+            path: the folder.
+            tensor_parallel: the degree that the model is to run with. A folder that `convert(to="sharded")` cut for it
+                can be streamed too; every device then fetches no more than it uses.
 
         Raises:
             CheckpointError: the checkpoint is damaged, does not fit its config, or is of a layout whose bytes cannot
@@ -71,6 +89,10 @@ class BlockStore:
         if isinstance(checkpoint, StreamingCheckpoint):
             checkpoint.check(shapes)
             blocks = {name: _stored_block(checkpoint, name) for name in groups(shapes)}
+        elif isinstance(checkpoint, ShardedCheckpoint):
+            _check_degree(checkpoint, spec, tensor_parallel)
+            checkpoint.check(shapes)
+            blocks = {group: _cut_block(checkpoint, group, names) for group, names in groups(shapes).items()}
         else:
             if not isinstance(checkpoint, Checkpoint) or any(info.offset < 0 for info in checkpoint.tensors.values()):
                 raise CheckpointError(
@@ -84,7 +106,7 @@ class BlockStore:
     @property
     def nbytes(self) -> int:
         """Bytes of all blocks as they are stored."""
-        return sum(field.nbytes for block in self.blocks.values() for _, field in block.form.fields)
+        return sum(field.nbytes * block.ranks for block in self.blocks.values() for _, field in block.form.fields)
 
     @property
     def dtype(self) -> np.dtype:
@@ -105,20 +127,33 @@ def _local_name(group: str, name: str) -> str:
     return name.removeprefix(f"{group}.") if group.startswith("layers.") else name
 
 
+def _plain(name: str) -> Recipe:
+    return Joined(((name, Identity()),))
+
+
 def _stored_block(checkpoint: StreamingCheckpoint, name: str) -> Block:
     entry = checkpoint.groups[name]
-    fields, parameters = [], []
-    for parameter, offset in entry.offsets.items():
-        local, dtype, shape = _local_name(name, parameter), checkpoint.dtypes[parameter], checkpoint.shapes[parameter]
-        fields.append((local, Field(dtype, shape, offset)))
-        parameters.append((local, Parameter(shape, dtype, Joined(((local, Identity()),)))))
+    fields: list[tuple[str, Field]] = []
+    parameters: list[tuple[str, Parameter]] = []
+    for full in _parameters_of(checkpoint, name):
+        local, dtype, shape = _local_name(name, full), checkpoint.dtypes[full], checkpoint.shapes[full]
+        if full in entry.offsets:
+            fields.append((local, Field(dtype, shape, entry.offsets[full])))
+            recipe = _plain(local)
+        else:
+            stored = checkpoint.quantized[full]
+            tags = tuple((part, f"{local}:{part}") for part in stored.arrays)
+            fields += [(tag, Field(*stored.arrays[part])) for part, tag in tags]
+            recipe = Dequantized(stored.format, tags)
+        parameters.append((local, Parameter(shape, dtype, recipe)))
     nbytes = round_up(entry.nbytes)  # the file is padded to whole pages, which go straight into memory
     segments = (Segment(checkpoint.file, entry.offset, nbytes, 0),)
-    return Block(name, BlockForm(_by_offset(fields), tuple(parameters)), segments, nbytes)
+    fields.sort(key=lambda item: item[1].offset)
+    return Block(name, BlockForm(tuple(fields), tuple(parameters)), segments, nbytes)
 
 
-def _by_offset(fields: list[tuple[str, Field]]) -> tuple[tuple[str, Field], ...]:
-    return tuple(sorted(fields, key=lambda item: item[1].offset))
+def _parameters_of(checkpoint: StreamingCheckpoint, group: str) -> list[str]:
+    return groups(checkpoint.shapes)[group]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,17 +174,22 @@ def _mapped_block(parameters: MappedParameters, group: str, names: list[str]) ->
         files = [Segment(info.file, info.offset, info.nbytes, 0) for _, info, _ in pieces]
         if all(isinstance(op, Identity) and info.dtype == pieces[0][1].dtype for op, info, _ in pieces):
             stored.append(_Stored(name, pieces[0][1].dtype, shape, tuple(files)))
-            recipe = Joined(((name, Identity()),))
+            recipe = _plain(name)
         else:
             tags = [f"{name}:{i}" for i in range(len(pieces))]
             for tag, (_, info, _), file in zip(tags, pieces, files, strict=True):
                 stored.append(_Stored(tag, info.dtype, info.shape, (file,)))
             recipe = Joined(tuple((tag, op) for tag, (op, _, _) in zip(tags, pieces, strict=True)))
         made.append((name, Parameter(shape, parameters.dtypes[full], recipe)))
-    # Arrays of a type side by side, so that they go to several devices as one.
-    stored.sort(key=lambda array: array.dtype.name)
+    fields, segments, end = _laid_out(stored)
+    return Block(group, BlockForm(fields, tuple(made)), segments, round_up(end))
+
+
+def _laid_out(stored: list[_Stored]) -> tuple[tuple[tuple[str, Field], ...], tuple[Segment, ...], int]:
+    """Fields, the reads that fill them, and the end of the last one."""
     fields, segments, end = [], [], 0
-    for array in stored:
+    # Arrays of a type side by side, so that they go to several devices as one.
+    for array in sorted(stored, key=lambda array: array.dtype.name):
         field = Field(array.dtype, array.shape, round_up(end, FIELD_ALIGNMENT))
         fields.append((array.name, field))
         end = field.offset
@@ -157,4 +197,31 @@ def _mapped_block(parameters: MappedParameters, group: str, names: list[str]) ->
             segments.append(dataclasses.replace(source, target=end))
             end += source.nbytes
         assert end == field.offset + field.nbytes, array.name
-    return Block(group, BlockForm(tuple(fields), tuple(made)), tuple(segments), round_up(end))
+    return tuple(fields), tuple(segments), end
+
+
+def _check_degree(checkpoint: ShardedCheckpoint, spec: TransformerSpec, ranks: int) -> None:
+    if checkpoint.ranks != ranks:
+        raise CheckpointError(
+            f"{checkpoint.path} is cut for tensor_parallel={checkpoint.ranks} and can be streamed only with that, not "
+            f"with {ranks}; `jdsi convert SRC DST --to streaming` makes a folder for any degree"
+        )
+    for name, split in checkpoint.splits.items():
+        if split != split_of(spec, name, ranks):
+            raise CheckpointError(f"{checkpoint.path}: {name} is not cut as this version does; convert it again")
+
+
+def _cut_block(checkpoint: ShardedCheckpoint, group: str, names: list[str]) -> Block:
+    made, segments, part = [], [], 0
+    fields: tuple[tuple[str, Field], ...] = ()
+    for rank in range(checkpoint.ranks):
+        infos = {_local_name(group, full): checkpoint.stored(full, rank) for full in names}
+        stored = [
+            _Stored(name, info.dtype, info.shape, (Segment(info.file, info.offset, info.nbytes, 0),))
+            for name, info in infos.items()
+        ]
+        fields, reads, end = _laid_out(stored)
+        part = round_up(end)
+        segments += [dataclasses.replace(read, target=read.target + rank * part) for read in reads]
+        made = [(name, Parameter(info.shape, info.dtype, _plain(name))) for name, info in infos.items()]
+    return Block(group, BlockForm(fields, tuple(made)), tuple(segments), checkpoint.ranks * part, checkpoint.ranks)

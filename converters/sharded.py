@@ -175,6 +175,10 @@ class ShardedCheckpoint(ShareReader):
             self.read_boxes(name, [(whole(out.shape), out)], watch)
         return out
 
+    def stored(self, name: str, rank: int) -> TensorInfo:
+        """Where a rank's share of a parameter lies, or all of one that is not divided."""
+        return self._replicated[name] if self.splits[name] is None else self._shares[rank][name]
+
     def read_share(self, name: str, dtype: np.dtype, split: Split, rank: int, watch: Watch) -> np.ndarray:
         """One contiguous read for a split that the folder was cut for, else gathered from several ranks' files."""
         if split != self.splits[name]:

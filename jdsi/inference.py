@@ -83,8 +83,8 @@ def init_inference(
 
 
 def _offloaded(folder: Path, config: InferenceConfig, implementation: Implementation | None) -> Executor:
-    store = BlockStore.open(folder)
     wanted = degrees(config)
+    store = BlockStore.open(folder, tensor_parallel=wanted.tensor)
     mesh = make_mesh(tensor=wanted.tensor, data=wanted.data, devices=jax.local_devices())
     footprint = footprint_on(store, resolve_dtype(config.dtype), mesh)
     plan = plan_offload(

@@ -100,11 +100,14 @@ class Streamed:
         form: of the block.
         mesh: with the axes "data" and "tensor".
         splits: how each parameter is divided over "tensor", by name.
+        ranks: as how many shares the block is stored, those of the axis "tensor" or 1; shares need not be gathered
+            over that axis.
     """
 
     form: BlockForm
     mesh: Mesh
     splits: tuple[tuple[str, Split | None], ...]
+    ranks: int = 1
 
     @cached_property
     def sections(self) -> tuple[Section, ...]:
@@ -113,16 +116,19 @@ class Streamed:
 
     def memory_bytes(self, nbytes: int) -> int:
         """Memory that a block of `nbytes` must be read into, so that every device's stretch lies within."""
-        devices = self.mesh.size
-        ends = [s.offset + devices * s.stretch(devices) * s.dtype.itemsize for s in self.sections]
-        return round_up(max([nbytes, *ends]) if devices > 1 else nbytes)
+        if self.mesh.size == 1:
+            return round_up(nbytes)
+        together = self.mesh.size // self.ranks
+        ends = [s.offset + together * s.stretch(together) * s.dtype.itemsize for s in self.sections]
+        return round_up(max(nbytes, nbytes - nbytes // self.ranks + max(ends)))
 
     @property
     def specs(self) -> Any:
         """See `Weights.specs`."""
         if self.mesh.size == 1:
             return {name: PartitionSpec() for name, _ in self.form.fields}
-        return [PartitionSpec((DATA, TENSOR))] * len(self.sections)
+        order = (DATA, TENSOR) if self.ranks == 1 else (TENSOR, DATA)
+        return [PartitionSpec(order)] * len(self.sections)
 
     def shardings(self, kind: MemoryKind) -> Any:
         """As `specs`, a sharding for each."""
@@ -132,28 +138,31 @@ class Streamed:
 
         return jax.tree.map(sharding, self.specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
 
-    def put(self, memory: np.ndarray, kind: MemoryKind = "device") -> Any:
+    def put(self, memory: np.ndarray, nbytes: int, kind: MemoryKind = "device") -> Any:
         """A block's bytes on the devices, the arrays that `parameters` takes; it does not wait for the copies.
 
         Args:
             memory: the block's, of `memory_bytes`. On a CPU the arrays are views of it.
+            nbytes: of the block.
             kind: the memory of each device to put them into.
         """
         shardings = self.shardings(kind)
         if self.mesh.size == 1:
             return jax.device_put(self.form.views(memory), shardings)
-        devices = list(self.mesh.devices.flat)
-        pieces = [
-            memory[section.offset :][start : start + length].view(section.dtype)
-            for section in self.sections
-            for length in [section.stretch(len(devices)) * section.dtype.itemsize]
-            for start in range(0, len(devices) * length, length)
-        ]
+        devices, tensor = list(self.mesh.devices.flat), self.mesh.shape[TENSOR]
+        together = len(devices) // self.ranks  # which share the bytes of a part
+        pieces = []
+        for section in self.sections:
+            length = section.stretch(together) * section.dtype.itemsize
+            for index in range(len(devices)):
+                rank, place = (0, index) if self.ranks == 1 else (index % tensor, index // tensor)
+                start = rank * (nbytes // self.ranks) + section.offset + place * length
+                pieces.append(memory[start : start + length].view(section.dtype))
         places = [jax.sharding.SingleDeviceSharding(device, memory_kind=kind) for device in devices]
         placed = iter(jax.device_put(pieces, places * len(self.sections)))
         return [
             jax.make_array_from_single_device_arrays(
-                (len(devices) * section.stretch(len(devices)),), sharding, [next(placed) for _ in devices]
+                (len(devices) * section.stretch(together),), sharding, [next(placed) for _ in devices]
             )
             for section, sharding in zip(self.sections, shardings, strict=True)
         ]
@@ -161,13 +170,13 @@ class Streamed:
     def parameters(self, arrays: Any, dtype: Any) -> dict[str, Array]:
         """See `Weights.parameters`."""
         stored = dict(arrays) if self.mesh.size == 1 else self._gathered(arrays)
-        splits = dict(self.splits)
-        return {name: own_share(x, TENSOR, splits[name]) for name, x in self.form.make(stored, dtype).items()}
+        made, splits = self.form.make(stored, dtype), dict(self.splits)
+        return made if self.ranks > 1 else {name: own_share(x, TENSOR, splits[name]) for name, x in made.items()}
 
     def _gathered(self, stretches: Sequence[Array]) -> dict[str, Array]:
         found = {}
         for section, stretch in zip(self.sections, stretches, strict=True):
-            values = all_gather(all_gather(stretch, TENSOR), DATA)
+            values = all_gather(all_gather(stretch, TENSOR) if self.ranks == 1 else stretch, DATA)
             for name, field in section.fields:
                 start = (field.offset - section.offset) // section.dtype.itemsize
                 size = field.nbytes // section.dtype.itemsize
@@ -180,7 +189,7 @@ def streamed_weights(spec: TransformerSpec, block: Block, mesh: Mesh) -> Streame
     ranks = mesh.shape[TENSOR]
     prefix = f"{block.name}." if block.name.startswith("layers.") else ""
     splits = tuple((name, split_of(spec, prefix + name, ranks)) for name, _ in block.form.parameters)
-    return Streamed(block.form, mesh, splits)
+    return Streamed(block.form, mesh, splits, block.ranks)
 
 
 def kept_weights(streamed: Streamed) -> Kept:

@@ -49,7 +49,7 @@ class Footprint:
 
     def kept(self, names: Iterable[str]) -> int:
         """Bytes of blocks that stay; every data-parallel group has them."""
-        total = sum(self.store.blocks[name].form.nbytes_as(self.dtype) for name in names)
+        total = sum(self.store.blocks[name].nbytes_as(self.dtype) for name in names)
         return total * self.data if self.shared else -(-total // self.tensor)
 
     def buffer(self, names: Iterable[str]) -> int:
@@ -61,7 +61,7 @@ class Footprint:
         """Bytes that a streamed block takes while it is used: gathered from several devices, of another type."""
         devices = self.tensor * self.data
         blocks = [self.store.blocks[name] for name in names]
-        most = max((b.form.made_bytes(self.dtype) + b.nbytes * (devices > 1) for b in blocks), default=0)
+        most = max((b.made_bytes(self.dtype) + b.nbytes * (devices > 1) for b in blocks), default=0)
         return most * devices if self.shared else most
 
 

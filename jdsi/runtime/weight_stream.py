@@ -57,7 +57,7 @@ class MemorySource(abc.ABC):
     def deliver(self, block: Block, memory: np.ndarray, weights: Streamed) -> Any:
         """See `BlockSource.deliver`."""
         self.read(block, memory)
-        return weights.put(memory)
+        return weights.put(memory, block.nbytes)
 
 
 class DiskSource(MemorySource):
@@ -94,7 +94,7 @@ class HostSource:
                     memory = PageBuffer(weights.memory_bytes(block.nbytes)).bytes
                     reader.read(block.segments, memory)
                     # The driver copies from pinned memory at the link's speed, from other memory at a tenth of it.
-                    self._blocks[block.name] = jax.block_until_ready(weights.put(memory, "pinned_host"))
+                    self._blocks[block.name] = jax.block_until_ready(weights.put(memory, block.nbytes, "pinned_host"))
 
     def deliver(self, block: Block, memory: np.ndarray, weights: Streamed) -> Any:
         """See `BlockSource.deliver`."""

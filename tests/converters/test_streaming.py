@@ -1,11 +1,13 @@
 """The folder laid out for streaming: round trips, every kind of damage, verification."""
 
 import json
+import shutil
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from checkpoints import save_llama
 from jdsi.converters import convert, load_model, open_checkpoint
@@ -37,6 +39,25 @@ def test_round_trip_is_exact(llama: Path, store: Path, tmp_path: Path) -> None:
         np.testing.assert_array_equal(value, after[name])
 
 
+def test_types_may_differ_and_lie_together(llama: Path, tmp_path: Path) -> None:
+    shutil.copytree(llama, tmp_path / "mixed")
+    tensors = load_file(llama / "model.safetensors")
+    for name in tensors:
+        if "norm" not in name:
+            tensors[name] = tensors[name].astype(ml_dtypes.bfloat16)
+    save_file(tensors, tmp_path / "mixed" / "model.safetensors", metadata={"format": "pt"})
+    convert(tmp_path / "mixed", tmp_path / "store", to="streaming")
+    parameters = json.loads((tmp_path / "store" / "jdsi.json").read_text())["groups"]["layers.0"]["parameters"]
+    types = [entry["dtype"] for entry in sorted(parameters.values(), key=lambda entry: entry["offset"])]
+    assert types == ["bfloat16"] * 4 + ["float32"] * 2
+    StreamingCheckpoint(tmp_path / "store").verify()
+    convert(tmp_path / "store", tmp_path / "back", to="hf")
+    after = load_file(tmp_path / "back" / "model.safetensors")
+    assert {name: (t.dtype, t.tobytes()) for name, t in tensors.items()} == {
+        name: (t.dtype, t.tobytes()) for name, t in after.items()
+    }
+
+
 @pytest.mark.parametrize("layout", ["store", "llama"])
 def test_blocks_hold_the_parameters(layout: str, llama: Path, store: Path) -> None:
     expected = parameters(load_model(llama, dtype="float32"))
@@ -46,10 +67,12 @@ def test_blocks_hold_the_parameters(layout: str, llama: Path, store: Path) -> No
         memory = PageBuffer(block.nbytes).bytes
         memory[:] = 255
         reader.read(block.segments, memory)
-        for name, array in block.arrays(memory).items():
-            np.testing.assert_array_equal(array, expected[name], err_msg=name)
-            assert array.ctypes.data % FIELD_ALIGNMENT == 0
-            seen.add(name)
+        views = block.form.views(memory)
+        assert all(array.ctypes.data % FIELD_ALIGNMENT == 0 for array in views.values())
+        for name, array in block.form.make(views, "float32").items():
+            full = f"{block.name}.{name}" if block.name.startswith("layers.") else name
+            np.testing.assert_array_equal(array, expected[full], err_msg=full)
+            seen.add(full)
     reader.close()
     assert seen == expected.keys()
     if layout == "store":

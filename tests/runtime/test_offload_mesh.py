@@ -41,16 +41,30 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_llama(folder, num_hidden_layers=5)
     convert(folder, folder.with_name("streaming"), to="streaming")
     convert(folder, folder.with_name("narrow"), to="streaming", dtype="bfloat16")
+    convert(folder, folder.with_name("int8"), to="streaming", quantize="int8")
+    for ranks in (2, 3):
+        convert(folder, folder.with_name(f"cut{ranks}"), to="sharded", tensor_parallel=ranks)
     return folder
 
 
-@pytest.mark.parametrize("layout", ["llama", "streaming", "narrow"])
-@pytest.mark.parametrize("degrees", [{"tensor": 2}, {"data": 2}, {"tensor": 3, "data": 2}], ids=str)
+@pytest.mark.parametrize(
+    ("layout", "degrees"),
+    [
+        ("llama", {"tensor": 2}),
+        ("streaming", {"data": 2}),
+        ("narrow", {"tensor": 3, "data": 2}),
+        ("int8", {"tensor": 1}),
+        ("int8", {"tensor": 3, "data": 2}),
+        ("cut2", {"tensor": 2}),
+        ("cut3", {"tensor": 3, "data": 2}),
+    ],
+    ids=str,
+)
 def test_tokens_do_not_depend_on_the_mesh(llama: Path, layout: str, degrees: dict[str, int]) -> None:
     folder = llama.with_name(layout)
     plain = jdsi.init_inference(folder, dtype="float32", max_batch_size=2)
-    store, mesh = BlockStore.open(folder), make_mesh(**degrees)
-    source = HostSource() if layout == "llama" else None
+    store, mesh = BlockStore.open(folder, tensor_parallel=degrees.get("tensor", 1)), make_mesh(**degrees)
+    source = HostSource() if layout in ("llama", "cut3") else None
     executor = StreamedExecutor(
         store, nothing_kept(store), dtype="float32", mesh=mesh, source=source, batches_per_pass=2
     )
@@ -98,6 +112,15 @@ def test_every_device_fetches_an_equal_part(llama: Path) -> None:
             assert list(shares) == list(mesh.devices.flat)
             assert len(set(shares.values())) == 1
             assert block.bytes_stored <= sum(shares.values()) + 4096 <= block.bytes_stored + 4096 + 4 * 128
+
+
+def test_a_folder_cut_for_a_degree_is_streamed_with_that(llama: Path) -> None:
+    with pytest.raises(jdsi.CheckpointError, match=r"cut for tensor_parallel=2 .* not with 3.*--to streaming"):
+        BlockStore.open(llama.with_name("cut2"), tensor_parallel=3)
+    whole, cut = BlockStore.open(llama), BlockStore.open(llama.with_name("cut2"), tensor_parallel=2)
+    norms = 2 * whole.spec.width * 4
+    layer = whole.blocks["layers.0"]
+    assert cut.blocks["layers.0"].bytes_stored == layer.bytes_stored + norms  # norms are read for both
 
 
 def test_the_engine_takes_degrees_and_limits(llama: Path) -> None:
