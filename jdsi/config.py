@@ -13,6 +13,7 @@ from jdsi.converters import parse_dtype, parse_size
 from jdsi.errors import ConfigError, nearest
 
 OFFLOADS = ("host", "nvme", "auto")
+KV_OFFLOADS = ("host", "nvme")
 PARALLELISMS = ("auto", "latency", "throughput")
 _DEGREES = ("tensor_parallel", "pipeline_parallel", "data_parallel")
 
@@ -39,6 +40,11 @@ class InferenceConfig:
         memory_limit: bytes, or text such as `"2GiB"`, of the device's memory that an offloaded model may take with its
             KV cache; on a CPU that is the memory of the process, of which 400 MiB are set aside for all else (importing
             transformers and torch may take more). By default what is free. With `parallelism`, of each device.
+        kv_offload: where keys and values of an offloaded model live between the turns of their layers: `"host"` memory,
+            or `"nvme"`, a file that is gone when the process ends; `None` keeps them on the device.
+        spill_folder: where that file lies; by default the temporary folder.
+        devices_per_link: devices that share a link to the host: each of n offloads keys and values of every n-th layer
+            only, no two of the same one, so that they do not compete for the link.
         tensor_parallel: devices that share every layer. Also DeepSpeed's `tensor_parallel.tp_size`, `tp`, `mp_size`.
         pipeline_parallel: stages of consecutive layers, each on devices of its own.
         data_parallel: groups of devices that share the rows of a batch.
@@ -60,6 +66,9 @@ class InferenceConfig:
     kernels: bool = True
     offload: str | None = None
     memory_limit: int | str | None = None
+    kv_offload: str | None = None
+    spill_folder: str | os.PathLike[str] | None = None
+    devices_per_link: int = 1
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
     data_parallel: int = 1
@@ -71,7 +80,8 @@ class InferenceConfig:
     def __post_init__(self) -> None:
         if self.dtype != "auto":
             object.__setattr__(self, "dtype", parse_dtype(self.dtype).name)
-        for field in ("max_tokens", "max_batch_size", *_DEGREES, "micro_batches", "prompt_pieces"):
+        counts = ("max_tokens", "max_batch_size", "devices_per_link", *_DEGREES, "micro_batches", "prompt_pieces")
+        for field in counts:
             value = getattr(self, field)
             if field in ("max_tokens", "micro_batches") and value is None:
                 continue
@@ -88,7 +98,19 @@ class InferenceConfig:
                 raise ConfigError("memory_limit is for offload='host', 'nvme' or 'auto', and for parallelism")
         if not isinstance(self.kernels, bool):
             raise ConfigError(f"kernels={self.kernels!r} must be true or false")
+        self._check_kv_offload()
         self._check_parallelism()
+
+    def _check_kv_offload(self) -> None:
+        if self.kv_offload not in (None, *KV_OFFLOADS):
+            hint = nearest(str(self.kv_offload), KV_OFFLOADS)
+            raise ConfigError(f"kv_offload={self.kv_offload!r}{hint} must be one of {KV_OFFLOADS}")
+        if self.kv_offload is not None and self.offload is None:
+            raise ConfigError("kv_offload is for models that run layer by layer; set offload='host', 'nvme' or 'auto'")
+        if self.spill_folder is not None and self.kv_offload != "nvme":
+            raise ConfigError("spill_folder is for kv_offload='nvme'")
+        if self.devices_per_link > 1 and self.kv_offload is None:
+            raise ConfigError("devices_per_link is for kv_offload")
 
     def _check_parallelism(self) -> None:
         degrees = {name: getattr(self, name) for name in _DEGREES if getattr(self, name) > 1}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from jdsi.generation.tokenizer import load_eos_token_ids, load_tokenizer
 from jdsi.models import Transformer, parameters
 from jdsi.pallas_kernels.operator import Implementation
 from jdsi.runtime import Executor, ResidentExecutor, enable_compilation_cache
-from jdsi.runtime.offload import footprint_on, offloaded_executor, plan_offload
+from jdsi.runtime.offload import KVPlace, footprint_on, offloaded_executor, plan_offload
 from jdsi.runtime.parallel import degrees, mesh_executor, wants_mesh
 from jdsi.sharding import make_mesh
 
@@ -87,14 +88,18 @@ def _offloaded(folder: Path, config: InferenceConfig, implementation: Implementa
     store = BlockStore.open(folder, tensor_parallel=wanted.tensor)
     mesh = make_mesh(tensor=wanted.tensor, data=wanted.data, devices=jax.local_devices())
     footprint = footprint_on(store, resolve_dtype(config.dtype), mesh)
+    kv_place = KVPlace(
+        config.kv_offload or "device", Path(config.spill_folder or tempfile.gettempdir()), config.devices_per_link
+    )
     plan = plan_offload(
         footprint,
         str(config.offload),
         None if config.memory_limit is None else int(config.memory_limit),
         max_tokens=config.max_tokens or store.spec.max_positions,
         max_batch_size=config.max_batch_size,
+        kv_place=kv_place,
     )
-    return offloaded_executor(footprint, plan, implementation, mesh)
+    return offloaded_executor(footprint, plan, implementation, mesh, kv_place)
 
 
 def _parse_config(config: Any, overrides: dict[str, Any]) -> InferenceConfig:

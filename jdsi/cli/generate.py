@@ -61,6 +61,15 @@ def generate(
         str | None,
         typer.Option(help="With --offload or --parallelism: memory to keep to, as 2GiB; by default what is free."),
     ] = None,
+    kv_offload: Annotated[
+        str | None, typer.Option(help="With --offload: host or nvme, where keys and values live as well.")
+    ] = None,
+    spill_folder: Annotated[
+        Path | None, typer.Option(help="With --kv-offload nvme: where; by default the temporary folder.")
+    ] = None,
+    devices_per_link: Annotated[
+        int, typer.Option(help="With --kv-offload: devices that share a link to the host.")
+    ] = 1,
     tensor_parallel: Annotated[
         int, typer.Option(help="Devices that share every layer.", rich_help_panel=_PARALLELISM)
     ] = 1,
@@ -127,6 +136,9 @@ def generate(
         tokenizer=tokenizer,
         offload=offload,
         memory_limit=memory_limit,
+        kv_offload=kv_offload,
+        spill_folder=spill_folder,
+        devices_per_link=devices_per_link,
         kernels=kernels,
         tensor_parallel=tensor_parallel,
         pipeline_parallel=pipeline_parallel,

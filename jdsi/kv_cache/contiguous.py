@@ -7,6 +7,7 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
@@ -44,7 +45,7 @@ class ContiguousContext:
     keys: tuple[Float[Array, "B K L D"], ...]
     values: tuple[Float[Array, "B K L Dv"], ...]
     lengths: Int[Array, " B"]
-    new_lengths: Int[Array, " B"]
+    new_lengths: Int[Array | np.ndarray, " B"]
     new_tokens: int = dataclasses.field(default=1, metadata={"static": True})
     empty: bool = dataclasses.field(default=False, metadata={"static": True})
 
@@ -74,7 +75,7 @@ class ContiguousContext:
         """Slots per row."""
         return self.keys[0].shape[2]
 
-    def extend(self, new_lengths: Int[Array, " B"], new_tokens: int) -> Self:
+    def extend(self, new_lengths: Int[Array | np.ndarray, " B"], new_tokens: int) -> Self:
         """The context for a call with `new_tokens` tokens per row, of which `new_lengths` are real."""
         return dataclasses.replace(self, new_lengths=new_lengths, new_tokens=new_tokens)
 

@@ -10,6 +10,7 @@ from jaxtyping import Array, Int
 
 from jdsi.sharding import DATA, axis_index
 
+from .kv_offload import OffloadedContext
 from .staged_context import StagedContext
 
 
@@ -21,6 +22,8 @@ def select_rows(context: Any, rows: Int[Array | np.ndarray, " N"]) -> Any:
     if isinstance(context, StagedContext):
         on_host = np.asarray(rows)  # every stage has devices of its own, and the indices come from the last one's
         return context.each(lambda stage: select_rows(stage, on_host))
+    if isinstance(context, OffloadedContext):
+        return context.select(rows)
     sharding = context.lengths.sharding
     mesh = sharding.mesh if isinstance(sharding, NamedSharding) and sharding.mesh.shape.get(DATA, 1) > 1 else None
     return _program(mesh, len(rows) == context.batch)(context, rows)

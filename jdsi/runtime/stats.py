@@ -53,8 +53,14 @@ class GenerationStats:
         if self.stream is None:
             return text
         stream = self.as_dict()["stream"]
-        return (
+        text = (
             f"{text}\nstreamed {stream['bytes_streamed'] / 1e9:.2f} GB in {stream['blocks']} blocks at "
             f"{stream['gigabytes_per_second']:.2f} GB/s, link busy {stream['link_busy']:.0%} of the time; "
             f"peak memory {self.peak_memory_bytes / 1e9:.2f} GB"
         )
+        if self.stream.kv_bytes_read or self.stream.kv_bytes_written:
+            text += (
+                f"\nkeys and values: {self.stream.kv_bytes_read / 1e9:.2f} GB came and "
+                f"{self.stream.kv_bytes_written / 1e9:.2f} GB went, waited for {self.stream.kv_wait_seconds:.2f} s"
+            )
+        return text

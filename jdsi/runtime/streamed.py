@@ -25,10 +25,12 @@ from jdsi.pallas_kernels.operator import Implementation
 from jdsi.sharding import DATA, TENSOR, Parallelism, make_mesh
 
 from .executor import Step
+from .kv_offload import OffloadedContext, OffloadedKV, SlabStore
 from .layer_programs import LayerPrograms
 from .one_process import OneProcess
 from .placement import Streamed, kept_weights, streamed_weights
 from .residency import Residency
+from .waiting import Waiting
 from .weight_stream import BlockSource, Delivery, DiskSource, StreamReport, WeightStream
 
 
@@ -42,6 +44,10 @@ class StreamedExecutor(OneProcess):
         mesh: tensor and data parallelism over devices of this process; by default JAX's default device alone.
         source: where streamed blocks come from; by default the store's files.
         batches_per_pass: how many batches should share a pass.
+        kv: where keys and values lie between the turns of their layers; by default they stay on the devices. Closed
+            with the executor.
+        devices_per_link: see `OffloadedKV`.
+        park: whether the hidden states of batches that wait for their turn go to host memory.
         implementation: what operators run, see `default_implementation`.
 
     Attributes:
@@ -58,6 +64,9 @@ class StreamedExecutor(OneProcess):
         mesh: Mesh | None = None,
         source: BlockSource | None = None,
         batches_per_pass: int = 1,
+        kv: SlabStore | None = None,
+        devices_per_link: int = 1,
+        park: bool = False,
         implementation: Implementation | None = None,
     ) -> None:
         store.check_dtypes()
@@ -65,6 +74,7 @@ class StreamedExecutor(OneProcess):
         self._spec = store.spec
         self._dtype = jnp.dtype(store.dtype if dtype is None else dtype)
         self.residency, self._batches_per_pass = residency, batches_per_pass
+        self._kv, self._devices_per_link, self._park = kv, devices_per_link, park
         programs = LayerPrograms(store.spec, self.mesh, self._dtype, implementation)
         weights = {name: streamed_weights(store.spec, block, self.mesh) for name, block in store.blocks.items()}
         with contextlib.closing(DiskSource()) as disk:
@@ -84,8 +94,8 @@ class StreamedExecutor(OneProcess):
         self._top, self._logits = programs.top(top), programs.logits(top)
         self._rows = NamedSharding(self.mesh, PartitionSpec(DATA))
         ranks = self.mesh.shape[TENSOR]
-        heads = [(count * ranks, k, v) for count, k, v in local_spec(store.spec, ranks).kv_heads]
-        create = partial(ContiguousContext.create, heads, dtype=self._dtype)
+        self._heads = [(count * ranks, k, v) for count, k, v in local_spec(store.spec, ranks).kv_heads]
+        create = partial(ContiguousContext.create, self._heads, dtype=self._dtype)
         places = jax.tree.map(partial(NamedSharding, self.mesh), jax.eval_shape(partial(create, 1, 1)).partition())
         self._create = jax.jit(create, static_argnums=(0, 1), out_shardings=places)
 
@@ -119,9 +129,13 @@ class StreamedExecutor(OneProcess):
         """See `Executor.batches_per_pass`."""
         return self._batches_per_pass
 
-    def new_context(self, rows: int, capacity: int) -> ContiguousContext:
+    def new_context(self, rows: int, capacity: int) -> ContiguousContext | OffloadedContext:
         """See `Executor.new_context`."""
-        return self._create(rows, capacity)
+        if self._kv is None:
+            return self._create(rows, capacity)
+        link = self._devices_per_link
+        kv = OffloadedKV(self._heads, rows, capacity, self._dtype, self.mesh, self._kv, devices_per_link=link)
+        return OffloadedContext.empty(kv)
 
     def steps(self, batches: Sequence[Step]) -> list[tuple[Any, Any, Any]]:
         """See `Executor.steps`; every layer is used for all batches in turn (zig-zag). One thread at a time."""
@@ -130,7 +144,7 @@ class StreamedExecutor(OneProcess):
             results = []
             with self._top_weights() as (arrays, held):
                 for i, batch in enumerate(batches):
-                    result, carry, done = self._top(arrays, hidden[i], batch.last, batch.epilogue, batch.carry)
+                    result, carry, done = self._top(arrays, hidden.take(i), batch.last, batch.epilogue, batch.carry)
                     results.append((result, contexts[i].commit(), carry))
                     for block in held:
                         block.used_by(done)
@@ -150,31 +164,41 @@ class StreamedExecutor(OneProcess):
         types = None if token_types is None else fill(token_types).reshape(-1)
         step = Step(fill(tokens).reshape(-1), context, None, _unused, (), types)
         with self._turn:
-            (hidden,), _ = self._through_layers([step])
+            hidden, _ = self._through_layers([step])
             with self._top_weights() as (arrays, held):
-                out, done = self._logits(arrays, hidden)
+                out, done = self._logits(arrays, hidden.take(0))
                 for block in held:
                     block.used_by(done)
         return out.reshape(padded, length, -1)[:rows]
 
-    def _through_layers(self, batches: Sequence[Step]) -> tuple[list[Array], list[Any]]:
+    def _through_layers(self, batches: Sequence[Step]) -> tuple[Waiting, list[Any]]:
         contexts = [batch.context for batch in batches]
         # Each is put in its place once for all layers, whose programs would otherwise do it, and be compiled for it.
         frames = [jax.device_put(context.only(()), self._rows) for context in contexts]
-        hidden: list[Array] = []
+        hidden = Waiting(len(batches), self._rows, park=self._park and len(batches) > 2)
+        self._announce(contexts, 0, 0)
         with self._block("embedding") as block:
-            for batch, frame in zip(batches, frames, strict=True):
+            for i, (batch, frame) in enumerate(zip(batches, frames, strict=True)):
                 tokens = jax.device_put(batch.tokens, self._rows)
                 x, done = self._embed(block.arrays, tokens, frame, batch.token_types)
-                hidden.append(x)
+                hidden.put(i, x)
                 block.used_by(done)
         for index, run in enumerate(self._layers):
             with self._block(f"layers.{index}") as block:
                 for i, frame in enumerate(frames):
-                    hidden[i], memory, done = run(block.arrays, hidden[i], contexts[i].memory(index), frame)
+                    memory = contexts[i].memory(index)
+                    self._announce(contexts, index, i + 1)
+                    x, memory, done = run(block.arrays, hidden.take(i), memory, frame)
+                    hidden.put(i, x)
                     contexts[i] = contexts[i].with_memory(index, memory)
                     block.used_by(done)
         return hidden, contexts
+
+    def _announce(self, contexts: Sequence[Any], layer: int, batch: int) -> None:
+        """Has the keys and values brought that are wanted next."""
+        layer, batch = layer + batch // len(contexts), batch % len(contexts)
+        if layer < len(self._layers) and isinstance(contexts[batch], OffloadedContext):
+            contexts[batch].prefetch(layer)
 
     @contextlib.contextmanager
     def _top_weights(self) -> Iterator[tuple[list[Any], list["Delivery | _Resident"]]]:
@@ -203,12 +227,21 @@ class StreamedExecutor(OneProcess):
 
     def stream_report(self) -> StreamReport | None:
         """See `Executor.stream_report`."""
-        return None if self._stream is None else dataclasses.replace(self._stream.report)
+        if self._stream is None and self._kv is None:
+            return None
+        report = StreamReport() if self._stream is None else dataclasses.replace(self._stream.report)
+        if self._kv is not None:
+            kv = self._kv.report()
+            report.kv_bytes_read, report.kv_bytes_written = kv.bytes_read, kv.bytes_written
+            report.kv_wait_seconds = kv.wait_seconds
+        return report
 
     def close(self) -> None:
         """See `Executor.close`; stops reading ahead."""
         if self._stream is not None:
             self._stream.close()
+        if self._kv is not None:
+            self._kv.close()
 
 
 def _load(disk: DiskSource, block: Block, weights: Streamed, programs: LayerPrograms) -> dict[str, Array]:

@@ -17,6 +17,7 @@ from jdsi.converters.block_store import Block
 from jdsi.converters.direct_io import DirectReader, PageBuffer
 from jdsi.errors import CheckpointError, JdsiError
 
+from .pinned import pin
 from .placement import Streamed
 
 
@@ -114,21 +115,22 @@ class StreamReport:
         bytes_streamed: taken from the files or from host memory for them.
         read_seconds: that reading them took, and starting their copies to the devices.
         wait_seconds: that layers waited for them.
+        kv_bytes_read, kv_bytes_written: of offloaded keys and values, from and to where they lie.
+        kv_wait_seconds: that layers waited for those.
     """
 
     blocks: int = 0
     bytes_streamed: int = 0
     read_seconds: float = 0.0
     wait_seconds: float = 0.0
+    kv_bytes_read: int = 0
+    kv_bytes_written: int = 0
+    kv_wait_seconds: float = 0.0
 
     def since(self, start: "StreamReport") -> "StreamReport":
         """What came after `start`."""
-        return StreamReport(
-            self.blocks - start.blocks,
-            self.bytes_streamed - start.bytes_streamed,
-            self.read_seconds - start.read_seconds,
-            self.wait_seconds - start.wait_seconds,
-        )
+        names = [field.name for field in dataclasses.fields(self)]
+        return StreamReport(**{name: getattr(self, name) - getattr(start, name) for name in names})
 
 
 class Delivery:
@@ -190,7 +192,7 @@ class WeightStream:
         self._closing = threading.Event()
         source.prepare(blocks)
         size = max(weights.memory_bytes(block.nbytes) for block, weights in blocks) if source.needs_memory else 0
-        memory = [PageBuffer(size).bytes for _ in range(slots)]
+        memory = [pin(PageBuffer(size).bytes) if size else np.empty(0, np.uint8) for _ in range(slots)]
         for slot in range(slots):
             self._free.put((slot, None))
         # The thread must not keep the stream alive, else a stream that is dropped would never be closed.

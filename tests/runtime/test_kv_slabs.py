@@ -20,10 +20,11 @@ from hypothesis import strategies as st
 
 from jdsi.converters.direct_io import PAGE, PageBuffer
 from jdsi.errors import CapacityError, ConfigError, JdsiError
-from jdsi.runtime import pinned, spill_file
-from jdsi.runtime.kv_slabs import FileSlabs, HostSlabs, SlabHome
+from jdsi.runtime import pinned
+from jdsi.runtime.kv_offload import spill_file
+from jdsi.runtime.kv_offload.slabs import FileSlabs, HostSlabs, SlabHome
+from jdsi.runtime.kv_offload.spill_file import SpillFile
 from jdsi.runtime.pinned import PinnedPages, pin
-from jdsi.runtime.spill_file import SpillFile
 
 SHAPES = [(128, 3, 2, 5), (256, 3, 1, 8), (128, 3, 4, 16)]
 BFLOAT16 = np.dtype(jnp.bfloat16)
@@ -270,7 +271,7 @@ def test_without_unnamed_files_the_name_is_removed_at_once(tmp_path: Path, monke
 CRASH = """
 import os, signal, sys
 import numpy as np
-from jdsi.runtime.kv_slabs import FileSlabs
+from jdsi.runtime.kv_offload.slabs import FileSlabs
 home = FileSlabs(sys.argv[1])
 (slab,) = home.allocate([(1024, 4, 8, 16)], np.dtype(np.float32))
 (memory,) = home.load([slab], 0)

@@ -19,10 +19,10 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jdsi.errors import CapacityError, ConfigError, JdsiError
-from jdsi.runtime import kv_moves
-from jdsi.runtime.kv_slabs import FileSlabs, HostSlabs
-from jdsi.runtime.offloaded_kv import OffloadedKV
-from jdsi.runtime.slab_store import SlabStore
+from jdsi.runtime.kv_offload import moves
+from jdsi.runtime.kv_offload.memory import OffloadedKV
+from jdsi.runtime.kv_offload.slabs import FileSlabs, HostSlabs
+from jdsi.runtime.kv_offload.store import SlabStore
 from jdsi.sharding import make_mesh, stage_meshes
 
 HEADS = [(2, 8, 8), (4, 8, 24), (2, 8, 8)]
@@ -156,7 +156,7 @@ def slowly(program: Any) -> Any:
 
 def test_memory_waits_for_who_reads_it(store: SlabStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the CPU a program reads the slab, or what was loaded of it, in place: neither may change meanwhile."""
-    expand, aliases = kv_moves._expand, []
+    expand, aliases = moves._expand, []
 
     def slow_expand(mesh: Any, capacity: int) -> Any:
         program = slowly(expand(mesh, capacity))
@@ -169,7 +169,7 @@ def test_memory_waits_for_who_reads_it(store: SlabStore, monkeypatch: pytest.Mon
 
     model = Reference(OffloadedKV(HEADS, 2, CAPACITY, jnp.float32, mesh_of(), store), jnp.float32, 0)
     model.step(np.array([100, 90]), 128)
-    monkeypatch.setattr(kv_moves, "_expand", slow_expand)
+    monkeypatch.setattr(moves, "_expand", slow_expand)
     taken = [model.kv.take(layer) for layer in range(len(HEADS))]
     assert not taken[-1][0].is_ready()
     loaded = {memory.ctypes.data for state in model.kv._layers for memory in next(iter(state.taken.memories.values()))}
@@ -273,7 +273,7 @@ def test_whatever_fails_is_heard_of(store: SlabStore, monkeypatch: pytest.Monkey
 
     kv = made(store)
     with monkeypatch.context() as patched:
-        patched.setattr(kv_moves, "_insert", fail)
+        patched.setattr(moves, "_insert", fail)
         pass_through(kv, 0)
         store.saves.submit(lambda: None).result()
     for _ in range(2):

@@ -17,7 +17,7 @@ from jaxtyping import Array, Int
 
 from jdsi.converters.direct_io import round_up
 
-from .kv_slabs import Slab, SlabHome
+from .slabs import Slab, SlabHome
 
 SLOTS = 128
 """Capacities are multiples of this."""

@@ -17,9 +17,9 @@ from jaxtyping import Array, Float, Int
 from jdsi.errors import CapacityError, ConfigError, JdsiError
 from jdsi.sharding import DATA, TENSOR
 
-from .kv_moves import SLOTS, LayerState, Loaded, copy_rows, cut, expand, free, free_slabs, load, save
-from .kv_slabs import Slab, SlabHome
-from .slab_store import Failure, SlabStore, Worker
+from .moves import SLOTS, LayerState, Loaded, copy_rows, cut, expand, free, free_slabs, load, save
+from .slabs import Slab, SlabHome
+from .store import Failure, SlabStore, Worker
 
 
 class OffloadedKV:

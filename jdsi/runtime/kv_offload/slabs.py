@@ -16,7 +16,7 @@ from jaxtyping import Int
 from jdsi.converters.direct_io import PAGE, round_up
 from jdsi.errors import JdsiError
 
-from .pinned import PinnedPages
+from ..pinned import PinnedPages
 from .spill_file import SpillFile
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from jdsi.errors import JdsiError
 
-from .kv_slabs import SlabHome
+from .slabs import SlabHome
 
 
 @dataclasses.dataclass(frozen=True)
