@@ -12,6 +12,8 @@ from peer_processes import Run, pickled_model
 from peer_worker import PROMPTS, answers, model_at
 from test_families import CONFIGS, ENCODERS, three_layers
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")  # as in the other processes, see peer_processes
+
 BOTH = {"tensor_parallel": 2, "pipeline_parallel": 2}
 EVERY = (
     {"tensor_parallel": 2},
