@@ -16,7 +16,7 @@ from jdsi.models.weight_map import Identity
 from .block_form import FIELD_ALIGNMENT, BlockForm, Dequantized, Field, Joined, Parameter, Recipe
 from .checkpoint import Checkpoint, open_checkpoint
 from .config import load_family
-from .direct_io import Segment, round_up
+from .direct_io import Segment, identity, round_up
 from .orbax import groups
 from .sharded import ShardedCheckpoint
 from .sources import MappedParameters
@@ -64,11 +64,13 @@ class BlockStore:
         path: its folder.
         spec: the model's.
         blocks: by name, in the order of a forward pass.
+        files: those that blocks are read from, each with its `identity` when the store was opened.
     """
 
     path: Path
     spec: TransformerSpec
     blocks: Mapping[str, Block]
+    files: Mapping[Path, tuple[int, ...]]
 
     @classmethod
     def open(cls, path: str | Path, *, tensor_parallel: int = 1) -> Self:
@@ -101,7 +103,8 @@ class BlockStore:
                 )
             parameters = MappedParameters(checkpoint, family.weight_map(spec), shapes)
             blocks = {group: _mapped_block(parameters, group, names) for group, names in groups(shapes).items()}
-        return cls(checkpoint.path, spec, blocks)
+        files = {segment.file for block in blocks.values() for segment in block.segments}
+        return cls(checkpoint.path, spec, blocks, {file: identity(file) for file in files})
 
     @property
     def nbytes(self) -> int:

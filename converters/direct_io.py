@@ -5,7 +5,7 @@ import errno
 import mmap
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -54,12 +54,17 @@ class Segment:
 class DirectReader:
     """Reads segments with O_DIRECT from a small pool of threads; buffered, with the cache dropped, where refused.
 
+    Args:
+        threads: of the pool.
+        known: what `identity` said of files, which must still be those when they are first read.
+
     Attributes:
         bytes_read: bytes asked of the files so far, alignment included.
         direct: whether the page cache is avoided for every file opened so far.
     """
 
-    def __init__(self, threads: int = _THREADS) -> None:
+    def __init__(self, threads: int = _THREADS, *, known: Mapping[Path, tuple[int, ...]] | None = None) -> None:
+        self._known = known or {}
         self.bytes_read = 0
         self.direct = True
         self._files: dict[Path, _File] = {}
@@ -95,7 +100,7 @@ class DirectReader:
     def _open(self, path: Path) -> "_File":
         with self._lock:
             if path not in self._files:
-                self._files[path] = _File(path)
+                self._files[path] = _File(path, self._known.get(path))
             return self._files[path]
 
     def _read_chunk(self, chunk: Segment, out: np.ndarray) -> None:
@@ -119,7 +124,7 @@ class DirectReader:
 
 
 class _File:
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, known: tuple[int, ...] | None) -> None:
         self.path = path
         self._lock = threading.Lock()
         flags = os.O_RDONLY | os.O_CLOEXEC
@@ -131,7 +136,11 @@ class _File:
                 raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
             self.direct = False  # a file system without O_DIRECT, such as tmpfs
             self._descriptor = os.open(path, flags)
-        self._identity = _identity(os.fstat(self._descriptor))
+        found = _identity(os.fstat(self._descriptor))
+        self._identity = found if known is None else known
+        if found != self._identity:
+            os.close(self._descriptor)
+            raise CheckpointError(f"{path} was changed or replaced after it was opened; start again")
 
     def check_unchanged(self) -> None:
         try:
@@ -175,6 +184,11 @@ class _File:
 
     def close(self) -> None:
         os.close(self._descriptor)
+
+
+def identity(path: Path) -> tuple[int, ...]:
+    """What changes when a file is written to or replaced."""
+    return _identity(os.stat(path))
 
 
 def _identity(stat: os.stat_result) -> tuple[int, ...]:

@@ -189,7 +189,7 @@ def offloaded_executor(
         plan.residency,
         dtype=footprint.dtype,
         mesh=mesh,
-        source=HostSource() if plan.where == "host" else None,
+        source=HostSource(footprint.store) if plan.where == "host" else None,
         batches_per_pass=plan.batches_per_pass,
         kv=kv_place.store(),
         devices_per_link=kv_place.devices_per_link,

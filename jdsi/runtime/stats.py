@@ -34,13 +34,19 @@ class GenerationStats:
         return self.new_tokens / seconds if seconds else 0.0
 
     def as_dict(self) -> dict[str, Any]:
-        """All figures by name, with GB/s and the share of the time that the link was busy if weights were streamed."""
+        """All figures by name; if weights were streamed, also what follows from these.
+
+        That is GB/s, the share of the time that the link was busy, bytes for each pass over the model, and which share
+        of the reading was hidden behind computations.
+        """
         figures: dict[str, Any] = dataclasses.asdict(self) | {"tokens_per_second": self.tokens_per_second}
         if self.stream is not None:
             seconds = (self.first_token_seconds + self.decode_seconds) or 1.0
             figures["stream"] |= {
                 "gigabytes_per_second": self.stream.bytes_streamed / seconds / 1e9,
                 "link_busy": min(1.0, self.stream.read_seconds / seconds),
+                "bytes_per_pass": self.stream.bytes_streamed / max(1, self.stream.passes),
+                "hidden": max(0.0, 1 - self.stream.wait_seconds / (self.stream.read_seconds or 1.0)),
             }
         return figures
 
@@ -54,10 +60,13 @@ class GenerationStats:
             return text
         stream = self.as_dict()["stream"]
         text = (
-            f"{text}\nstreamed {stream['bytes_streamed'] / 1e9:.2f} GB in {stream['blocks']} blocks at "
-            f"{stream['gigabytes_per_second']:.2f} GB/s, link busy {stream['link_busy']:.0%} of the time; "
+            f"{text}\nstreamed {stream['bytes_streamed'] / 1e9:.2f} GB in {stream['passes']} passes of "
+            f"{stream['bytes_per_pass'] / 1e9:.2f} GB at {stream['gigabytes_per_second']:.2f} GB/s, link busy "
+            f"{stream['link_busy']:.0%} of the time, {stream['hidden']:.0%} of it hidden behind computing; "
             f"peak memory {self.peak_memory_bytes / 1e9:.2f} GB"
         )
+        if self.peak_device_bytes is not None:
+            text += f", of the device {self.peak_device_bytes / 1e9:.2f} GB"
         if self.stream.kv_bytes_read or self.stream.kv_bytes_written:
             text += (
                 f"\nkeys and values: {self.stream.kv_bytes_read / 1e9:.2f} GB came and "

@@ -77,13 +77,13 @@ class StreamedExecutor(OneProcess):
         self._kv, self._devices_per_link, self._park = kv, devices_per_link, park
         programs = LayerPrograms(store.spec, self.mesh, self._dtype, implementation)
         weights = {name: streamed_weights(store.spec, block, self.mesh) for name, block in store.blocks.items()}
-        with contextlib.closing(DiskSource()) as disk:
+        with contextlib.closing(DiskSource(store)) as disk:
             self._resident = {
                 name: _load(disk, store.blocks[name], weights[name], programs) for name in residency.resident
             }
         blocks = [(store.blocks[name], weights[name]) for name in residency.streamed]
-        self._stream = WeightStream(source or DiskSource(), blocks, residency.slots) if blocks else None
-        self._turn = threading.Lock()
+        self._stream = WeightStream(source or DiskSource(store), blocks, residency.slots) if blocks else None
+        self._turn, self._passes = threading.Lock(), 0
         used = {name: kept_weights(own) if name in residency.resident else own for name, own in weights.items()}
         # In the order in which they arrive.
         self._top_blocks = ["norm"] * ("norm" in used)
@@ -172,6 +172,7 @@ class StreamedExecutor(OneProcess):
         return out.reshape(padded, length, -1)[:rows]
 
     def _through_layers(self, batches: Sequence[Step]) -> tuple[Waiting, list[Any]]:
+        self._passes += 1
         contexts = [batch.context for batch in batches]
         # Each is put in its place once for all layers, whose programs would otherwise do it, and be compiled for it.
         frames = [jax.device_put(context.only(()), self._rows) for context in contexts]
@@ -230,6 +231,7 @@ class StreamedExecutor(OneProcess):
         if self._stream is None and self._kv is None:
             return None
         report = StreamReport() if self._stream is None else dataclasses.replace(self._stream.report)
+        report.passes = self._passes
         if self._kv is not None:
             kv = self._kv.report()
             report.kv_bytes_read, report.kv_bytes_written = kv.bytes_read, kv.bytes_written

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from jdsi.converters.block_store import Block
+from jdsi.converters.block_store import Block, BlockStore
 from jdsi.converters.direct_io import DirectReader, PageBuffer
 from jdsi.errors import CheckpointError, JdsiError
 
@@ -62,10 +62,14 @@ class MemorySource(abc.ABC):
 
 
 class DiskSource(MemorySource):
-    """Blocks straight from their files, every time they are asked for."""
+    """Blocks straight from their files, every time they are asked for.
 
-    def __init__(self) -> None:
-        self._reader = DirectReader()
+    Args:
+        store: that the blocks are of.
+    """
+
+    def __init__(self, store: BlockStore) -> None:
+        self._reader = DirectReader(known=store.files)
 
     def prepare(self, blocks: Sequence[tuple[Block, Streamed]]) -> None:
         """See `BlockSource.prepare`; reads nothing ahead."""
@@ -80,16 +84,20 @@ class DiskSource(MemorySource):
 
 
 class HostSource:
-    """Blocks that stay in host memory, pinned where the devices are GPUs, and go to the devices for every pass."""
+    """Blocks that stay in host memory, pinned where the devices are GPUs, and go to the devices for every pass.
+
+    Args:
+        store: that the blocks are of.
+    """
 
     needs_memory = False
 
-    def __init__(self) -> None:
-        self._blocks: dict[str, Any] = {}
+    def __init__(self, store: BlockStore) -> None:
+        self._files, self._blocks = store.files, dict[str, Any]()
 
     def prepare(self, blocks: Sequence[tuple[Block, Streamed]]) -> None:
         """See `BlockSource.prepare`; reads all of them."""
-        with contextlib.closing(DirectReader()) as reader:
+        with contextlib.closing(DirectReader(known=self._files)) as reader:
             for block, weights in blocks:
                 if block.name not in self._blocks:
                     memory = PageBuffer(weights.memory_bytes(block.nbytes)).bytes
@@ -111,6 +119,7 @@ class StreamReport:
     """What a stream has done so far; take the difference of two to see one generation.
 
     Attributes:
+        passes: over the whole model.
         blocks: read.
         bytes_streamed: taken from the files or from host memory for them.
         read_seconds: that reading them took, and starting their copies to the devices.
@@ -119,6 +128,7 @@ class StreamReport:
         kv_wait_seconds: that layers waited for those.
     """
 
+    passes: int = 0
     blocks: int = 0
     bytes_streamed: int = 0
     read_seconds: float = 0.0

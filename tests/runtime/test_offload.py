@@ -165,11 +165,22 @@ def test_a_changed_file_is_an_error_not_other_weights(llama: Path, tmp_path: Pat
     engine.close()
 
 
+def test_a_file_replaced_before_it_is_read_is_an_error(llama: Path, tmp_path: Path) -> None:
+    convert(llama, tmp_path / "model", to="streaming")
+    store = BlockStore.open(tmp_path / "model")
+    file = tmp_path / "model" / "weights.bin"
+    (tmp_path / "other").write_bytes(file.read_bytes())
+    os.replace(tmp_path / "other", file)
+    residency = plan_residency(footprint_on(store, np.dtype("float32")), None)
+    with pytest.raises(CheckpointError, match=r"weights\.bin was changed or replaced after it was opened"):
+        StreamedExecutor(store, residency, dtype="float32")
+
+
 def test_weights_in_pinned_host_memory_are_moved_for_every_pass(llama: Path, expected: list[list[int]]) -> None:
     """The CPU backend has the memory kind too, and refuses to compute with what was not moved."""
     store = BlockStore.open(llama)
     residency = plan_residency(footprint_on(store, np.dtype("float32")), None)
-    executor = StreamedExecutor(store, residency, dtype="float32", source=HostSource())
+    executor = StreamedExecutor(store, residency, dtype="float32", source=HostSource(store))
     engine = jdsi.InferenceEngine(executor, jdsi.InferenceConfig(dtype="float32"))
     assert [c.token_ids for c in engine.generate(PROMPTS, SAMPLING)] == expected
     engine.close()
@@ -179,7 +190,9 @@ def test_deliveries_give_their_memory_back_once(llama: Path) -> None:
     store = BlockStore.open(llama)
     mesh = make_mesh(devices=jax.devices()[:1])
     blocks = [store.blocks["layers.0"], store.blocks["layers.1"]]
-    stream = WeightStream(DiskSource(), [(block, streamed_weights(store.spec, block, mesh)) for block in blocks], 2)
+    stream = WeightStream(
+        DiskSource(store), [(block, streamed_weights(store.spec, block, mesh)) for block in blocks], 2
+    )
     for turn in range(6):  # forgotten, released, released twice: with a buffer lost or gained this would hang or mix
         delivery = stream.take(f"layers.{turn % 2}")
         if turn % 3:

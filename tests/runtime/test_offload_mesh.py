@@ -64,7 +64,7 @@ def test_tokens_do_not_depend_on_the_mesh(llama: Path, layout: str, degrees: dic
     folder = llama.with_name(layout)
     plain = jdsi.init_inference(folder, dtype="float32", max_batch_size=2)
     store, mesh = BlockStore.open(folder, tensor_parallel=degrees.get("tensor", 1)), make_mesh(**degrees)
-    source = HostSource() if layout in ("llama", "cut3") else None
+    source = HostSource(store) if layout in ("llama", "cut3") else None
     executor = StreamedExecutor(
         store, nothing_kept(store), dtype="float32", mesh=mesh, source=source, batches_per_pass=2
     )
