@@ -10,17 +10,16 @@ from typing import Any
 
 import numpy as np
 
-import jdsi
 from jdsi.converters import convert, random_checkpoint
 from jdsi.converters.block_store import BlockStore
 from jdsi.errors import ConfigError
-from jdsi.runtime import Executor, ResidentExecutor
+from jdsi.runtime import Executor, capacity_bucket
 from jdsi.runtime.memory import available_memory
-from jdsi.runtime.offload import footprint_on
+from jdsi.runtime.offload import footprint_on, kv_bytes
 from jdsi.runtime.residency import plan_residency
 from jdsi.runtime.streamed import StreamedExecutor
 
-from .offload_contenders import Contender, Decoding, Disk, MappedSource, Turn, take_turn
+from .offload_contenders import PROMPT, Contender, Decoding, Disk, MappedSource, Turn, take_turn
 from .offload_memory import loaded_bytes, peak_memory
 from .offload_peers import OFFLOAD_PEERS, check_installed, open_offload_peers
 from .offload_tables import NOTES, curve_table, passes_table
@@ -127,10 +126,14 @@ def _measure(
         entries["folder"] = decoding(StreamedExecutor(files, planned, dtype=dtype))
         alone = dataclasses.replace(residency, slots=1)  # one buffer: a block is read when the last one is done with
         entries["mmap"] = decoding(StreamedExecutor(blocks, alone, dtype=dtype, source=MappedSource()))
-        # Loading holds a buffer or two beside the weights; the rest is for everybody else.
         loaded = loaded_bytes(blocks, dtype)
-        if loaded < 0.7 * available_memory():
-            entries["in memory"] = decoding(ResidentExecutor(jdsi.load_model(source, dtype=dtype)))
+        batches = batch * (sum(counts) + 3)
+        others = batches * kv_bytes(blocks.spec, capacity_bucket(PROMPT), np.dtype(dtype))
+        others += blocks.nbytes * ("cpu-offload" in peers)
+        if loaded + others < 0.7 * available_memory():
+            # What offload="auto" chooses where it fits. The same programs, so that only the streaming differs.
+            everything = plan_residency(footprint_on(blocks, np.dtype(dtype)), None, stream=False)
+            entries["in memory"] = decoding(StreamedExecutor(blocks, everything, dtype=dtype))
         else:
             warn(f"offload: {loaded / 1e9:.1f} GB of weights do not fit memory, which leaves out the compute limit")
         opened = stack.enter_context(open_offload_peers(peers, source, place, dtype, batch))
