@@ -5,8 +5,8 @@ import errno
 import mmap
 import os
 import threading
-from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import numpy as np
@@ -78,17 +78,32 @@ class DirectReader:
         Raises:
             CheckpointError: a file is absent, ends early, fails, or is not the one that was read before.
         """
+        self.start(segments, out)()
+
+    def start(self, segments: Iterable[Segment], out: np.ndarray) -> Callable[[], None]:
+        """As `read`, but returns at once, with what waits for the end. Several may be under way.
+
+        Raises:
+            CheckpointError: as `read`; also what it returns does, once nothing writes to `out` any more.
+        """
         chunks = [
             Segment(s.file, s.offset + start, min(_CHUNK, s.nbytes - start), s.target + start)
             for s in segments
             for start in range(0, s.nbytes, _CHUNK)
         ]
-        for file in {chunk.file for chunk in chunks}:
-            self._open(file).check_unchanged()
-        for done in [self._pool.submit(self._read_chunk, chunk, out) for chunk in chunks]:
-            done.result()
-        for file in {chunk.file for chunk in chunks}:  # while they were read
-            self._open(file).check_unchanged()
+        files = [self._open(path) for path in {chunk.file for chunk in chunks}]
+        for file in files:
+            file.check_unchanged()
+        jobs = [self._pool.submit(self._read_chunk, chunk, out) for chunk in chunks]
+
+        def finish() -> None:
+            wait(jobs)
+            for job in jobs:
+                job.result()
+            for file in files:  # while they were read
+                file.check_unchanged()
+
+        return finish
 
     def close(self) -> None:
         """Closes the files; reads in progress finish first."""

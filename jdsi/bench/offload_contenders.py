@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jdsi.converters.block_store import BlockStore
+from jdsi.converters.block_store import Block, BlockStore
 from jdsi.converters.direct_io import DirectReader, PageBuffer, Segment
 from jdsi.runtime import Executor, Step
 from jdsi.runtime.decoding import new_context
+from jdsi.runtime.placement import Streamed
 from jdsi.runtime.residency import Residency
-from jdsi.runtime.weight_stream import DiskSource
+from jdsi.runtime.weight_sources import MemorySource
 
 from .rounds import seconds
 
@@ -174,21 +175,22 @@ def _greedy(logits: jax.Array, carry: Any) -> tuple[Any, Any]:
     return (tokens[:, 0].astype(jnp.int32), best[:, 0] - best[:, 1]), carry
 
 
-class MappedSource(DiskSource):
+class MappedSource(MemorySource):
     """Blocks copied out of memory-mapped files whose cache is dropped first: the simplest way to run from disk."""
 
-    def __init__(self) -> None:
-        self._reader = _MappedReader()
+    def prepare(self, blocks: Sequence[tuple[Block, Streamed]]) -> None:
+        """See `BlockSource.prepare`."""
 
-
-class _MappedReader(DirectReader):
-    def read(self, segments: Iterable[Segment], out: np.ndarray) -> None:
-        """See `DirectReader.read`."""
-        for segment in segments:
+    def read(self, block: Block, memory: np.ndarray) -> None:
+        """See `MemorySource.read`."""
+        for segment in block.segments:
             descriptor = os.open(segment.file, os.O_RDONLY)
             # Pages that are mapped stay, so the mapping is made anew.
             os.posix_fadvise(descriptor, segment.offset, segment.nbytes, os.POSIX_FADV_DONTNEED)
             os.close(descriptor)
             mapped = np.memmap(segment.file, np.uint8, "r", segment.offset, segment.nbytes)
-            out[segment.target : segment.target + segment.nbytes] = mapped
+            memory[segment.target : segment.target + segment.nbytes] = mapped
             del mapped
+
+    def close(self) -> None:
+        """See `BlockSource.close`."""

@@ -21,7 +21,7 @@ from .memory import available_host_memory, available_memory
 from .residency import Footprint, Residency, least_bytes, plan_residency
 from .shapes import capacity_bucket
 from .streamed import StreamedExecutor
-from .weight_stream import HostSource
+from .weight_sources import HostSource
 
 PROCESS_BYTES = 400 << 20
 """What Python, JAX and the compiled programs take beside weights and KV."""

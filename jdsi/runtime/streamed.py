@@ -31,7 +31,8 @@ from .one_process import OneProcess
 from .placement import Streamed, kept_weights, streamed_weights
 from .residency import Residency
 from .waiting import Waiting
-from .weight_stream import BlockSource, Delivery, DiskSource, StreamReport, WeightStream
+from .weight_sources import BlockSource, DiskSource
+from .weight_stream import Delivery, StreamReport, WeightStream
 
 
 class StreamedExecutor(OneProcess):
@@ -248,7 +249,7 @@ class StreamedExecutor(OneProcess):
 
 def _load(disk: DiskSource, block: Block, weights: Streamed, programs: LayerPrograms) -> dict[str, Array]:
     """A block's parameters, to stay; on a CPU, if stored as they are used, in the memory they are read into."""
-    arrays = disk.deliver(block, PageBuffer(weights.memory_bytes(block.nbytes)).bytes, weights)
+    arrays = disk.begin(block, PageBuffer(weights.memory_bytes(block.nbytes)).bytes, weights)()
     if weights.mesh.size == 1 and not block.form.made_bytes(programs.dtype):
         return arrays
     return jax.block_until_ready(programs.keep(weights, kept_weights(weights))(arrays))

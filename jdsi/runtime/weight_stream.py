@@ -1,117 +1,26 @@
 """Weights that arrive while the layers before them compute."""
 
-import abc
+import collections
 import contextlib
 import dataclasses
+import itertools
 import queue
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
-from jdsi.converters.block_store import Block, BlockStore
-from jdsi.converters.direct_io import DirectReader, PageBuffer
+from jdsi.converters.block_store import Block
+from jdsi.converters.direct_io import PageBuffer
 from jdsi.errors import CheckpointError, JdsiError
 
 from .pinned import pin
 from .placement import Streamed
-
-
-class BlockSource(Protocol):
-    """Where a stream takes blocks from."""
-
-    needs_memory: bool
-    """Whether `deliver` fills the memory it is given; otherwise it has memory of its own."""
-
-    def prepare(self, blocks: Sequence[tuple[Block, Streamed]]) -> None:
-        """Called once, before anything is delivered, with all that will be."""
-        ...
-
-    def deliver(self, block: Block, memory: np.ndarray, weights: Streamed) -> Any:
-        """What `weights` takes of the block, on its way to the devices; called from the stream's thread.
-
-        Args:
-            block: which one.
-            memory: to read it into, where that is needed; it stays untouched until the weights have been used.
-            weights: where they go.
-        """
-        ...
-
-    def close(self) -> None:
-        """Frees what the source holds."""
-        ...
-
-
-class MemorySource(abc.ABC):
-    """A `BlockSource` that reads into the memory it is given."""
-
-    needs_memory = True
-
-    @abc.abstractmethod
-    def read(self, block: Block, memory: np.ndarray) -> None:
-        """Fills the memory with the block's bytes."""
-
-    def deliver(self, block: Block, memory: np.ndarray, weights: Streamed) -> Any:
-        """See `BlockSource.deliver`."""
-        self.read(block, memory)
-        return weights.put(memory, block.nbytes)
-
-
-class DiskSource(MemorySource):
-    """Blocks straight from their files, every time they are asked for.
-
-    Args:
-        store: that the blocks are of.
-    """
-
-    def __init__(self, store: BlockStore) -> None:
-        self._reader = DirectReader(known=store.files)
-
-    def prepare(self, blocks: Sequence[tuple[Block, Streamed]]) -> None:
-        """See `BlockSource.prepare`; reads nothing ahead."""
-
-    def read(self, block: Block, memory: np.ndarray) -> None:
-        """See `MemorySource.read`."""
-        self._reader.read(block.segments, memory)
-
-    def close(self) -> None:
-        """See `BlockSource.close`."""
-        self._reader.close()
-
-
-class HostSource:
-    """Blocks that stay in host memory, pinned where the devices are GPUs, and go to the devices for every pass.
-
-    Args:
-        store: that the blocks are of.
-    """
-
-    needs_memory = False
-
-    def __init__(self, store: BlockStore) -> None:
-        self._files, self._blocks = store.files, dict[str, Any]()
-
-    def prepare(self, blocks: Sequence[tuple[Block, Streamed]]) -> None:
-        """See `BlockSource.prepare`; reads all of them."""
-        with contextlib.closing(DirectReader(known=self._files)) as reader:
-            for block, weights in blocks:
-                if block.name not in self._blocks:
-                    memory = PageBuffer(weights.memory_bytes(block.nbytes)).bytes
-                    reader.read(block.segments, memory)
-                    # The driver copies from pinned memory at the link's speed, from other memory at a tenth of it.
-                    self._blocks[block.name] = jax.block_until_ready(weights.put(memory, block.nbytes, "pinned_host"))
-
-    def deliver(self, block: Block, memory: np.ndarray, weights: Streamed) -> Any:
-        """See `BlockSource.deliver`."""
-        return jax.device_put(self._blocks[block.name], weights.shardings("device"))
-
-    def close(self) -> None:
-        """See `BlockSource.close`."""
-        self._blocks.clear()
+from .weight_sources import BlockSource
 
 
 @dataclasses.dataclass
@@ -122,7 +31,7 @@ class StreamReport:
         passes: over the whole model.
         blocks: read.
         bytes_streamed: taken from the files or from host memory for them.
-        read_seconds: that reading them took, and starting their copies to the devices.
+        read_seconds: while at least one was being read, or its copy to the devices started.
         wait_seconds: that layers waited for them.
         kv_bytes_read, kv_bytes_written: of offloaded keys and values, from and to where they lie.
         kv_wait_seconds: that layers waited for those.
@@ -206,7 +115,7 @@ class WeightStream:
         for slot in range(slots):
             self._free.put((slot, None))
         # The thread must not keep the stream alive, else a stream that is dropped would never be closed.
-        worker = _Worker(source, tuple(blocks), memory, self._free, self._ready, self._closing, self.report)
+        worker = _Worker(source, blocks, memory, self._free, self._ready, self._closing, self.report)
         thread = threading.Thread(target=worker.run, daemon=True, name="jdsi-stream")
         self._close = weakref.finalize(self, _stop, self._closing, self._free, self._ready, thread, source)
         thread.start()
@@ -239,50 +148,76 @@ class WeightStream:
         self._close()
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
+class _Coming:
+    """A block that was begun."""
+
+    block: Block
+    slot: int
+    finish: Callable[[], Any]
+    began: float
+
+
 class _Worker:
-    source: BlockSource
-    blocks: tuple[tuple[Block, Streamed], ...]
-    memory: Sequence[np.ndarray]
-    free: "queue.SimpleQueue[tuple[int, Any] | None]"
-    ready: "queue.SimpleQueue[Delivery | JdsiError]"
-    closing: threading.Event
-    report: StreamReport
+    def __init__(
+        self,
+        source: BlockSource,
+        blocks: Sequence[tuple[Block, Streamed]],
+        memory: Sequence[np.ndarray],
+        free: "queue.SimpleQueue[tuple[int, Any] | None]",
+        ready: "queue.SimpleQueue[Delivery | JdsiError]",
+        closing: threading.Event,
+        report: StreamReport,
+    ) -> None:
+        self._source, self._blocks, self._memory = source, itertools.cycle(blocks), memory
+        self._free, self._ready, self._closing, self._report = free, ready, closing, report
+        self._coming: collections.deque[_Coming] = collections.deque()
+        self._used: tuple[int, Any] | None = None  # a buffer whose weights are still being computed with
+        self._delivered = 0.0
 
     def run(self) -> None:
         try:
-            for block, weights in self._forever():
+            while not self._closing.is_set():
                 slot = self._next_slot()
-                if slot is None:
-                    return
-                self.ready.put(self._deliver(block, weights, slot))
+                if slot is not None:
+                    block, weights = next(self._blocks)
+                    finish = self._source.begin(block, self._memory[slot], weights)
+                    self._coming.append(_Coming(block, slot, finish, time.perf_counter()))
+                elif self._coming:
+                    self._deliver(self._coming.popleft())
         except JdsiError as error:
-            self.ready.put(error)
+            self._ready.put(error)
         except Exception as error:  # whatever it is, whoever waits for a block must hear of it
             wrapped = CheckpointError(f"streaming weights failed: {error}")
             wrapped.__cause__ = error
-            self.ready.put(wrapped)
-
-    def _forever(self) -> Iterator[tuple[Block, Streamed]]:
-        while True:
-            yield from self.blocks
+            self._ready.put(wrapped)
 
     def _next_slot(self) -> int | None:
-        turn = self.free.get()
-        if turn is None or self.closing.is_set():
+        """A buffer that can be filled; where blocks are coming, which it does not keep waiting, maybe none."""
+        waits = not self._coming
+        if self._used is None:
+            try:
+                self._used = self._free.get(block=waits)
+            except queue.Empty:
+                return None
+        if self._used is None:  # closing
             return None
-        slot, after = turn
+        slot, after = self._used
+        if not waits and not all(array.is_ready() for array in jax.tree.leaves(after)):
+            return None
         with contextlib.suppress(RuntimeError):  # a computation that failed has finished too; its caller hears of it
             jax.block_until_ready(after)
+        self._used = None
         return slot
 
-    def _deliver(self, block: Block, weights: Streamed, slot: int) -> Delivery:
-        began = time.perf_counter()
-        placed = self.source.deliver(block, self.memory[slot], weights)
-        self.report.read_seconds += time.perf_counter() - began
-        self.report.blocks += 1
-        self.report.bytes_streamed += block.bytes_stored
-        return Delivery(block.name, placed, slot, self.free)
+    def _deliver(self, coming: _Coming) -> None:
+        placed = coming.finish()
+        now = time.perf_counter()
+        self._report.read_seconds += now - max(coming.began, self._delivered)
+        self._report.blocks += 1
+        self._report.bytes_streamed += coming.block.bytes_stored
+        self._delivered = now
+        self._ready.put(Delivery(coming.block.name, placed, coming.slot, self._free))
 
 
 def _stop(

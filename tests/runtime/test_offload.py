@@ -20,7 +20,8 @@ from jdsi.runtime.offload import PROCESS_BYTES, footprint_on, kv_bytes, plan_off
 from jdsi.runtime.placement import streamed_weights
 from jdsi.runtime.residency import plan_residency
 from jdsi.runtime.streamed import StreamedExecutor
-from jdsi.runtime.weight_stream import DiskSource, HostSource, WeightStream
+from jdsi.runtime.weight_sources import DiskSource, HostSource
+from jdsi.runtime.weight_stream import WeightStream
 from jdsi.sharding import make_mesh
 
 PROMPTS = [[5, 9, 2, 7], [11, 4, 4, 60, 33, 21, 8], [3]]

@@ -14,7 +14,7 @@ from jdsi.converters.block_store import BlockStore
 from jdsi.runtime.placement import Section
 from jdsi.runtime.residency import Residency
 from jdsi.runtime.streamed import StreamedExecutor
-from jdsi.runtime.weight_stream import HostSource
+from jdsi.runtime.weight_sources import HostSource
 from jdsi.sharding import make_mesh
 from test_families import CONFIGS, ENCODERS, three_layers
 
