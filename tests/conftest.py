@@ -55,8 +55,8 @@ def quick_compilation() -> Iterator[None]:
     """XLA optimises little: for modules of many programs, each run a few times and compared within a tolerance."""
     import jax
 
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-    jax.clear_caches()  # a program is known by its function and arguments alone
+    from compilation import few_optimizations
+
+    with few_optimizations():
+        yield
+    jax.clear_caches()  # so that nothing else runs on these programs

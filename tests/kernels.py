@@ -14,6 +14,7 @@ from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import reset_gpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from compilation import few_optimizations
 from jdsi.pallas_kernels.device import H200, target
 from jdsi.sharding.topology import topology_devices
 
@@ -25,7 +26,7 @@ RELATIVE = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3}
 def interpreted(cores: int = 2) -> Iterator[None]:
     """Runs Mosaic GPU kernels in the interpreter on a Hopper GPU of `cores` multiprocessors; memory starts as NaN."""
     mode = plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True))
-    with mode, target(dataclasses.replace(H200, cores=cores)):
+    with mode, target(dataclasses.replace(H200, cores=cores)), few_optimizations():
         try:
             yield
         except BaseException:

@@ -12,6 +12,7 @@ import torch
 import transformers
 from safetensors.numpy import load_file
 
+from compilation import few_optimizations
 from jdsi.kv_cache import ContiguousContext, PackedContext
 from jdsi.models import Transformer, abstract_parameters
 from jdsi.models.families import family_for
@@ -126,9 +127,10 @@ def check_causal(
     tokens = np.zeros((len(prompts), max(lengths)), np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt
-    logits = jax.jit(lambda t, n: model(t, n))(jnp.asarray(tokens), jnp.asarray(lengths))
     new_tokens = 6
-    generated = greedy(model, prompts, new_tokens)
+    with few_optimizations():
+        logits = jax.jit(lambda t, n: model(t, n))(jnp.asarray(tokens), jnp.asarray(lengths))
+        generated = greedy(model, prompts, new_tokens)
     for row, prompt in enumerate(prompts):
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
