@@ -1,6 +1,7 @@
 """A model compiled in pieces: one program per kind of layer, not per layer, each inside one `jax.shard_map`."""
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,7 +20,7 @@ from jdsi.pallas_kernels.operator import Implementation, default_implementation
 from jdsi.sharding import DATA, TENSOR, axis_index
 
 from .executor import Epilogue
-from .placement import Streamed, Weights
+from .placement import Streamed, Weights, kept_weights
 
 _ROWS, _WHOLE, _EACH = PartitionSpec(DATA), PartitionSpec(), PartitionSpec((DATA, TENSOR))
 
@@ -41,12 +42,19 @@ class LayerPrograms:
         self._made: dict[Any, Any] = {}
 
     def keep(self, weights: Streamed, kept: Weights) -> Any:
-        """`arrays -> parameters`: a block's parameters where they stay."""
+        """`arrays -> (parameters, done)`: what `kept` describes, out of what `weights` does.
 
-        def body(arrays: Any) -> dict[str, Array]:
-            return weights.parameters(arrays, self.dtype)
+        The same program for equal weights.
+        """
+        if weights in self._made:
+            return self._made[weights]
 
-        return jax.jit(self._mapped(body, (weights.specs,), kept.specs))
+        def body(arrays: Any) -> tuple[dict[str, Array], Array]:
+            parameters = weights.parameters(arrays, self.dtype)
+            return parameters, next(iter(parameters.values())).reshape(-1)[:1]
+
+        run = jax.jit(self._mapped(body, (weights.specs,), (kept.specs, _EACH)))
+        return self._made.setdefault(weights, run)
 
     def embed(self, weights: Weights) -> Any:
         """`(arrays, tokens, frame, token_types) -> (hidden, done)`; the frame is a context without memory."""
@@ -134,3 +142,36 @@ class LayerPrograms:
 
     def _mapped(self, body: Any, in_specs: Any, out_specs: Any) -> Any:
         return jax.shard_map(body, mesh=self._mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerRun:
+    """A layer's programs: the one that takes what a block has, and where that costs, those that prepare it once.
+
+    Attributes:
+        run: of `LayerPrograms.layer`, for the block.
+        keep: of `LayerPrograms.keep`, if the block is gathered, rearranged, widened or dequantised.
+        run_kept: as `run`, for what `keep` gives.
+    """
+
+    run: Callable[..., Any]
+    keep: Callable[..., Any] | None = None
+    run_kept: Callable[..., Any] | None = None
+
+    @classmethod
+    def of(cls, programs: LayerPrograms, weights: Weights, layer: LayerSpec) -> "LayerRun":
+        """The programs for a layer whose block is what `weights` describes."""
+        run = programs.layer(weights, layer)
+        if not isinstance(weights, Streamed):
+            return cls(run)
+        if weights.mesh.size == 1 and not weights.form.made_bytes(programs.dtype):
+            return cls(run)
+        kept = kept_weights(weights)
+        return cls(run, programs.keep(weights, kept), programs.layer(kept, layer))
+
+    def for_batches(self, count: int, arrays: Any, *, after: Any) -> tuple[Any, Callable[..., Any]]:
+        """What to run for each of so many batches, and on what; several are worth preparing the weights for."""
+        if count == 1 or self.keep is None or self.run_kept is None:
+            return arrays, self.run
+        jax.block_until_ready(after)  # or the prepared weights of several layers would be there at once
+        return self.keep(arrays)[0], self.run_kept

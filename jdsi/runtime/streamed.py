@@ -26,7 +26,7 @@ from jdsi.sharding import DATA, TENSOR, Parallelism, make_mesh
 
 from .executor import Step
 from .kv_offload import OffloadedContext, OffloadedKV, SlabStore
-from .layer_programs import LayerPrograms
+from .layer_programs import LayerPrograms, LayerRun
 from .one_process import OneProcess
 from .placement import Streamed, kept_weights, streamed_weights
 from .residency import Residency
@@ -90,7 +90,7 @@ class StreamedExecutor(OneProcess):
         self._top_blocks = ["norm"] * ("norm" in used)
         self._top_blocks += ["embedding"] * (tied_table(store.spec) is not None) + ["head"] * ("head" in used)
         self._embed = programs.embed(used["embedding"])
-        self._layers = [programs.layer(used[f"layers.{i}"], layer) for i, layer in enumerate(store.spec.layers)]
+        self._layers = [LayerRun.of(programs, used[f"layers.{i}"], layer) for i, layer in enumerate(store.spec.layers)]
         top = [used[name] for name in self._top_blocks]
         self._top, self._logits = programs.top(top), programs.logits(top)
         self._rows = NamedSharding(self.mesh, PartitionSpec(DATA))
@@ -185,12 +185,14 @@ class StreamedExecutor(OneProcess):
                 x, done = self._embed(block.arrays, tokens, frame, batch.token_types)
                 hidden.put(i, x)
                 block.used_by(done)
-        for index, run in enumerate(self._layers):
+        done = None
+        for index, layer in enumerate(self._layers):
             with self._block(f"layers.{index}") as block:
+                arrays, run = layer.for_batches(len(batches), block.arrays, after=done)
                 for i, frame in enumerate(frames):
                     memory = contexts[i].memory(index)
                     self._announce(contexts, index, i + 1)
-                    x, memory, done = run(block.arrays, hidden.take(i), memory, frame)
+                    x, memory, done = run(arrays, hidden.take(i), memory, frame)
                     hidden.put(i, x)
                     contexts[i] = contexts[i].with_memory(index, memory)
                     block.used_by(done)
@@ -252,7 +254,8 @@ def _load(disk: DiskSource, block: Block, weights: Streamed, programs: LayerProg
     arrays = disk.begin(block, PageBuffer(weights.memory_bytes(block.nbytes)).bytes, weights)()
     if weights.mesh.size == 1 and not block.form.made_bytes(programs.dtype):
         return arrays
-    return jax.block_until_ready(programs.keep(weights, kept_weights(weights))(arrays))
+    parameters, _ = programs.keep(weights, kept_weights(weights))(arrays)
+    return jax.block_until_ready(parameters)
 
 
 def _unused(logits: Float[Array, "T V"], carry: Any) -> tuple[Float[Array, "T V"], Any]:
