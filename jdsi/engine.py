@@ -386,20 +386,26 @@ class InferenceEngine:
         return done
 
     def _sample(self, requests: list[_Request]) -> Iterator[StreamEvent]:
-        for batches in self._passes(requests):
-            builders = [[request.builder(self.tokenizer) for request in batch] for batch in batches]
-            dropped: set[int] = set()
-            started: set[int] = set()
-            for (index, step), seconds in _timed(self._decode(batches, dropped)):
-                if index in started:
-                    self.stats.decode_seconds += seconds
-                else:
-                    self.stats.first_token_seconds += seconds
-                    started.add(index)
-                yield from self._events(batches[index], builders[index], step)
-                if all(b.finish_reason is not None for b in builders[index]):
-                    dropped.add(index)
-        self._note_memory()
+        try:
+            for batches in self._passes(requests):
+                yield from self._sample_together(batches)
+        finally:  # also of a stream that is left
+            self._note_memory()
+
+    def _sample_together(self, batches: list[list[_Request]]) -> Iterator[StreamEvent]:
+        """Of batches that share passes."""
+        builders = [[request.builder(self.tokenizer) for request in batch] for batch in batches]
+        dropped: set[int] = set()
+        started: set[int] = set()
+        for (index, step), seconds in _timed(self._decode(batches, dropped)):
+            if index in started:
+                self.stats.decode_seconds += seconds
+            else:
+                self.stats.first_token_seconds += seconds
+                started.add(index)
+            yield from self._events(batches[index], builders[index], step)
+            if all(b.finish_reason is not None for b in builders[index]):
+                dropped.add(index)
 
     def _events(
         self, batch: list[_Request], builders: list[CompletionBuilder], step: SampledTokens

@@ -18,7 +18,8 @@ from jdsi.generation.tokenizer import load_eos_token_ids, load_tokenizer
 from jdsi.models import Transformer, parameters
 from jdsi.pallas_kernels.operator import Implementation
 from jdsi.runtime import Executor, ResidentExecutor, enable_compilation_cache
-from jdsi.runtime.offload import KVPlace, footprint_on, offloaded_executor, plan_offload
+from jdsi.runtime.kv_demand import KVPlace
+from jdsi.runtime.offload import footprint_on, offloaded_executor, plan_offload
 from jdsi.runtime.parallel import degrees, mesh_executor, wants_mesh
 from jdsi.sharding import make_mesh
 

@@ -14,8 +14,9 @@ from jdsi.converters import convert, random_checkpoint
 from jdsi.converters.block_store import BlockStore
 from jdsi.errors import ConfigError
 from jdsi.runtime import Executor, capacity_bucket
+from jdsi.runtime.kv_demand import kv_bytes
 from jdsi.runtime.memory import available_memory
-from jdsi.runtime.offload import footprint_on, kv_bytes
+from jdsi.runtime.offload import footprint_on
 from jdsi.runtime.residency import plan_residency
 from jdsi.runtime.streamed import StreamedExecutor
 

@@ -7,8 +7,8 @@ import numpy as np
 
 from jdsi.converters.block_store import BlockStore
 from jdsi.models import abstract_parameters
-from jdsi.runtime import capacity_bucket
-from jdsi.runtime.offload import PROCESS_BYTES, footprint_of_kv, footprint_on
+from jdsi.runtime.kv_demand import mesh_kv_bytes, most_slots
+from jdsi.runtime.offload import PROCESS_BYTES, footprint_on
 from jdsi.runtime.residency import plan_residency
 
 from .processes import ask
@@ -20,7 +20,7 @@ TOKENS = 64
 def streaming_limit(store: BlockStore, dtype: str) -> int:
     """The memory limit under which no layer stays: ring, embedding, head, a KV cache, and the process."""
     footprint = footprint_on(store, np.dtype(dtype))
-    return PROCESS_BYTES + plan_residency(footprint, None).nbytes + footprint_of_kv(footprint, capacity_bucket(TOKENS))
+    return PROCESS_BYTES + plan_residency(footprint, None).nbytes + mesh_kv_bytes(footprint, most_slots(TOKENS), 1)
 
 
 def loaded_bytes(store: BlockStore, dtype: str) -> int:

@@ -6,8 +6,9 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from jdsi.converters.block_store import BlockStore
+from jdsi.converters.block_store import Block, BlockStore
 from jdsi.errors import CapacityError
+from jdsi.models.tensor_parallel import split_of
 
 EDGES = ("embedding", "head")
 
@@ -48,9 +49,20 @@ class Footprint:
     shared: bool = True
 
     def kept(self, names: Iterable[str]) -> int:
-        """Bytes of blocks that stay; every data-parallel group has them."""
-        total = sum(self.store.blocks[name].nbytes_as(self.dtype) for name in names)
-        return total * self.data if self.shared else -(-total // self.tensor)
+        """Bytes of blocks that stay; every data-parallel group has them, and every rank what is not divided."""
+        own = sum(self._own_bytes(self.store.blocks[name]) for name in names)
+        return own * self.tensor * self.data if self.shared else own
+
+    def _own_bytes(self, block: Block) -> int:
+        if block.ranks > 1 or self.tensor == 1:
+            return block.form.nbytes_as(self.dtype)
+        total = 0
+        for name, parameter in block.form.parameters:
+            full = f"{block.name}.{name}" if block.name.startswith("layers.") else name
+            split = split_of(self.store.spec, full, self.tensor)
+            shape = parameter.shape if split is None else split.local_shape(parameter.shape)
+            total += math.prod(shape) * np.dtype(self.dtype).itemsize
+        return total
 
     def buffer(self, names: Iterable[str]) -> int:
         """Bytes that a buffer of the ring takes, one which any of the blocks fits."""
@@ -81,24 +93,18 @@ def plan_residency(footprint: Footprint, limit: int | None, *, slots: int = 3, s
     """
     names = list(footprint.store.blocks)
     layers = [name for name in names if name.startswith("layers.")]
-    edges = [name for name in names if name in EDGES]
-    small = [name for name in names if name not in layers and name not in edges]  # the last norm
-
-    def moving(streamed: list[str], ring: int) -> int:
-        return ring * footprint.buffer(streamed) + footprint.in_use(streamed)
-
     if limit is None:
-        limit = footprint.kept([*small, *edges]) + moving(layers, slots)
+        kept, moved = _edge_choices(footprint)[0]
+        limit = footprint.kept(kept) + slots * footprint.buffer(moved) + footprint.in_use(moved)
     everything = footprint.kept(names)
     if not stream or everything <= limit:
         return Residency(frozenset(names), (), 0, everything)
     for ring in (slots, 2):
-        for streamed_edges in ([], edges[:1], edges[1:], edges):
-            kept = [*small, *(name for name in edges if name not in streamed_edges)]
-            buffers = moving([*layers, *streamed_edges], ring)
+        for kept, moved in _edge_choices(footprint):
+            buffers = ring * footprint.buffer(moved) + footprint.in_use(moved)
             room = limit - buffers - footprint.kept(kept)
             if room >= 0:
-                kept += _spread(layers, max(footprint.kept([name]) for name in layers), room)
+                kept = [*kept, *_spread(layers, max(footprint.kept([name]) for name in layers), room)]
                 resident = frozenset(kept)
                 return Residency(resident, _order(footprint.store, resident), ring, buffers + footprint.kept(kept))
     raise CapacityError(
@@ -108,10 +114,22 @@ def plan_residency(footprint: Footprint, limit: int | None, *, slots: int = 3, s
 
 def least_bytes(footprint: Footprint) -> int:
     """Bytes for weights without which `plan_residency` gives up."""
+    return min(
+        2 * footprint.buffer(moved) + footprint.in_use(moved) + footprint.kept(kept)
+        for kept, moved in _edge_choices(footprint)
+    )
+
+
+def _edge_choices(footprint: Footprint) -> list[tuple[list[str], list[str]]]:
+    """What stays besides layers, and what may be streamed: as few of the embedding and the head as possible first."""
     names = list(footprint.store.blocks)
-    small = [name for name in names if name not in EDGES and not name.startswith("layers.")]
-    moving = [name for name in names if name not in small]
-    return 2 * footprint.buffer(moving) + footprint.in_use(moving) + footprint.kept(small)
+    layers = [name for name in names if name.startswith("layers.")]
+    edges = [name for name in names if name in EDGES]
+    small = [name for name in names if name not in layers and name not in edges]  # the last norm
+    return [
+        ([*small, *(name for name in edges if name not in streamed)], [*layers, *streamed])
+        for streamed in ([], edges[:1], edges[1:], edges)
+    ]
 
 
 def _spread(layers: list[str], largest: int, room: int) -> list[str]:

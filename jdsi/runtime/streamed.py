@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from jdsi.converters import ParameterSource
 from jdsi.converters.block_store import Block, BlockStore
 from jdsi.converters.direct_io import PageBuffer
-from jdsi.errors import ConfigError
+from jdsi.errors import CapacityError, ConfigError
 from jdsi.kv_cache import ContiguousContext, PackedContext
 from jdsi.models import TransformerSpec
 from jdsi.models.parts import tied_table
@@ -45,6 +45,8 @@ class StreamedExecutor(OneProcess):
         mesh: tensor and data parallelism over devices of this process; by default JAX's default device alone.
         source: where streamed blocks come from; by default the store's files.
         batches_per_pass: how many batches should share a pass.
+        kv_limit: bytes that keys and values of a batch may take of the memory they are on, over all devices if those
+            are CPUs, else on each; not limited by default.
         kv: where keys and values lie between the turns of their layers; by default they stay on the devices. Closed
             with the executor.
         devices_per_link: see `OffloadedKV`.
@@ -65,6 +67,7 @@ class StreamedExecutor(OneProcess):
         mesh: Mesh | None = None,
         source: BlockSource | None = None,
         batches_per_pass: int = 1,
+        kv_limit: int | None = None,
         kv: SlabStore | None = None,
         devices_per_link: int = 1,
         park: bool = False,
@@ -76,6 +79,7 @@ class StreamedExecutor(OneProcess):
         self._dtype = jnp.dtype(store.dtype if dtype is None else dtype)
         self.residency, self._batches_per_pass = residency, batches_per_pass
         self._kv, self._devices_per_link, self._park = kv, devices_per_link, park
+        self._kv_limit = kv_limit
         programs = LayerPrograms(store.spec, self.mesh, self._dtype, implementation)
         weights = {name: streamed_weights(store.spec, block, self.mesh) for name, block in store.blocks.items()}
         with contextlib.closing(DiskSource(store)) as disk:
@@ -133,10 +137,22 @@ class StreamedExecutor(OneProcess):
     def new_context(self, rows: int, capacity: int) -> ContiguousContext | OffloadedContext:
         """See `Executor.new_context`."""
         if self._kv is None:
+            self._check_kv(rows, capacity)
             return self._create(rows, capacity)
         link = self._devices_per_link
         kv = OffloadedKV(self._heads, rows, capacity, self._dtype, self.mesh, self._kv, devices_per_link=link)
         return OffloadedContext.empty(kv)
+
+    def _check_kv(self, rows: int, capacity: int) -> None:
+        if self._kv_limit is None:
+            return
+        whole = sum(count * (key + value) for count, key, value in self._heads) * rows * capacity * self._dtype.itemsize
+        here = whole if jax.default_backend() == "cpu" else -(-whole // self.mesh.size)
+        if here > self._kv_limit:
+            raise CapacityError(
+                f"keys and values of {rows} rows of {capacity} tokens take {here:,} bytes, and the memory limit leaves "
+                f"{self._kv_limit:,}; lower max_batch_size, generate less at once, raise memory_limit or set kv_offload"
+            )
 
     def steps(self, batches: Sequence[Step]) -> list[tuple[Any, Any, Any]]:
         """See `Executor.steps`; every layer is used for all batches in turn (zig-zag). One thread at a time."""

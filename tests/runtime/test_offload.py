@@ -16,13 +16,15 @@ from checkpoints import save_llama
 from jdsi.converters import convert
 from jdsi.converters.block_store import BlockStore
 from jdsi.errors import CapacityError, CheckpointError, ConfigError, JdsiError
-from jdsi.runtime.offload import PROCESS_BYTES, footprint_on, kv_bytes, plan_offload
+from jdsi.runtime.kv_demand import KVPlace, kv_bytes, most_slots
+from jdsi.runtime.offload import PROCESS_BYTES, footprint_on, plan_offload
 from jdsi.runtime.placement import streamed_weights
-from jdsi.runtime.residency import plan_residency
+from jdsi.runtime.residency import Footprint, plan_residency
 from jdsi.runtime.streamed import StreamedExecutor
 from jdsi.runtime.weight_sources import DiskSource, HostSource
 from jdsi.runtime.weight_stream import WeightStream
 from jdsi.sharding import make_mesh
+from test_families import three_layers
 
 PROMPTS = [[5, 9, 2, 7], [11, 4, 4, 60, 33, 21, 8], [3]]
 SAMPLING = jdsi.SamplingParams(max_new_tokens=7, ignore_eos=True)
@@ -58,7 +60,7 @@ def limit_for(folder: Path, layers: int, edges: bool = True, *, batch: int = 64,
     weights += (kept["embedding"] + kept["head"]) if edges else 0
     # A streamed block of another type is widened while it is used.
     weights += max(block.form.made_bytes(np.dtype("float32")) for block in store.blocks.values())
-    kv = batch * kv_bytes(store.spec, max_tokens, np.dtype("float32"))
+    kv = batch * kv_bytes(store.spec, most_slots(max_tokens), np.dtype("float32"))
     return PROCESS_BYTES + weights + min(kv, weights)  # for KV no more than half is set aside
 
 
@@ -72,8 +74,8 @@ def test_tokens_do_not_depend_on_where_weights_live(
         folder,
         dtype="float32",
         offload="nvme",
-        memory_limit=limit_for(folder, layers, edges, batch=2),
-        max_batch_size=2,
+        memory_limit=limit_for(folder, layers, edges, batch=1),
+        max_batch_size=1,
     )
     streamed = engine.executor.residency.streamed
     assert len([name for name in streamed if name.startswith("layers.")]) == 9 - layers
@@ -224,6 +226,54 @@ def test_plan_prefers_the_fastest_place(llama: Path) -> None:
     more = plan_offload(footprint, "nvme", PROCESS_BYTES + (1 << 30), **narrow)
     assert more.residency.streamed == ()
     assert more.batches_per_pass > 10
+
+
+def test_keys_and_values_beyond_the_limit_are_refused(llama: Path) -> None:
+    limit = limit_for(llama, 0, batch=1, max_tokens=64)
+    engine = jdsi.init_inference(llama, dtype="float32", offload="nvme", memory_limit=limit, max_batch_size=8)
+    few = jdsi.SamplingParams(max_new_tokens=2)
+    engine.generate(PROMPTS[0], few)
+    with pytest.raises(
+        CapacityError, match=r"8 rows of [\d,]+ tokens take [\d,]+ bytes.*leaves [\d,]+; lower max_batch"
+    ):
+        engine.generate([[5] * 200] * 8, few)
+    engine.close()
+
+
+def test_host_memory_has_a_limit_too(llama: Path) -> None:
+    with pytest.raises(CapacityError, match=r"do not fit host memory, [\d,]+ are left for them; offload='nvme'"):
+        jdsi.init_inference(llama, dtype="float32", offload="host", memory_limit=PROCESS_BYTES + 1000)
+
+
+def test_an_encoder_is_streamed_by_name(tmp_path: Path) -> None:
+    folder = three_layers("bert", tmp_path / "bert")
+    expected = jdsi.init_inference(folder, dtype="float32").forward(PROMPTS)
+    weights = plan_residency(footprint_on(BlockStore.open(folder), np.dtype("float32")), None, stream=False).nbytes
+    for offload in ("nvme", "auto"):
+        limit = PROCESS_BYTES + weights - 1
+        engine = jdsi.init_inference(folder, dtype="float32", offload=offload, memory_limit=limit)
+        assert engine.executor.residency.streamed
+        np.testing.assert_allclose(engine.forward(PROMPTS), expected, rtol=1e-4, atol=1e-5)
+        engine.close()
+    with pytest.raises(ConfigError, match="this bert model is an encoder"):
+        jdsi.init_inference(folder, offload="nvme", kv_offload="host")
+
+
+def test_a_plan_counts_all_that_batches_take(llama: Path) -> None:
+    store = BlockStore.open(llama)
+    here = footprint_on(store, np.dtype("float32"))
+    sizes = {"max_tokens": 128, "max_batch_size": 4}
+    assert most_slots(128) == 256  # a prompt of 65 tokens is padded to 128, and 63 may follow
+    limit = PROCESS_BYTES + (8 << 20)
+    plan = plan_offload(here, "nvme", limit, **sizes, kv_place=KVPlace("nvme"))
+    hidden = 4 * 256 * store.spec.width * 4
+    assert 1 < plan.batches_per_pass <= 1 + (8 << 20) // hidden
+    with pytest.raises(ConfigError, match="devices_per_link=2 exceeds the 1 devices"):
+        plan_offload(here, "nvme", limit, **sizes, kv_place=KVPlace("nvme", devices_per_link=2))
+    gpus = [Footprint(store, here.dtype, tensor, data, shared=False) for tensor, data in ((1, 1), (1, 4), (2, 1))]
+    found = [plan_offload(gpu, "nvme", 1 << 30, **sizes, kv_place=KVPlace("host")).batches_per_pass for gpu in gpus]
+    # They share the host's memory, so their number does not make it more.
+    assert max(found) / min(found) < 1.01
 
 
 UNDER_A_CAP = """

@@ -1,0 +1,146 @@
+"""What keys and values of an offloaded model take, and where."""
+
+import dataclasses
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+
+from jdsi.errors import ConfigError
+from jdsi.models import TransformerSpec
+from jdsi.models.tensor_parallel import local_spec
+
+from .kv_offload import FileSlabs, HostSlabs, SlabStore
+from .memory import available_host_memory
+from .residency import Footprint
+from .shapes import capacity_bucket, token_bucket
+
+_LAYERS_ON_THEIR_WAY = 5
+"""Layers of offloaded keys and values that a device holds: coming, in use, and being cut for their way back."""
+
+_SAFE = 0.8
+"""Of host memory, or of a disk, that is free: others use it too."""
+
+
+@dataclasses.dataclass(frozen=True)
+class KVPlace:
+    """Where keys and values live between the turns of their layers.
+
+    Attributes:
+        where: "device", "host" or "nvme".
+        folder: where the spill file lies.
+        devices_per_link: see `OffloadedKV`.
+    """
+
+    where: str = "device"
+    folder: Path = Path(tempfile.gettempdir())
+    devices_per_link: int = 1
+
+    def store(self) -> SlabStore | None:
+        """What holds them, if the devices do not.
+
+        Raises:
+            ConfigError: no file can be made in the folder.
+        """
+        if self.where == "device":
+            return None
+        return SlabStore(FileSlabs(self.folder) if self.where == "nvme" else HostSlabs())
+
+    def free(self) -> int:
+        """Bytes that there are for them, where they do not live on the devices.
+
+        Raises:
+            ConfigError: the folder cannot be used.
+        """
+        try:
+            free = available_host_memory() if self.where == "host" else shutil.disk_usage(self.folder).free
+        except OSError as error:
+            raise ConfigError(f"no spill file can be made in {self.folder}: {error.strerror}") from error
+        return int(_SAFE * free)
+
+
+ON_DEVICES = KVPlace()
+
+
+@dataclasses.dataclass(frozen=True)
+class KVDemand:
+    """Bytes that batches of a size take.
+
+    Attributes:
+        place: where keys and values live.
+        first: of the memory that a limit is for, by the first batch of a pass.
+        further: of the same, by every other one, its waiting hidden states included.
+        elsewhere: where keys and values live if not there, by every batch.
+    """
+
+    place: KVPlace
+    first: int
+    further: int
+    elsewhere: int
+
+    @classmethod
+    def of(cls, footprint: Footprint, place: KVPlace, slots: int, rows: int) -> Self:
+        """Of batches of `rows` rows that hold up to `slots` tokens each.
+
+        Raises:
+            ConfigError: the model has no keys and values to keep, or there are not so many devices on a link.
+        """
+        spec, devices = footprint.store.spec, footprint.tensor * footprint.data
+        if place.where != "device" and not spec.causal:
+            raise ConfigError(f"kv_offload is for models that generate; this {spec.family} model is an encoder")
+        if place.devices_per_link > devices:
+            raise ConfigError(f"devices_per_link={place.devices_per_link} exceeds the {devices} devices there are")
+        whole = mesh_kv_bytes(footprint, slots, rows)
+        here = whole if footprint.shared else -(-whole // devices)
+        hidden = rows * slots * spec.width * np.dtype(footprint.dtype).itemsize
+        hidden = hidden if footprint.shared else -(-hidden // footprint.data)
+        if place.where == "device":
+            return cls(place, here, here + hidden, 0)
+        layers = len(spec.layers)
+        # Of the device that offloads fewest.
+        offloaded = layers // place.devices_per_link
+        staying = here - here * offloaded // layers
+        moving = _LAYERS_ON_THEIR_WAY * -(-here // layers)
+        if not footprint.shared:  # hidden states wait on the host as well
+            return cls(place, staying + moving, staying, whole * offloaded // layers + hidden)
+        # What comes, and what goes, is on the host a second time.
+        settled = here if place.where == "host" else staying
+        return cls(place, settled + 2 * moving, settled + hidden, whole * offloaded // layers)
+
+    def batches(self, left: int, taken: int) -> int:
+        """How many share a pass.
+
+        Args:
+            left: bytes of the memory that a limit is for.
+            taken: bytes of host memory that will be in use for weights.
+        """
+        found = 1 + max(0, left - self.first) // self.further if self.further else _MANY
+        if self.place.where != "device":
+            free = self.place.free() - (taken if self.place.where == "host" else 0)
+            found = min(found, free // max(1, self.elsewhere))
+        return max(1, found)
+
+
+_MANY = 16
+"""Batches of a pass where nothing of them needs room: what more would share is little."""
+
+
+def most_slots(max_tokens: int) -> int:
+    """Slots per row that a batch may take whose rows have up to `max_tokens` tokens, as prompts are padded."""
+    padding = max((token_bucket(n) - n for n in range(1, min(max_tokens, 1024))), default=0)
+    return capacity_bucket(max_tokens + padding)
+
+
+def mesh_kv_bytes(footprint: Footprint, slots: int, rows: int) -> int:
+    """Bytes of the KV cache of a batch on all devices; heads may be padded, or held by several ranks."""
+    local = local_spec(footprint.store.spec, footprint.tensor)
+    return kv_bytes(local, slots, footprint.dtype) * footprint.tensor * rows
+
+
+def kv_bytes(spec: TransformerSpec, tokens: int, dtype: np.dtype) -> int:
+    """Bytes of the KV cache of one sequence; encoders have none."""
+    if not spec.causal:
+        return 0
+    return sum(heads * (k + v) for heads, k, v in spec.kv_heads) * tokens * np.dtype(dtype).itemsize
