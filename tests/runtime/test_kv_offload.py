@@ -17,6 +17,8 @@ from jdsi.runtime.streamed import StreamedExecutor
 from jdsi.runtime.waiting import Waiting
 from jdsi.sharding import DATA, make_mesh
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 PROMPTS = [[5, 9, 2, 7], [11, 4, 4, 60, 33, 21, 8], [3], [8, 8, 1], [70, 71]]
 SAMPLINGS = (
     jdsi.SamplingParams(max_new_tokens=7, ignore_eos=True),

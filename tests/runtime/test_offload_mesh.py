@@ -18,6 +18,8 @@ from jdsi.runtime.weight_sources import HostSource
 from jdsi.sharding import make_mesh
 from test_families import CONFIGS, ENCODERS, three_layers
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 PROMPTS = [[5, 9, 2, 7], [11, 4, 4, 60, 33, 21, 8], [3]]
 SAMPLINGS = (
     jdsi.SamplingParams(max_new_tokens=7, ignore_eos=True, logprobs=2),
