@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -236,6 +237,54 @@ def test_where_direct_reading_is_refused_it_goes_through_the_cache(
     assert (memory == 7).all()
     assert not file.direct
     file.close()
+
+
+def test_a_closed_file_reserves_nothing(tmp_path: Path) -> None:
+    file = SpillFile(tmp_path)
+    file.free(*file.reserve([PAGE]), PAGE)
+    file.close()
+    for size in (PAGE, 2 * PAGE):
+        with pytest.raises(JdsiError, match=f"the spill file in {tmp_path} is closed") as caught:
+            file.reserve([size])
+        assert type(caught.value) is JdsiError
+
+
+def test_slabs_of_two_sizes_are_loaded_by_two_threads(tmp_path: Path) -> None:
+    """One learns the largest size so far, and tells its own only when the other has told a larger one."""
+    asked, told, late = threading.Event(), threading.Event(), threading.Event()
+
+    class Slow(FileSlabs):
+        found = 0
+
+        @property
+        def _largest(self) -> int:
+            if threading.current_thread() is other:
+                found = self.found
+                asked.set()
+                told.wait(0.3)
+                return found
+            if told.is_set():
+                late.wait(0.3)
+            return self.found
+
+        @_largest.setter
+        def _largest(self, value: int) -> None:
+            self.found = value
+            if threading.current_thread() is other:
+                late.set()
+            elif value:
+                told.set()
+
+    other = threading.Thread(target=lambda: home.release(home.load(slabs[:1], 0)))
+    home = Slow(tmp_path)
+    slabs = home.allocate([(128, 1, 1, 8), (128, 1, 64, 8)], np.dtype(np.float32))
+    other.start()
+    assert asked.wait(10)
+    (memory,) = home.load(slabs[1:], 0)
+    assert memory.shape == slabs[1].shape
+    other.join()
+    assert home.found == slabs[1].nbytes
+    home.close()
 
 
 def test_folders_that_cannot_be_used_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,13 +1,16 @@
 """Keys and values that live elsewhere are the same as if they had never left the device."""
 
+import dis
 import errno
 import gc
 import os
+import sys
 import threading
 import time
 import weakref
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -263,7 +266,7 @@ def test_a_failing_disk_is_heard_of(
     other.close()
     assert not home._loaded
     assert home.file._free == [(0, home.file.size)]
-    assert store.ahead._value == store.behind._value == 2
+    assert not store.ahead
     store.close()
 
 
@@ -344,7 +347,7 @@ def test_closing_waits_for_what_is_under_way(tmp_path: Path, monkeypatch: pytest
         store.loads.submit(lambda: None).result()
     assert not home._loaded
     assert home.file._free == [(0, home.file.size)]
-    assert store.ahead._value == 2
+    assert not store.ahead
     store.close()
 
 
@@ -383,6 +386,122 @@ def test_only_so_much_is_under_way(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert kv._layers[0].saving.done(), "the second layer did not wait for the first to be saved"
     assert store.report().since(before).wait_seconds > 0.1
     kv.close()
+    store.close()
+
+
+def test_room_of_what_was_dropped_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home, begun = FileSlabs(tmp_path), threading.Event()
+    store = SlabStore(home)
+    kv = made(store)
+    size, grow = home.file.size, home.file._grow
+
+    def full(wanted: int) -> None:
+        if wanted > size:
+            raise CapacityError(f"there is room for one batch of {size} bytes")
+        grow(wanted)
+
+    monkeypatch.setattr(home.file, "_grow", full)
+    monkeypatch.setattr(os, "pwritev", delayed(os.pwritev, begun))
+    pass_through(kv, 0)
+    assert begun.wait(10)
+    kv.close()
+    again = made(store)
+    pass_through(again, 0)
+    del again
+    again = made(store)  # while the last one's first layer is being saved
+    with pytest.raises(CapacityError, match="room for one batch"):
+        made(store)
+    shapes = [(128, 1, 1, 8)]
+    with pytest.raises(CapacityError, match="room for one batch"):  # the thread that frees cannot wait for itself
+        store.loads.submit(lambda: store.allocate(shapes, np.dtype(np.float32))).result(10)
+    again.close()
+    store.close()
+    with pytest.raises(JdsiError, match=f"the spill file in {tmp_path} is closed"):
+        made(store)
+
+
+@cache
+def interruptible(code: Any) -> set[int]:
+    """Where in a function Python looks for Ctrl-C: at its beginning, behind calls and before it jumps back."""
+    instructions = list(dis.get_instructions(code))
+    behind = {
+        next_one.offset
+        for one, next_one in pairwise(instructions)
+        if one.opname == "RESUME" or one.opname.startswith("CALL")
+    }
+    return behind | {one.offset for one in instructions if one.opname.startswith("JUMP_BACKWARD")}
+
+
+def interrupted(place: int, call: Any) -> bool:
+    """Whether Ctrl-C stopped `call`, at the `place`-th place it came to in this package where that can be."""
+    left, package = place, str(Path(moves.__file__).parent)
+
+    def trace(frame: Any, event: str, _: Any) -> Any:
+        nonlocal left
+        if not frame.f_code.co_filename.startswith(package):
+            return None
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        if event == "opcode" and frame.f_lasti in interruptible(frame.f_code):
+            left -= 1
+            if left == 0:
+                raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys._getframe().f_trace_opcodes = True  # Python looks at the frame that begins to trace
+    sys.settrace(trace)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+def test_an_interrupt_anywhere_loses_nothing(tmp_path: Path) -> None:
+    home = FileSlabs(tmp_path)
+    store = SlabStore(home, ahead=1, behind=1)
+
+    def use(kv: OffloadedKV) -> None:
+        for layer in range(len(HEADS)):
+            pass_through(kv, layer)
+            kv.prefetch((layer + 1) % len(HEADS))
+
+    kv = made(store)
+    use(kv)
+    kv.close()
+    stopped, place = True, 0
+    while stopped:
+        kv, place = made(store), place + 1
+        stopped = interrupted(place, lambda kv=kv: use(kv))
+        kv.close()
+        assert not store.ahead, place
+        assert not home._loaded, place
+        assert home.file._free == [(0, home.file.size)], place
+        waiter = threading.Thread(target=store.wait_for_room_behind, daemon=True)
+        waiter.start()
+        waiter.join(10)
+        assert not waiter.is_alive(), f"{place}: the next layer would wait for good"
+    assert place > 100
+    store.close()
+
+
+def test_what_an_interrupt_left_unnoted_is_under_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home, begun = FileSlabs(tmp_path), threading.Event()
+    store = SlabStore(home)
+    kv = made(store)
+    state = kv._layers[0]
+    kv.prefetch(0)
+    state.loading = None
+    monkeypatch.setattr(os, "pwritev", delayed(os.pwritev, begun))
+    pass_through(kv, 0)
+    saving, state.saving = state.saving, None
+    assert begun.wait(10)
+    kv.close()
+    assert saving.done(), "its room is free while it is written"
+    saving.result()
+    assert not home._loaded
     store.close()
 
 

@@ -3,7 +3,7 @@
 import contextlib
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from functools import partial
 from typing import Any
@@ -18,7 +18,7 @@ from jdsi.errors import CapacityError, ConfigError, JdsiError
 from jdsi.sharding import DATA, TENSOR
 
 from .moves import SLOTS, LayerState, Loaded, copy_rows, cut, expand, free, free_slabs, load, save
-from .slabs import Slab, SlabHome
+from .slabs import Slab
 from .store import Failure, SlabStore, Worker
 
 
@@ -78,8 +78,8 @@ class OffloadedKV:
             LayerState(np.zeros(rows, np.int64), ranges, slabs)
             for slabs in self._reserve(range(len(heads)), offloading, rows)
         ]
-        arguments = store.loads, store.home, self._layers, self._failure, store.ahead
-        self._finalizer = weakref.finalize(self, _free_soon, *arguments)
+        self._free = partial(free, store.home, self._layers, store.ahead, store.saves)
+        self._finalizer = weakref.finalize(self, _free_soon, store.loads, self._free, self._failure)
         for index, layer in enumerate(self._layers):
             shares = [self._sharding.shard_shape(shape) for shape in self._shapes(index, rows)]
             for device in set(devices) - set(layer.slabs):
@@ -98,9 +98,9 @@ class OffloadedKV:
         """
         self._failure.check()
         state = self._layers[layer]
-        if state.slabs and state.loading is None and state.taken is None and self._store.ahead.acquire(blocking=False):
-            state.ahead = True
+        if state.slabs and state.loading is None and state.taken is None and self._store.has_room_ahead:
             state.loading = self._load(state)
+            self._store.ahead.add(state.loading)  # behind what names it, so that it cannot be counted for good
 
     def take(self, layer: int) -> tuple[Float[Array, "B K L D"], Float[Array, "B K L Dv"]]:
         """A layer's keys and values, zero where no token is, which the caller may donate and must give back.
@@ -119,11 +119,11 @@ class OffloadedKV:
         if state.slabs:
             if state.loading is None:
                 state.loading = self._load(state)
-            loaded = self._arrived(state)
-            shards |= expand(state, loaded, self.capacity)
+            state.taken = self._arrived(state)
+            state.loading = None
+            shards |= expand(state, state.taken, self.capacity)
         else:
-            loaded = Loaded({}, None, None)
-        state.taken = loaded
+            state.taken = Loaded({}, None, None)
         keys, values = (
             jax.make_array_from_single_device_arrays(
                 shape, self._sharding, [shards[device][which] for device in self._mesh.local_devices]
@@ -166,16 +166,10 @@ class OffloadedKV:
         if state.slabs:
             size = min(new_tokens, self.capacity)
             starts = np.minimum(lengths, self.capacity - size)
-            began = time.perf_counter()
-            self._store.behind.acquire()
-            self._store.wait_seconds += time.perf_counter() - began
-            try:
-                cuts = cut({device: shards[device] for device in state.slabs}, state.per_device(starts), size)
-                task = partial(save, self._store.home, state, loaded, cuts, starts, lengths, new_lengths)
-                state.saving = self._store.saves.submit(partial(self._failure.watch, task, self._store.behind))
-            except BaseException:
-                self._store.behind.release()
-                raise
+            self._store.wait_for_room_behind()
+            cuts = cut({device: shards[device] for device in state.slabs}, state.per_device(starts), size)
+            task = partial(save, self._store.home, state, loaded, cuts, starts, lengths, new_lengths)
+            state.saving = self._store.save(partial(self._failure.watch, task))
         state.taken, state.lengths = None, lengths + new_lengths
         state.kept = {device: pair for device, pair in shards.items() if device not in state.slabs}
 
@@ -208,7 +202,7 @@ class OffloadedKV:
         if self._finalizer.detach() is not None:
             self._failure.error = _closed()
             with contextlib.suppress(JdsiError):  # a store that is closed has freed them
-                self._store.loads.submit(partial(free, self._store.home, self._layers, self._store.ahead)).result()
+                self._store.loads.submit(self._free).result()
 
     def _shapes(self, layer: int, rows: int) -> list[tuple[int, int, int, int]]:
         kv_heads, *dims = self._heads[layer]
@@ -227,7 +221,7 @@ class OffloadedKV:
             for shape in self._shapes(layer, rows) * len(offloading):
                 own_rows, kv_heads, slots, dim = self._sharding.shard_shape(shape)
                 shapes.append((slots, own_rows, kv_heads, dim))
-        slabs = iter(self._store.home.allocate(shapes, self._dtype))
+        slabs = iter(self._store.allocate(shapes, self._dtype))
         return [{device: (next(slabs), next(slabs)) for device in offloading} for offloading in devices]
 
     def _load(self, state: LayerState) -> Future:
@@ -235,17 +229,15 @@ class OffloadedKV:
         return self._store.loads.submit(partial(self._failure.watch, task))
 
     def _arrived(self, state: LayerState) -> Loaded:
+        """What is being loaded, once it is there; `state.loading` still names it."""
         assert state.loading is not None
         began = time.perf_counter()
         wait([state.loading])
         self._store.wait_seconds += time.perf_counter() - began
-        future, state.loading = state.loading, None
-        if state.ahead:
-            state.ahead = False
-            self._store.ahead.release()
-        if future.exception() is not None:
+        self._store.ahead.discard(state.loading)
+        if state.loading.exception() is not None:
             self._failure.check()
-        return future.result()
+        return state.loading.result()
 
     def _check(self, layer: int, memory: Any, lengths: np.ndarray, new_lengths: np.ndarray, new_tokens: int) -> None:
         held = self._layers[layer].lengths
@@ -268,6 +260,7 @@ class OffloadedKV:
         for state in self._layers:
             if state.loading is not None:
                 self._arrived(state).release(home)
+                state.loading = None
             if state.saving is not None:
                 state.saving.result()
         ranges = self._row_ranges(len(rows))
@@ -281,9 +274,9 @@ class OffloadedKV:
                 if not same:
                     free_slabs(home, slabs)
                 raise
+            old, state.slabs, state.rows, state.lengths = state.slabs, slabs, ranges, state.lengths[rows]
             if not same:
-                free_slabs(home, state.slabs)
-            state.slabs, state.rows, state.lengths = slabs, ranges, state.lengths[rows]
+                free_slabs(home, old)
             for device, (keys, values) in state.kept.items():
                 state.kept[device] = jnp.take(keys, local[device], axis=0), jnp.take(values, local[device], axis=0)
         self.rows = len(rows)
@@ -299,10 +292,10 @@ def _check_divides(mesh: Mesh, rows: int, heads: Sequence[tuple[int, int, int]])
             )
 
 
-def _free_soon(loads: Worker, home: SlabHome, layers: list[LayerState], failure: Failure, ahead: Any) -> None:
+def _free_soon(loads: Worker, task: Callable[[], None], failure: Failure) -> None:
     """Of memory that is dropped: behind what is under way, for it may be dropped anywhere, in the threads even."""
     failure.error = _closed()
-    loads.submit_if_open(partial(free, home, layers, ahead))
+    loads.submit_if_open(task)
 
 
 def _closed() -> JdsiError:

@@ -3,9 +3,8 @@
 import contextlib
 import dataclasses
 import functools
-import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from typing import Any
 
 import jax
@@ -16,8 +15,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from jdsi.converters.direct_io import round_up
+from jdsi.errors import JdsiError
 
 from .slabs import Slab, SlabHome
+from .store import Worker
 
 SLOTS = 128
 """Capacities are multiples of this."""
@@ -35,9 +36,9 @@ class LayerState:
         slabs: keys and values of each device that offloads the layer.
         kept: keys and values of each other device, while the layer is not taken.
         loading: the task that loads them, once it was asked for.
-        ahead: whether that was before they were taken.
         taken: the memory that was loaded and what still reads it, while the layer is taken.
         saving: the last task that saved something.
+        out: what the last load brought, whether or not whoever asked for it got to know.
     """
 
     lengths: Int[np.ndarray, " B"]
@@ -45,9 +46,9 @@ class LayerState:
     slabs: dict[Any, tuple[Slab, Slab]]
     kept: dict[Any, tuple[Array, Array]] = dataclasses.field(default_factory=dict)
     loading: Future | None = None
-    ahead: bool = False
     taken: "Loaded | None" = None
     saving: Future | None = None
+    out: "Loaded | None" = None
 
     @property
     def used(self) -> int:
@@ -74,20 +75,23 @@ class Loaded:
     reader: Any
 
     def release(self, home: SlabHome) -> None:
-        """Gives the memories back when nothing reads them."""
+        """Gives the memories back when nothing reads them; the second time does nothing."""
         with contextlib.suppress(RuntimeError):  # a computation that failed has finished too; its caller hears of it
             jax.block_until_ready(self.reader)
-        for memories in self.memories.values():
-            home.release(memories)
+        while self.memories:
+            home.release(self.memories.popitem()[1])
+        self.arrays = self.reader = None
 
 
 def load(home: SlabHome, layer: LayerState, capacity: int) -> Loaded:
     """Loads a layer's slabs and puts the slots in use on the devices; a task."""
     if layer.saving is not None:
         layer.saving.result()
+    if layer.out is not None:
+        layer.out.release(home)  # where the caller was interrupted before it knew of it
     memories: dict[Any, list[np.ndarray]] = {}
     slots = _padded(layer.used, capacity)
-    loaded = Loaded(memories, None, None)
+    loaded = layer.out = Loaded(memories, None, None)
     try:
         for device, slabs in layer.slabs.items():
             memories[device] = home.load(slabs, layer.used)
@@ -170,17 +174,18 @@ def copy_rows(
             home.save(targets[device], others, np.zeros_like(chosen), own[chosen])
 
 
-def free(home: SlabHome, layers: list[LayerState], ahead: threading.Semaphore) -> None:
-    """Gives back what a batch holds; a task, behind all loads of it."""
+def free(home: SlabHome, layers: list[LayerState], ahead: set[Future], saves: Worker) -> None:
+    """Gives back what a batch holds; a task, behind all loads of it.
+
+    It relies on what the two threads have done only, for the caller may have been interrupted before it noted anything.
+    """
+    with contextlib.suppress(JdsiError):  # closed, and so done
+        saves.submit(lambda: None).result()
     for layer in layers:
-        if layer.loading is not None and layer.loading.exception() is None:
-            layer.loading.result().release(home)
-        if layer.ahead:
-            ahead.release()
-        if layer.taken is not None:
-            layer.taken.release(home)
-        if layer.saving is not None:
-            wait([layer.saving])
+        if layer.loading is not None:
+            ahead.discard(layer.loading)
+        if layer.out is not None:
+            layer.out.release(home)
         free_slabs(home, layer.slabs)
     layers.clear()
 

@@ -7,6 +7,7 @@ new tokens of all rows lie together.
 import dataclasses
 import math
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
@@ -60,6 +61,7 @@ class SlabHome(Protocol):
 
         Raises:
             CapacityError: there is no room for them.
+            JdsiError: a file that they would lie in is closed.
         """
         ...
 
@@ -155,7 +157,7 @@ class FileSlabs:
         self.bytes_read = self.bytes_written = 0
         self.file = SpillFile(folder)
         self._pages = PinnedPages()
-        self._largest = 0
+        self._largest, self._lock = 0, threading.Lock()
         self._loaded: dict[int, np.ndarray] = {}
 
     def allocate(self, shapes: Sequence[tuple[int, int, int, int]], dtype: np.dtype) -> list[Slab]:
@@ -167,8 +169,9 @@ class FileSlabs:
     def load(self, slabs: Sequence[Slab], slots: int) -> list[np.ndarray]:
         """See `SlabHome.load`."""
         # Of one size, whatever slab they are for, so that there are never more than are in use at once.
-        self._largest = max([self._largest, *(slab.nbytes for slab in slabs)])
-        pages = self._pages.take([self._largest] * len(slabs))
+        with self._lock:
+            largest = self._largest = max([self._largest, *(slab.nbytes for slab in slabs)])
+        pages = self._pages.take([largest] * len(slabs))
         self._loaded |= {one.ctypes.data: one for one in pages}
         memories = [
             one[: slab.nbytes].view(slab.dtype).reshape(slab.shape) for slab, one in zip(slabs, pages, strict=True)

@@ -56,8 +56,11 @@ class SpillFile:
 
         Raises:
             CapacityError: the disk is full; nothing was reserved.
+            JdsiError: the file is closed.
         """
         with self._lock:
+            if self._descriptor < 0:
+                raise self._closed()
             free, offsets, size = list(self._free), [], self.size
             for wanted in map(round_up, sizes):
                 index = next((i for i, (start, stop) in enumerate(free) if stop - start >= wanted), None)
@@ -108,6 +111,9 @@ class SpillFile:
         if descriptor >= 0:
             os.close(descriptor)
 
+    def _closed(self) -> JdsiError:
+        return JdsiError(f"the spill file in {self.folder} is closed")
+
     def _grow(self, size: int) -> None:
         try:
             os.posix_fallocate(self._descriptor, self.size, size - self.size)
@@ -131,7 +137,7 @@ class SpillFile:
         try:
             jobs = [self._pool.submit(move, *chunk) for chunk in chunks]
         except RuntimeError as error:
-            raise JdsiError(f"the spill file in {self.folder} is closed") from error
+            raise self._closed() from error
         wait(jobs)  # all of them, for the memory is free to be used again once this has failed
         for job in jobs:
             job.result()

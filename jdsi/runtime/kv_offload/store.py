@@ -1,16 +1,20 @@
 """What the batches of an executor share to have their keys and values elsewhere: a home, two threads, and bounds."""
 
+import collections
 import dataclasses
 import queue
 import threading
+import time
 import weakref
-from collections.abc import Callable
-from concurrent.futures import Future
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from typing import Any
 
-from jdsi.errors import JdsiError
+import numpy as np
 
-from .slabs import SlabHome
+from jdsi.errors import CapacityError, JdsiError
+
+from .slabs import Slab, SlabHome
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +45,8 @@ class SlabStore:
 
     Saving waits for devices only, loading for devices and for what is being saved, so neither can stop for good.
 
+    The bounds are kept by counting what is there, not by permits: those would be lost where a caller is interrupted.
+
     Args:
         home: where slabs lie; closed with the store.
         ahead: layers loaded at most before they are taken.
@@ -49,15 +55,55 @@ class SlabStore:
     Attributes:
         home: as above.
         loads, saves: the threads.
-        ahead, behind: what is left of the bounds.
+        ahead: loads begun before they were needed, whose layers have not been taken yet.
         wait_seconds: that callers waited for the threads.
     """
 
     def __init__(self, home: SlabHome, *, ahead: int = 2, behind: int = 2) -> None:
         self.home, self.wait_seconds = home, 0.0
         self.loads, self.saves = Worker("jdsi-kv-load"), Worker("jdsi-kv-save")
-        self.ahead, self.behind = threading.Semaphore(ahead), threading.Semaphore(behind)
+        self.ahead: set[Future] = set()
+        self._behind: collections.deque[Future] = collections.deque()
+        self._most_ahead, self._most_behind = ahead, behind
         self._close = weakref.finalize(self, _stop, self.loads, self.saves, home)
+
+    def allocate(self, shapes: Sequence[tuple[int, int, int, int]], dtype: np.dtype) -> list[Slab]:
+        """See `SlabHome.allocate`; where room is short, waits for that of the batches that were dropped.
+
+        Raises:
+            CapacityError: there is no room, or none yet and this is the thread that frees it.
+            JdsiError: the store is closed.
+        """
+        try:
+            return self.home.allocate(shapes, dtype)
+        except CapacityError:
+            if self.loads.is_current:
+                raise
+        self.loads.submit(lambda: None).result()  # it frees what was dropped, in its turn
+        return self.home.allocate(shapes, dtype)
+
+    @property
+    def has_room_ahead(self) -> bool:
+        """Whether one more load may begin before it is needed."""
+        return len(self.ahead) < self._most_ahead
+
+    def wait_for_room_behind(self) -> None:
+        """Waits until one more layer may be given to `save`."""
+        began = time.perf_counter()
+        while self._behind and (len(self._behind) >= self._most_behind or self._behind[0].done()):
+            wait([self._behind[0]])
+            self._behind.popleft()
+        self.wait_seconds += time.perf_counter() - began
+
+    def save(self, task: Callable[[], Any]) -> Future:
+        """Has the saving thread run `task`, which counts as a layer behind until it is done.
+
+        Raises:
+            JdsiError: the store is closed.
+        """
+        future = self.saves.submit(task)
+        self._behind.append(future)
+        return future
 
     def report(self) -> SlabReport:
         """What it has done so far."""
@@ -90,8 +136,8 @@ class Failure:
             # Without the old traceback, which would keep a layer's arrays alive.
             raise type(self.error)(*self.error.args) from self.error.__cause__
 
-    def watch(self, task: Callable[[], Any], turn: threading.Semaphore | None = None) -> Any:
-        """Runs `task`, remembers what goes wrong, and lets the next one have its turn."""
+    def watch(self, task: Callable[[], Any]) -> Any:
+        """Runs `task` and remembers what goes wrong."""
         try:
             return task()
         except JdsiError as error:
@@ -102,9 +148,6 @@ class Failure:
             wrapped.__cause__ = error
             self.error = self.error or wrapped
             raise wrapped from error
-        finally:
-            if turn is not None:
-                turn.release()
 
 
 class Worker:
@@ -118,6 +161,11 @@ class Worker:
         self._thread = threading.Thread(target=_work, args=(self._tasks,), daemon=True, name=name)
         self._thread.start()
 
+    @property
+    def is_current(self) -> bool:
+        """Whether the caller is one of its tasks."""
+        return self._thread is threading.current_thread()
+
     def submit(self, task: Callable[[], Any]) -> Future:
         """Runs `task` behind all others; the future has its result.
 
@@ -127,7 +175,8 @@ class Worker:
         with self._lock:  # so that no task comes behind the end, where nothing would run it
             if self._closed:
                 raise JdsiError("this store of keys and values is closed")
-            return self._put(task)
+            future = self._put(task)
+        return future
 
     def submit_if_open(self, task: Callable[[], Any]) -> None:
         """As `submit`; without a lock, for finalizers, which may run in the middle of `submit`."""
@@ -145,7 +194,7 @@ class Worker:
                 return
             self._closed = True
             self._tasks.put(None)
-        if self._thread is not threading.current_thread():
+        if not self.is_current:
             self._thread.join(timeout=60)
 
 
