@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from jdsi.runtime.offload import footprint_on
 from jdsi.runtime.residency import plan_residency
 from jdsi.runtime.streamed import StreamedExecutor
 
-from .offload_contenders import PROMPT, Contender, Decoding, Disk, MappedSource, Turn, take_turn
+from .offload_contenders import PROMPT, Contender, Decoding, Disk, MappedSource, Turn
 from .offload_memory import loaded_bytes, peak_memory
 from .offload_peers import OFFLOAD_PEERS, check_installed, open_offload_peers
 from .offload_tables import NOTES, curve_table, passes_table
@@ -65,7 +64,7 @@ def bench_offload(
     if rounds < 1 or gigabytes <= 0 or batch < 1 or not batches_per_pass or min(batches_per_pass) < 1:
         raise ConfigError(f"{rounds=}, {gigabytes=}, {batch=} and {batches_per_pass=} must be positive")
     check_dtypes(dtype, compute_dtype)
-    check_peers(peers, tuple(OFFLOAD_PEERS))
+    check_peers(peers, OFFLOAD_PEERS)
     check_installed(peers)
     warn_if_busy()
     with scratch(folder) as place:
@@ -139,7 +138,7 @@ def _measure(
             warn(f"offload: {loaded / 1e9:.1f} GB of weights do not fit memory, which leaves out the compute limit")
         opened = stack.enter_context(open_offload_peers(peers, source, place, dtype, batch))
         entries |= {name: _Entry(peer, batch) for name, peer in opened.items()}
-        turns = interleave({name: partial(take_turn, entry.contender) for name, entry in entries.items()}, rounds)
+        turns = interleave({name: entry.contender.turn for name, entry in entries.items()}, rounds)
     results = [_result(name, entries[name], turns, nbytes) for name in entries]
     reference: Any = entries[f"streamed x{counts[0]}"].contender
     for result in results:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,36 +33,31 @@ def prompts(rows: int) -> np.ndarray:
     return (np.arange(rows * PROMPT, dtype=np.int32) % _LEAST_VOCABULARY).reshape(rows, PROMPT)
 
 
-class Contender(Protocol):
-    """One that takes turns with others."""
-
-    def prepare(self) -> None:
-        """What has to be done before a turn and is not timed."""
-        ...
-
-    def run(self) -> None:
-        """One pass, finished."""
-        ...
-
-
 @dataclasses.dataclass(frozen=True)
 class Turn:
     """What one pass took.
 
     Attributes:
         seconds: wall time.
-        bytes_read: that the process had fetched from storage in it.
+        bytes_read: that its process had fetched from storage in it.
     """
 
     seconds: float
     bytes_read: int
 
 
-def take_turn(contender: Contender) -> Turn:
-    """Runs a contender once."""
-    contender.prepare()
+class Contender(Protocol):
+    """One that takes turns with others."""
+
+    def turn(self) -> Turn:
+        """Runs one pass until it is finished, after what has to be done before and is not timed."""
+        ...
+
+
+def timed(run: Callable[[], object]) -> Turn:
+    """Calls `run` once."""
     before = storage_bytes()
-    taken = seconds(contender.run)
+    taken = seconds(run)
     return Turn(taken, storage_bytes() - before)
 
 
@@ -104,12 +99,9 @@ class Disk:
             Segment(file, start, size, i % _CHUNKS * _CHUNK) for i, (file, start, size) in enumerate(pieces)
         ]
 
-    def prepare(self) -> None:
-        """See `Contender`."""
-
-    def run(self) -> None:
-        """See `Contender`."""
-        self._reader.read(self._segments, self._memory)
+    def turn(self) -> Turn:
+        """See `Contender.turn`."""
+        return timed(lambda: self._reader.read(self._segments, self._memory))
 
     def close(self) -> None:
         """Closes the files."""
@@ -153,12 +145,12 @@ class Decoding:
         last = np.arange(1, rows + 1, dtype=np.int32) * PROMPT - 1
         self._step([Step(prompts(rows).reshape(-1), context, last, _greedy, ()) for context in prompted])
 
-    def prepare(self) -> None:
-        """See `Contender`."""
-        self.run()
+    def turn(self) -> Turn:
+        """See `Contender.turn`."""
+        self._pass()
+        return timed(self._pass)
 
-    def run(self) -> None:
-        """See `Contender`."""
+    def _pass(self) -> None:
         ones = np.ones(len(self.tokens[0]), np.int32)
         self._step([Step(tokens, context.extend(ones, 1), None, _greedy, ()) for tokens, context in self._state])
 

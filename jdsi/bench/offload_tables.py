@@ -14,9 +14,9 @@ NOTES = (
     "disk: the same bytes read with O_DIRECT, 16 MiB at a time, and nothing else. folder: streamed from the safetensors"
     " files as they are. mmap: each block copied out of a mapping of its own when the one before is done with, its"
     " cache dropped first. in memory: the same programs with all weights loaded as they are computed with.",
-    "disk-offload, cpu-offload: transformers' model under accelerate, one token of a generation; weights stored as ours"
-    " and widened as they are fetched, the files' cache dropped before each pass.",
-    "GB/s, bytes/pass: what the process read from storage (/proc/self/io); the latter over the bytes of the streamed"
+    "disk-offload, cpu-offload: transformers' model under accelerate in a process of its own, one token of a"
+    " generation; weights stored as ours and widened as they are fetched, the files' cache dropped before each pass.",
+    "GB/s, bytes/pass: what its process read from storage (/proc/self/io); the latter over the bytes of the streamed"
     " weights.",
     "limits: disk is the time of reading a pass, compute that of a pass in memory for each batch; share: of the longer"
     " one in the time taken.",
