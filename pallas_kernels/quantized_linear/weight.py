@@ -238,7 +238,9 @@ def _stored_scale(scale: Array, format: WeightFormat) -> Array:
     # A group of tiny numbers keeps a scale that is not zero; float32 below its smallest normal is flushed.
     scale = jnp.where(scale > 0, jnp.maximum(scale, max(float(info.smallest_subnormal), 2.0**-126)), 0.0)
     nearest = scale.astype(dtype).astype(jnp.float32)
-    above = (scale * (1 + float(info.eps))).astype(dtype).astype(jnp.float32)
+    # Numbers below the smallest normal one, which float16 has many of, lie equally far apart.
+    larger = jnp.maximum(scale * (1 + float(info.eps)), scale + float(info.smallest_subnormal))
+    above = larger.astype(dtype).astype(jnp.float32)
     return jnp.where(nearest < scale, above, nearest)
 
 

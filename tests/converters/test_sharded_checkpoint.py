@@ -293,9 +293,10 @@ def test_a_folder_without_its_manifest_does_not_open(cut: Path) -> None:
         load(cut, 2)
 
 
-def test_it_cannot_be_streamed(cut: Path) -> None:
-    with pytest.raises(CheckpointError, match="only safetensors files and streaming folders"):
+def test_it_is_streamed_at_its_own_degree_only(cut: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"can be streamed only with that, not with 1; .*--to streaming"):
         BlockStore.open(cut)
+    assert BlockStore.open(cut, tensor_parallel=2).blocks["layers.0"].ranks == 2
 
 
 def test_a_degree_of_one_and_options_that_contradict(tmp_path: Path) -> None:

@@ -73,6 +73,12 @@ def test_at_most_half_a_step_is_lost(stored: WeightFormat, rows: int, matrix: np
     np.testing.assert_allclose(dequantize(weight), numbers * scales, rtol=1e-6, atol=SUBNORMAL)
 
 
+def test_scales_below_the_smallest_normal_number_are_large_enough() -> None:
+    matrix = np.full((1, 32), 1e-5, np.float32)
+    weight = quantize(matrix, WeightFormat("int8", 32, scale_dtype="float16"))
+    assert (np.asarray(weight.scales, np.float64) * 127 >= matrix.max()).all()
+
+
 @by_name
 def test_groups_of_zeros_are_zero(stored: WeightFormat) -> None:
     matrix = np.random.default_rng(0).standard_normal((128, 256))
