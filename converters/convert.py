@@ -39,22 +39,21 @@ def convert(
 
     Raises:
         CheckpointError: the source is missing, damaged or does not fit its config, or holds NaN or infinity where it is
-            to be quantised; the destination exists, cannot be
-            written or is not apart from the source; the disk is full.
+            to be quantised; the destination exists, cannot be written or is not apart from the source; the disk is
+            full.
         ConfigError: the family or an option is not supported, or the source is to be quantised and already is.
 
     Warns:
         NonFiniteWarning: tensors hold NaN or infinity; they are converted as they are.
     """
-    # What can be refused is, before a hub id is downloaded.
-    Form.of(
-        to,
-        dtype=dtype,
-        tensor_parallel=tensor_parallel,
-        max_shard_size=max_shard_size,
-        quantize=quantize,
-        group_size=group_size,
-    )
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "tensor_parallel": tensor_parallel,
+        "max_shard_size": max_shard_size,
+        "quantize": quantize,
+        "group_size": group_size,
+    }
+    Form.of(to, **options)  # what can be refused is, before a hub id is downloaded
     local = Path(source) if Path(source).exists() else None
     check_destination(Path(destination), overwrite=overwrite, source=local)
     checkpoint = open_checkpoint(source)
@@ -65,11 +64,7 @@ def convert(
         destination,
         like=checkpoint.path,
         to=to,
-        dtype=dtype,
-        tensor_parallel=tensor_parallel,
-        max_shard_size=max_shard_size,
-        quantize=quantize,
-        group_size=group_size,
         overwrite=overwrite,
         progress=progress,
+        **options,
     )

@@ -24,7 +24,7 @@ from .safetensors_file import TensorInfo
 KINDS = ("int8", "int4")
 GROUP_SIZES = (128, 64, 32)
 _LINEAR = re.compile(r"(layers\.\d+\.(attention|feed_forward)\..+|head)\.weight")
-_PIECE_BYTES = 4 << 20  # of float32 at a time: what the caches hold (16 MiB took three times as long)
+_PIECE_BYTES = 4 << 20  # of float32 at a time, so that what is made of it is still in the caches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,8 +161,10 @@ def quantized(matrix: np.ndarray, form: WeightFormat, where: str) -> dict[str, n
         CheckpointError: it holds integers, NaN or infinity, or numbers beyond float32.
     """
     check_cast(matrix.dtype, np.dtype(np.float32), where)
-    out = {name: aligned_empty(shape, dtype) for name, (dtype, shape) in stored_arrays(form, matrix.shape).items()}
-    whole = QuantizedWeight(out["values"], out["scales"], None, form)  # type: ignore[arg-type]
+    out: dict[str, Any] = {
+        name: aligned_empty(shape, dtype) for name, (dtype, shape) in stored_arrays(form, matrix.shape).items()
+    }
+    whole = QuantizedWeight(out["values"], out["scales"], None, form)
     rows, inputs = matrix.shape
     step = min(_rows_of_a_piece(inputs), rows)
     memory = aligned_empty((step, inputs), np.dtype(np.float32))

@@ -84,7 +84,8 @@ def lost(folder: Path, process: int) -> dict[str, Any]:
     """Generates for ever, until the process that fault.json names has the fault named there, at its 12th step."""
     fault, victim = json.loads((folder / "fault.json").read_text())
     engine = jdsi.init_inference(model_at(folder.parent / "model.pickle"), tensor_parallel=2)
-    step, taken = engine.executor.steps, 0
+    executor: Any = engine.executor
+    step, taken = executor.steps, 0
 
     def steps(batches: Any) -> Any:
         nonlocal taken
@@ -98,7 +99,7 @@ def lost(folder: Path, process: int) -> dict[str, Any]:
             os.kill(os.getpid(), signal.SIGKILL if fault == "dies" else signal.SIGSTOP)
         return step(batches)
 
-    engine.executor.steps = steps  # type: ignore[method-assign]
+    executor.steps = steps
     while True:
         engine.generate(PROMPTS, SAMPLINGS["greedy"])
 

@@ -1,15 +1,14 @@
 """llama.cpp as a peer: a process of its own that answers one line of JSON with another."""
 
 import json
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from jdsi.errors import ConfigError
 
+from .processes import PeerProcess
 from .report import processors
 
 _WORKER = Path(__file__).with_name("llama_worker.py")
@@ -41,14 +40,11 @@ class LlamaCpp:
         }
         command = [python or sys.executable, str(_WORKER), json.dumps(settings)]
         try:
-            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        except OSError as error:
+            self._process = PeerProcess("llama.cpp", command)
+        except BaseException as error:
             self._scratch.cleanup()
-            raise ConfigError(f"--llama-cpp-python {python}: {error}") from error
-        try:
-            self._read()
-        except BaseException:
-            self.close()
+            if isinstance(error, OSError):
+                raise ConfigError(f"--llama-cpp-python {python}: {error}") from error
             raise
 
     def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
@@ -63,33 +59,9 @@ class LlamaCpp:
                 f"peer 'llama.cpp' is run with at most {_ROWS} rows and {_CACHE_TOKENS} tokens in the cache, "
                 f"not {len(prompts)} rows and {needed} tokens"
             )
-        return self._ask({"prompts": [list(p) for p in prompts], "new_tokens": new_tokens})["tokens"]
+        return self._process.ask(prompts=[list(p) for p in prompts], new_tokens=new_tokens)["tokens"]
 
     def close(self) -> None:
         """See `Peer`."""
-        if self._process.stdin is not None:
-            self._process.stdin.close()
-        try:
-            self._process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        if self._process.stdout is not None:
-            self._process.stdout.close()
+        self._process.close()
         self._scratch.cleanup()
-
-    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        return self._read()
-
-    def _read(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise ConfigError(f"peer 'llama.cpp' ended with status {self._process.wait()}; see its messages above")
-        answer = json.loads(line)
-        if "error" in answer:
-            raise ConfigError(f"peer 'llama.cpp': {answer['error']}")
-        return answer

@@ -17,13 +17,12 @@ from jdsi.models import abstract_parameters
 
 from .processes import ask
 from .report import Report, spread, warn
-from .shapes import checkpoint, scratch, shape_config, sized_config
+from .shapes import ITEM_BYTES, check_dtypes, checkpoint, scratch, shape_config, sized_config
 
 _LOADS = (("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16"))
 _TINY = "llama-tiny"
 _LOAD_GOAL = 1.1
 _CONSTANT = 300_000_000
-_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _NOTES = (
     "Peak resident memory of a fresh process, less that of one that did the same to a model of 0.3 MB: what importing"
     " and starting up take.",
@@ -57,8 +56,7 @@ def bench_memory(
     """
     if rounds < 1 or gigabytes < 0:
         raise ConfigError(f"{rounds=} must be at least 1 and {gigabytes=} not negative")
-    if dtype not in _ITEM_BYTES:
-        raise ConfigError(f"{dtype=} must be one of {', '.join(_ITEM_BYTES)}")
+    check_dtypes(dtype)
     shard = parse_size(max_shard_size)
     results = [_load(shape, stored, kept, rounds) for stored, kept in _LOADS]
     if gigabytes:
@@ -93,7 +91,7 @@ def _convert(
     rounds: int,
     parent: str | os.PathLike[str] | None,
 ) -> list[dict[str, Any]]:
-    config = sized_config(gigabytes, _ITEM_BYTES[dtype])
+    config = sized_config(gigabytes, ITEM_BYTES[dtype])
     results = []
     with scratch(parent) as folder:
         source = folder / "source"
@@ -103,7 +101,7 @@ def _convert(
         warn(f"memory: writing {gigabytes:g} GB of random weights in {folder}")
         random_checkpoint(source, config, dtype=dtype, max_shard_size=shard)
         tiny = random_checkpoint(folder / "tiny", shape_config(_TINY), dtype=dtype)
-        group = largest_group(source, _ITEM_BYTES[dtype])
+        group = largest_group(source, ITEM_BYTES[dtype])
         for to in ("orbax", "hf"):
             warn(f"memory: convert to {to}")
             baselines, answers, largest_file = [], [], 0

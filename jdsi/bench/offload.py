@@ -26,10 +26,8 @@ from .offload_tables import NOTES, curve_table, passes_table
 from .peers import check_peers
 from .report import Report, spread, warn, warn_if_busy
 from .rounds import Ratio, interleave
-from .shapes import scratch, shape_config, sized_config
+from .shapes import ITEM_BYTES, check_dtypes, scratch, shape_config, sized_config
 
-ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-"""Dtypes that a checkpoint can be measured in."""
 # What is read ahead must be a small part of a pass, and a block a small part of the model.
 _LAYERS = 64
 
@@ -87,13 +85,6 @@ def bench_offload(
     }
     more = [("tokens/s over batches that share a pass", curve_table(measured))]
     return Report("offload", settings, [*measured, peak], passes_table([*measured, peak]), NOTES, more=more)
-
-
-def check_dtypes(*dtypes: str) -> None:
-    """Raises `ConfigError` for one that cannot be measured."""
-    for dtype in dtypes:
-        if dtype not in ITEM_BYTES:
-            raise ConfigError(f"dtype {dtype!r} must be among {', '.join(ITEM_BYTES)}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,11 +12,10 @@ from jdsi.errors import ConfigError, JdsiError
 from jdsi.runtime.memory import available_host_memory
 from jdsi.runtime.offload import PROCESS_BYTES
 
-from .offload import ITEM_BYTES, check_dtypes
 from .offload_memory import TOKENS, loaded_bytes, streaming_limit
 from .processes import ask
 from .report import Report, warn
-from .shapes import scratch, shape_config, sized_config
+from .shapes import ITEM_BYTES, check_dtypes, scratch, shape_config, sized_config
 
 _LAYERS = 32  # so that three of them are a small part
 _NOTES = (

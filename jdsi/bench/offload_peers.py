@@ -1,12 +1,11 @@
 """Other programs for models larger than memory, as contenders: processes of their own.
 
-In one process with JAX, whose threads and memory are in their way, they were measured ten times slower than alone.
+In one process with JAX, its threads and memory would be in their way.
 """
 
 import contextlib
 import importlib.util
 import json
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 from jdsi.errors import ConfigError
 
 from .offload_contenders import Turn
+from .processes import PeerProcess
 from .report import processors
 
 OFFLOAD_PEERS = ("disk-offload", "cpu-offload")
@@ -32,7 +32,7 @@ def check_installed(names: Sequence[str]) -> None:
 
 
 class OffloadPeer:
-    """A process of `offload_accelerate`. It ends with `close`, or when this one does: its input ends then.
+    """A process of `offload_accelerate`.
 
     Attributes:
         tokens: so far, `[rows]` each.
@@ -43,47 +43,25 @@ class OffloadPeer:
     """
 
     def __init__(self, name: str, **settings: Any) -> None:
-        self._name = name
         self.tokens: list[np.ndarray] = []
         self.margins: list[np.ndarray] = []
         argument = json.dumps({"name": name, "threads": processors(), **settings}, default=str)
-        command = [sys.executable, "-P", "-m", f"{__package__}.offload_accelerate", argument]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        try:
-            self._read()
-        except BaseException:
-            self.close()
-            raise
+        self._process = PeerProcess(name, [sys.executable, "-P", "-m", f"{__package__}.offload_accelerate", argument])
+        self._note(self._process.ready)
 
     def turn(self) -> Turn:
         """See `Contender.turn`."""
-        assert self._process.stdin is not None
-        self._process.stdin.write("\n")
-        self._process.stdin.flush()
-        answer = self._read()
+        answer = self._process.ask()
+        self._note(answer)
         return Turn(answer["seconds"], answer["bytes_read"])
 
     def close(self) -> None:
         """Ends the process."""
-        if self._process.stdin is not None:
-            self._process.stdin.close()
-        try:
-            self._process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        if self._process.stdout is not None:
-            self._process.stdout.close()
+        self._process.close()
 
-    def _read(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise ConfigError(f"peer {self._name!r} ended with status {self._process.wait()}; see its messages above")
-        answer = json.loads(line)
+    def _note(self, answer: dict[str, Any]) -> None:
         self.tokens.append(np.array(answer["tokens"]))
         self.margins.append(np.array(answer["margins"]))
-        return answer
 
 
 @contextlib.contextmanager

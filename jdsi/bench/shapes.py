@@ -14,6 +14,16 @@ from jdsi.errors import ConfigError, nearest
 
 _Sizes = Mapping[str, int]
 
+ITEM_BYTES: Mapping[str, int] = MappingProxyType({"float32": 4, "bfloat16": 2, "float16": 2})
+"""Dtypes that checkpoints are made in."""
+
+
+def check_dtypes(*dtypes: str) -> None:
+    """Raises `ConfigError` for one that checkpoints are not made in."""
+    for dtype in dtypes:
+        if dtype not in ITEM_BYTES:
+            raise ConfigError(f"dtype {dtype!r} must be among {', '.join(ITEM_BYTES)}")
+
 
 def _sizes(layers: int, width: int, heads: int, kv_heads: int, intermediate: int, vocabulary: int) -> _Sizes:
     return MappingProxyType(

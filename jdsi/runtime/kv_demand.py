@@ -24,6 +24,10 @@ _SAFE = 0.8
 """Of host memory, or of a disk, that is free: others use it too."""
 
 
+_MANY = 16
+"""Batches of a pass where nothing of them needs room: what more would share is little."""
+
+
 @dataclasses.dataclass(frozen=True)
 class KVPlace:
     """Where keys and values live between the turns of their layers.
@@ -121,10 +125,6 @@ class KVDemand:
             free = self.place.free() - (taken if self.place.where == "host" else 0)
             found = min(found, free // max(1, self.elsewhere))
         return max(1, found)
-
-
-_MANY = 16
-"""Batches of a pass where nothing of them needs room: what more would share is little."""
 
 
 def most_slots(max_tokens: int) -> int:

@@ -25,6 +25,7 @@ from jdsi.pallas_kernels.operator import Implementation
 from jdsi.sharding import DATA, TENSOR, Parallelism, make_mesh
 
 from .executor import Step
+from .kv_demand import kv_bytes
 from .kv_offload import OffloadedContext, OffloadedKV, SlabStore
 from .layer_programs import LayerPrograms, LayerRun
 from .one_process import OneProcess
@@ -99,7 +100,8 @@ class StreamedExecutor(OneProcess):
         self._top, self._logits = programs.top(top), programs.logits(top)
         self._rows = NamedSharding(self.mesh, PartitionSpec(DATA))
         ranks = self.mesh.shape[TENSOR]
-        self._heads = [(count * ranks, k, v) for count, k, v in local_spec(store.spec, ranks).kv_heads]
+        self._local = local_spec(store.spec, ranks)
+        self._heads = [(count * ranks, k, v) for count, k, v in self._local.kv_heads]
         create = partial(ContiguousContext.create, self._heads, dtype=self._dtype)
         places = jax.tree.map(partial(NamedSharding, self.mesh), jax.eval_shape(partial(create, 1, 1)).partition())
         self._create = jax.jit(create, static_argnums=(0, 1), out_shardings=places)
@@ -146,7 +148,8 @@ class StreamedExecutor(OneProcess):
     def _check_kv(self, rows: int, capacity: int) -> None:
         if self._kv_limit is None:
             return
-        whole = sum(count * (key + value) for count, key, value in self._heads) * rows * capacity * self._dtype.itemsize
+        own = kv_bytes(self._local, capacity, self._dtype) * rows
+        whole = own * self.mesh.shape[TENSOR]
         here = whole if jax.default_backend() == "cpu" else -(-whole // self.mesh.size)
         if here > self._kv_limit:
             raise CapacityError(

@@ -2,8 +2,6 @@
 
 import os
 import re
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -259,7 +257,9 @@ def test_an_encoder_is_streamed_by_name(tmp_path: Path) -> None:
         jdsi.init_inference(folder, offload="nvme", kv_offload="host")
 
 
-def test_a_plan_counts_all_that_batches_take(llama: Path) -> None:
+def test_a_plan_counts_all_that_batches_take(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("offload", "kv_demand"):
+        monkeypatch.setattr(f"jdsi.runtime.{module}.available_host_memory", lambda: 1 << 34)
     store = BlockStore.open(llama)
     here = footprint_on(store, np.dtype("float32"))
     sizes = {"max_tokens": 128, "max_batch_size": 4}
@@ -273,43 +273,4 @@ def test_a_plan_counts_all_that_batches_take(llama: Path) -> None:
     gpus = [Footprint(store, here.dtype, tensor, data, shared=False) for tensor, data in ((1, 1), (1, 4), (2, 1))]
     found = [plan_offload(gpu, "nvme", 1 << 30, **sizes, kv_place=KVPlace("host")).batches_per_pass for gpu in gpus]
     # They share the host's memory, so their number does not make it more.
-    assert max(found) / min(found) < 1.01
-
-
-UNDER_A_CAP = """
-import resource, sys
-import jax, jax.numpy as jnp, jdsi
-jnp.zeros(8).block_until_ready()
-used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + int(sys.argv[2]), -1))
-if sys.argv[3] == "streamed":
-    settings = {"offload": "nvme", "memory_limit": int(sys.argv[4])}
-else:
-    settings = {}
-engine = jdsi.init_inference(sys.argv[1], dtype="float32", max_batch_size=1, max_tokens=64, **settings)
-print(engine.generate([5, 9, 2, 7], jdsi.SamplingParams(max_new_tokens=3, ignore_eos=True))[0].token_ids)
-"""
-
-
-@pytest.mark.slow
-def test_a_model_larger_than_the_cap_runs_streamed_only(tmp_path: Path) -> None:
-    """The address space is capped below the weights: loading must fail and streaming succeed."""
-    save_llama(tmp_path / "big", hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=8)
-    convert(tmp_path / "big", tmp_path / "store", to="streaming")
-    store = BlockStore.open(tmp_path / "store")
-    cap = int(0.7 * store.nbytes)
-
-    def run(how: str) -> subprocess.CompletedProcess[str]:
-        limit = str(PROCESS_BYTES + cap // 4)
-        arguments = [str(tmp_path / "store"), str(cap), how, limit]
-        return subprocess.run(
-            [sys.executable, "-c", UNDER_A_CAP, *arguments], capture_output=True, text=True, timeout=600
-        )
-
-    loaded, streamed = run("loaded"), run("streamed")
-    assert loaded.returncode != 0
-    assert streamed.returncode == 0, streamed.stderr
-    expected = jdsi.init_inference(tmp_path / "store", dtype="float32").generate(
-        [5, 9, 2, 7], jdsi.SamplingParams(max_new_tokens=3, ignore_eos=True)
-    )
-    assert streamed.stdout.strip() == str(expected[0].token_ids)
+    assert max(found) == min(found) > 1

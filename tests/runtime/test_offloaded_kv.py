@@ -384,7 +384,7 @@ def test_only_so_much_is_under_way(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     before = store.report()
     pass_through(kv, 1)
     assert kv._layers[0].saving.done(), "the second layer did not wait for the first to be saved"
-    assert store.report().since(before).wait_seconds > 0.1
+    assert store.report().wait_seconds - before.wait_seconds > 0.1
     kv.close()
     store.close()
 

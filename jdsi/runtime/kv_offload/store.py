@@ -19,7 +19,7 @@ from .slabs import Slab, SlabHome
 
 @dataclasses.dataclass(frozen=True)
 class SlabReport:
-    """What a store has done so far; take the difference of two to see one generation.
+    """What a store has done so far.
 
     Attributes:
         bytes_read: taken from host memory or from the spill file.
@@ -30,14 +30,6 @@ class SlabReport:
     bytes_read: int = 0
     bytes_written: int = 0
     wait_seconds: float = 0.0
-
-    def since(self, start: "SlabReport") -> "SlabReport":
-        """What came after `start`."""
-        return SlabReport(
-            self.bytes_read - start.bytes_read,
-            self.bytes_written - start.bytes_written,
-            self.wait_seconds - start.wait_seconds,
-        )
 
 
 class SlabStore:
