@@ -88,9 +88,10 @@ class DirectReader:
             CheckpointError: as `read`; also what it returns does, once nothing writes to `out` any more.
         """
         segments = list(segments)
-        # Small reads are cut finer, for every thread to have a part.
-        share = -(-sum(s.nbytes for s in segments) // self._threads)
-        size = min(_CHUNK, max(_LEAST_CHUNK, round_up(share)))
+        size = _CHUNK
+        if len(segments) < self._threads:  # small reads are cut finer, for every thread to have a part
+            share = -(-sum(s.nbytes for s in segments) // self._threads)
+            size = min(size, max(_LEAST_CHUNK, round_up(share)))
         chunks = [
             Segment(s.file, s.offset + start, min(size, s.nbytes - start), s.target + start)
             for s in segments
