@@ -99,7 +99,7 @@ class DirectReader:
         ]
         files = [self._open(path) for path in {chunk.file for chunk in chunks}]
         for file in files:
-            file.check_unchanged()
+            file.same.check()
         jobs = [self._pool.submit(self._read_chunk, chunk, out) for chunk in chunks]
 
         def finish() -> None:
@@ -107,7 +107,7 @@ class DirectReader:
             for job in jobs:
                 job.result()
             for file in files:  # while they were read
-                file.check_unchanged()
+                file.same.check()
 
         return finish
 
@@ -144,6 +144,34 @@ class DirectReader:
             self.direct &= file.direct
 
 
+class SameFile:
+    """Tells whether a path still leads to the file that was opened, and nobody wrote to that.
+
+    Args:
+        path: of the file.
+        descriptor: it is open as.
+        known: what `identity` said of it before it was opened, if it was asked.
+
+    Raises:
+        CheckpointError: it is another one than was known.
+    """
+
+    def __init__(self, path: Path, descriptor: int, known: tuple[int, ...] | None) -> None:
+        found = _identity(os.fstat(descriptor))
+        self._path, self._identity = path, found if known is None else known
+        if found != self._identity:
+            raise CheckpointError(f"{path} was changed or replaced after it was opened; start again")
+
+    def check(self) -> None:
+        """Raises CheckpointError if it does not."""
+        try:
+            now = identity(self._path)
+        except OSError as error:
+            raise CheckpointError(f"{self._path} cannot be read any more: {error.strerror}") from error
+        if now != self._identity:
+            raise CheckpointError(f"{self._path} was changed or replaced while it is being read; start again")
+
+
 class _File:
     def __init__(self, path: Path, known: tuple[int, ...] | None) -> None:
         self.path = path
@@ -157,19 +185,11 @@ class _File:
                 raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
             self.direct = False  # a file system without O_DIRECT, such as tmpfs
             self._descriptor = os.open(path, flags)
-        found = _identity(os.fstat(self._descriptor))
-        self._identity = found if known is None else known
-        if found != self._identity:
-            os.close(self._descriptor)
-            raise CheckpointError(f"{path} was changed or replaced after it was opened; start again")
-
-    def check_unchanged(self) -> None:
         try:
-            now = _identity(os.stat(self.path))
-        except OSError as error:
-            raise CheckpointError(f"{self.path} cannot be read any more: {error.strerror}") from error
-        if now != self._identity:
-            raise CheckpointError(f"{self.path} was changed or replaced while it is being read; start again")
+            self.same = SameFile(path, self._descriptor, known)
+        except CheckpointError:
+            os.close(self._descriptor)
+            raise
 
     def read(self, out: np.ndarray, offset: int, needed: int) -> int:
         """Fills `out` from `offset`, at least its first `needed` bytes; the file may end behind those."""

@@ -15,6 +15,7 @@ from jdsi.errors import ConfigError, nearest
 OFFLOADS = ("host", "nvme", "auto")
 KV_OFFLOADS = ("host", "nvme")
 PARALLELISMS = ("auto", "latency", "throughput")
+_PIPELINE = {"micro_batches": None, "prompt_pieces": 1}  # neutral values
 _DEGREES = ("tensor_parallel", "pipeline_parallel", "data_parallel")
 
 
@@ -40,6 +41,11 @@ class InferenceConfig:
         memory_limit: bytes, or text such as `"2GiB"`, of the device's memory that an offloaded model may take with its
             KV cache; on a CPU that is the memory of the process, of which 400 MiB are set aside for all else (importing
             transformers and torch may take more). By default what is free. With `parallelism`, of each device.
+        gpu_direct: read the files of `offload="nvme"` straight into the memory of GPUs, by GPUDirect Storage; needs
+            kvikio (`pip install kvikio-cu13`, or `kvikio-cu12` for CUDA 12). Also DeepSpeed's `aio.use_gds`.
+        batches_per_pass: how many batches of `max_batch_size` rows share one reading of offloaded weights where there
+            are prompts for more than one; memory for their keys and values is set aside before layers are kept. By
+            default as many as fit beside the layers that do.
         kv_offload: where keys and values of an offloaded model live between the turns of their layers: `"host"` memory,
             or `"nvme"`, a file that is gone when the process ends; `None` keeps them on the device.
         spill_folder: where that file lies; by default the temporary folder.
@@ -66,6 +72,8 @@ class InferenceConfig:
     kernels: bool = True
     offload: str | None = None
     memory_limit: int | str | None = None
+    gpu_direct: bool = False
+    batches_per_pass: int | None = None
     kv_offload: str | None = None
     spill_folder: str | os.PathLike[str] | None = None
     devices_per_link: int = 1
@@ -80,10 +88,10 @@ class InferenceConfig:
     def __post_init__(self) -> None:
         if self.dtype != "auto":
             object.__setattr__(self, "dtype", parse_dtype(self.dtype).name)
-        counts = ("max_tokens", "max_batch_size", "devices_per_link", *_DEGREES, "micro_batches", "prompt_pieces")
-        for field in counts:
+        counts = {"max_tokens", "max_batch_size", "batches_per_pass", "devices_per_link", *_DEGREES, *_PIPELINE}
+        for field in sorted(counts):
             value = getattr(self, field)
-            if field in ("max_tokens", "micro_batches") and value is None:
+            if field in ("max_tokens", "batches_per_pass", "micro_batches") and value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
                 raise ConfigError(f"{field}={value!r} must be an integer of at least 1")
@@ -96,8 +104,13 @@ class InferenceConfig:
             object.__setattr__(self, "memory_limit", parse_size(self.memory_limit))
             if self.offload is None and self.parallelism is None:
                 raise ConfigError("memory_limit is for offload='host', 'nvme' or 'auto', and for parallelism")
-        if not isinstance(self.kernels, bool):
-            raise ConfigError(f"kernels={self.kernels!r} must be true or false")
+        for field in ("kernels", "gpu_direct"):
+            if not isinstance(getattr(self, field), bool):
+                raise ConfigError(f"{field}={getattr(self, field)!r} must be true or false")
+        if self.gpu_direct and self.offload != "nvme":
+            raise ConfigError("gpu_direct is for offload='nvme'")
+        if self.batches_per_pass is not None and self.offload is None:
+            raise ConfigError("batches_per_pass is for offload='host', 'nvme' or 'auto'")
         self._check_kv_offload()
         self._check_parallelism()
 
@@ -132,7 +145,7 @@ class InferenceConfig:
         if self.sequence_parallel and self.tensor_parallel == 1 and self.parallelism is None:
             raise ConfigError("sequence_parallel is for tensor_parallel of 2 or more")
         if self.pipeline_parallel == 1:
-            for name, neutral in (("micro_batches", None), ("prompt_pieces", 1)):
+            for name, neutral in _PIPELINE.items():
                 if getattr(self, name) != neutral:
                     raise ConfigError(f"{name} is for pipeline_parallel of 2 or more")
 

@@ -38,6 +38,10 @@ def in_our_keys(options: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
             name, value = "offload", _zero(value)
             if value is None:
                 continue
+        if key == "aio":
+            name, value = "gpu_direct", _aio(value)
+            if value is None:
+                continue
         if name == "tensor_parallel" and isinstance(value, Mapping):
             value = _tensor_parallel(key, value)
             if value is None:
@@ -47,7 +51,7 @@ def in_our_keys(options: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
 
 def known_keys() -> list[str]:
     """All keys of DeepSpeed that are understood, if only to refuse them."""
-    return [*NAMES, *_HOW, *_ONLY, "zero"]
+    return [*NAMES, *_HOW, *_ONLY, "aio", "zero"]
 
 
 def _tensor_parallel(key: str, value: Mapping[str, Any]) -> Any:
@@ -112,6 +116,20 @@ def _zero(value: Any) -> str | None:
     return _ZERO_DEVICES[device]
 
 
+def _aio(value: Any) -> bool | None:
+    """What DeepSpeed's `aio` says of `gpu_direct`."""
+    settings = value or {}
+    if not isinstance(settings, Mapping):
+        raise ConfigError(f"config key 'aio'={value!r} must be an object with use_gds")
+    for name in settings:
+        if name not in _AIO:
+            raise ConfigError(f"config key 'aio' has {name!r}{nearest(str(name), _AIO)}; what counts here is use_gds")
+    direct = settings.get("use_gds")
+    if direct is not None and not isinstance(direct, bool):
+        raise ConfigError(f"config key 'aio' has use_gds={direct!r}, which must be true or false")
+    return direct
+
+
 def _only(right: Any) -> Callable[[str, Any], None]:
     def check(key: str, value: Any) -> None:
         if value is not None and value != right:
@@ -139,6 +157,10 @@ _ZERO = frozenset(
         *("module_granularity_threshold", "mics_shard_size", "mics_hierarchical_params_gather"),
         *("pipeline_loading_checkpoint", "override_module_apply", "log_trace_cache_warnings"),
     )
+)
+# What its asynchronous reader has; all but use_gds is about how that goes about it.
+_AIO = frozenset(
+    ("block_size", "intra_op_parallelism", "overlap_events", "queue_depth", "single_submit", "thread_count", "use_gds")
 )
 _OFFLOAD_PARAM = frozenset(("device", "nvme_path", "buffer_count", "buffer_size", "max_in_cpu", "pin_memory"))
 _ZERO_DEVICES: Mapping[str, str] = MappingProxyType({"cpu": "host", "nvme": "nvme"})

@@ -98,9 +98,10 @@ def _offloaded(folder: Path, config: InferenceConfig, implementation: Implementa
         None if config.memory_limit is None else int(config.memory_limit),
         max_tokens=config.max_tokens or store.spec.max_positions,
         max_batch_size=config.max_batch_size,
+        batches_per_pass=config.batches_per_pass,
         kv_place=kv_place,
     )
-    return offloaded_executor(footprint, plan, implementation, mesh, kv_place)
+    return offloaded_executor(footprint, plan, implementation, mesh, kv_place, config.gpu_direct)
 
 
 def _parse_config(config: Any, overrides: dict[str, Any]) -> InferenceConfig:

@@ -61,6 +61,10 @@ def generate(
         str | None,
         typer.Option(help="With --offload or --parallelism: memory to keep to, as 2GiB; by default what is free."),
     ] = None,
+    gpu_direct: Annotated[
+        bool,
+        typer.Option("--gpu-direct", help="With --offload nvme: read straight into the memory of GPUs; needs kvikio."),
+    ] = False,
     kv_offload: Annotated[
         str | None, typer.Option(help="With --offload: host or nvme, where keys and values live as well.")
     ] = None,
@@ -136,6 +140,7 @@ def generate(
         tokenizer=tokenizer,
         offload=offload,
         memory_limit=memory_limit,
+        gpu_direct=gpu_direct,
         kv_offload=kv_offload,
         spill_folder=spill_folder,
         devices_per_link=devices_per_link,

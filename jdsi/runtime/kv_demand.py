@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 from typing import Self
@@ -113,6 +114,10 @@ class KVDemand:
         settled = here if place.where == "host" else staying
         return cls(place, settled + 2 * moving, settled + hidden, whole * offloaded // layers)
 
+    def together(self, batches: int) -> int:
+        """Bytes that so many batches of a pass take of the memory that a limit is for."""
+        return self.first + (batches - 1) * self.further
+
     def batches(self, left: int, taken: int) -> int:
         """How many share a pass.
 
@@ -121,10 +126,14 @@ class KVDemand:
             taken: bytes of host memory that will be in use for weights.
         """
         found = 1 + max(0, left - self.first) // self.further if self.further else _MANY
-        if self.place.where != "device":
-            free = self.place.free() - (taken if self.place.where == "host" else 0)
-            found = min(found, free // max(1, self.elsewhere))
-        return max(1, found)
+        return max(1, min(found, self.batches_elsewhere(taken)))
+
+    def batches_elsewhere(self, taken: int) -> int:
+        """How many there is room for where their keys and values live, if that is not on the devices."""
+        if self.place.where == "device":
+            return sys.maxsize
+        free = self.place.free() - (taken if self.place.where == "host" else 0)
+        return max(0, free) // max(1, self.elsewhere)
 
 
 def most_slots(max_tokens: int) -> int:

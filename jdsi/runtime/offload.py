@@ -11,11 +11,12 @@ from jdsi.errors import CapacityError
 from jdsi.pallas_kernels.operator import Implementation
 from jdsi.sharding import DATA, TENSOR
 
+from .gpu_direct import gpu_direct_source
 from .kv_demand import ON_DEVICES, KVDemand, KVPlace, most_slots
 from .memory import available_host_memory, available_memory
 from .residency import Footprint, Residency, least_bytes, plan_residency
 from .streamed import StreamedExecutor
-from .weight_sources import HostSource
+from .weight_sources import BlockSource, HostSource
 
 PROCESS_BYTES = 400 << 20
 """What Python, JAX and the compiled programs take beside weights and KV."""
@@ -51,19 +52,22 @@ def plan_offload(
     *,
     max_tokens: int,
     max_batch_size: int,
+    batches_per_pass: int | None = None,
     kv_place: KVPlace = ON_DEVICES,
 ) -> OffloadPlan:
     """Decides from the sizes of the model and of the memory.
 
     The limit holds the process (on a CPU), the weights kept and under way, and the KV of the batches of a pass. KV is
-    set aside for one batch, but for no more than half of the limit; what the weights then leave is for more batches.
-    Layers are kept first: batches share a pass in what is left, or if their keys and values are elsewhere.
+    set aside for one batch, but for no more than half of the limit, or for as many batches as are asked for; what the
+    weights then leave is for more batches. Layers are kept first: unless asked, batches share a pass in what is left,
+    or if their keys and values are elsewhere.
 
     Args:
         footprint: of the model.
         offload: "host", "nvme" or "auto".
         limit: bytes of a device's memory; `None` for what is free.
         max_tokens, max_batch_size: of a batch.
+        batches_per_pass: how many batches must be able to share a pass; by default one.
         kv_place: where keys and values live.
 
     Raises:
@@ -74,6 +78,7 @@ def plan_offload(
     free = available_memory() if limit is None else limit - process
     demand = KVDemand.of(footprint, kv_place, most_slots(max_tokens), max_batch_size)
     reserved = min(demand.first, max(free, 0) // 2)
+    streaming = reserved if batches_per_pass is None else demand.together(batches_per_pass)
     everything = plan_residency(footprint, None, stream=False)
     fits = everything.nbytes <= free - reserved
     where = offload
@@ -93,11 +98,11 @@ def plan_offload(
             f"{available_host_memory():,} are free; offload='nvme' leaves them on disk"
         )
     try:
-        residency = plan_residency(footprint, free - reserved)
+        residency = plan_residency(footprint, free - streaming)
     except CapacityError as error:
         least = least_bytes(footprint)
         given = f"{free:,} bytes are free" if limit is None else f"memory_limit={limit:,} is too small"
-        kv = min(demand.first, least)
+        kv = min(demand.first, least) if batches_per_pass is None else streaming
         raise CapacityError(
             f"{store.path}: {given}: to stream it takes {process + least + kv:,} bytes ({least:,} for two "
             f"buffers of its largest block and what has to stay, {kv:,} for the KV cache"
@@ -106,7 +111,12 @@ def plan_offload(
     left = free - residency.nbytes
     taken = store.nbytes if where == "host" else 0
     batches = demand.batches(left, taken)
-    return OffloadPlan(where, residency, batches, None if limit is None else left)
+    if batches_per_pass is not None and batches < batches_per_pass:
+        raise CapacityError(
+            f"keys and values of batches_per_pass={batches_per_pass} batches of {demand.elsewhere:,} bytes do not fit "
+            f"where kv_offload={kv_place.where!r} puts them, {demand.batches_elsewhere(taken)} would"
+        )
+    return OffloadPlan(where, residency, batches_per_pass or batches, None if limit is None else left)
 
 
 def offloaded_executor(
@@ -115,14 +125,20 @@ def offloaded_executor(
     implementation: Implementation | None,
     mesh: Mesh | None = None,
     kv_place: KVPlace = ON_DEVICES,
+    gpu_direct: bool = False,
 ) -> StreamedExecutor:
-    """The executor that follows a plan."""
+    """The executor that follows a plan; with `gpu_direct` files are read straight into the memory of GPUs.
+
+    Raises:
+        ConfigError: they cannot be.
+    """
+    source: BlockSource | None = gpu_direct_source(footprint.store) if gpu_direct else None
     return StreamedExecutor(
         footprint.store,
         plan.residency,
         dtype=footprint.dtype,
         mesh=mesh,
-        source=HostSource(footprint.store) if plan.where == "host" else None,
+        source=HostSource(footprint.store) if plan.where == "host" else source,
         batches_per_pass=plan.batches_per_pass,
         kv_limit=plan.kv_limit,
         kv=kv_place.store(),

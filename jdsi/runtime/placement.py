@@ -118,7 +118,7 @@ class Streamed:
         """Memory that a block of `nbytes` must be read into, so that every device's stretch lies within."""
         if self.mesh.size == 1:
             return round_up(nbytes)
-        together = self.mesh.size // self.ranks
+        together = self._together
         ends = [s.offset + together * s.stretch(together) * s.dtype.itemsize for s in self.sections]
         return round_up(max(nbytes, nbytes - nbytes // self.ranks + max(ends)))
 
@@ -138,6 +138,34 @@ class Streamed:
 
         return jax.tree.map(sharding, self.specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
 
+    @cached_property
+    def _together(self) -> int:
+        """Devices that share the bytes of a part."""
+        return self.mesh.size // self.ranks
+
+    @property
+    def shapes(self) -> Any:
+        """As `specs`, a `jax.ShapeDtypeStruct` for each."""
+        if self.mesh.size == 1:
+            return {name: jax.ShapeDtypeStruct(field.shape, field.dtype) for name, field in self.form.fields}
+        count = self.mesh.size
+        return [jax.ShapeDtypeStruct((count * s.stretch(self._together),), s.dtype) for s in self.sections]
+
+    def starts(self, nbytes: int) -> Any:
+        """As `specs`, a list for each: where in the memory of a block of `nbytes` each device's part of it begins.
+
+        In the order of `mesh.devices.flat`.
+        """
+        if self.mesh.size == 1:
+            return {name: [field.offset] for name, field in self.form.fields}
+        tensor = self.mesh.shape[TENSOR]
+        found = []
+        for section in self.sections:
+            length = section.stretch(self._together) * section.dtype.itemsize
+            places = [(0, i) if self.ranks == 1 else (i % tensor, i // tensor) for i in range(self.mesh.size)]
+            found.append([rank * (nbytes // self.ranks) + section.offset + i * length for rank, i in places])
+        return found
+
     def put(self, memory: np.ndarray, nbytes: int, kind: MemoryKind = "device") -> Any:
         """A block's bytes on the devices, the arrays that `parameters` takes; it does not wait for the copies.
 
@@ -149,23 +177,20 @@ class Streamed:
         shardings = self.shardings(kind)
         if self.mesh.size == 1:
             return jax.device_put(self.form.views(memory), shardings)
-        devices, tensor = list(self.mesh.devices.flat), self.mesh.shape[TENSOR]
-        together = len(devices) // self.ranks  # which share the bytes of a part
-        pieces = []
-        for section in self.sections:
-            length = section.stretch(together) * section.dtype.itemsize
-            for index in range(len(devices)):
-                rank, place = (0, index) if self.ranks == 1 else (index % tensor, index // tensor)
-                start = rank * (nbytes // self.ranks) + section.offset + place * length
-                pieces.append(memory[start : start + length].view(section.dtype))
+        devices, pieces = list(self.mesh.devices.flat), []
+        for section, starts in zip(self.sections, self.starts(nbytes), strict=True):
+            length = section.stretch(self._together) * section.dtype.itemsize
+            pieces += [memory[start : start + length].view(section.dtype) for start in starts]
         places = [jax.sharding.SingleDeviceSharding(device, memory_kind=kind) for device in devices]
         placed = iter(jax.device_put(pieces, places * len(self.sections)))
         return [
-            jax.make_array_from_single_device_arrays(
-                (len(devices) * section.stretch(together),), sharding, [next(placed) for _ in devices]
-            )
-            for section, sharding in zip(self.sections, shardings, strict=True)
+            jax.make_array_from_single_device_arrays(array.shape, sharding, [next(placed) for _ in devices])
+            for array, sharding in zip(self.shapes, shardings, strict=True)
         ]
+
+    def prepares(self, dtype: Any) -> bool:
+        """Whether parameters of a dtype are anything but the stored arrays where they are."""
+        return self.mesh.size > 1 or self.form.made_bytes(dtype) > 0
 
     def parameters(self, arrays: Any, dtype: Any) -> dict[str, Array]:
         """See `Weights.parameters`."""

@@ -11,25 +11,28 @@ import numpy as np
 from jdsi.converters.block_store import Block, BlockStore
 from jdsi.converters.direct_io import DirectReader, PageBuffer
 
+from .pinned import pin
 from .placement import Streamed
 
 
 class BlockSource(Protocol):
     """Where a stream takes blocks from."""
 
-    needs_memory: bool
-    """Whether it fills the memory it is given; otherwise it has memory of its own."""
-
     def prepare(self, blocks: Sequence[tuple[Block, Streamed]]) -> None:
         """Called once, before anything is begun, with all that will be."""
         ...
 
-    def begin(self, block: Block, memory: np.ndarray, weights: Streamed) -> Callable[[], Any]:
+    def buffer(self, blocks: Sequence[tuple[Block, Streamed]]) -> Any:
+        """A buffer for the stream's ring, whatever the source needs for any one of the blocks on its way and in use."""
+        ...
+
+    def begin(self, block: Block, buffer: Any, weights: Streamed) -> Callable[[], Any]:
         """Begins to bring a block; several may be on their way. Called from the stream's thread.
 
         Args:
             block: which one.
-            memory: to read it into, where that is needed; it stays untouched until the weights have been used.
+            buffer: one that `buffer` made, which nothing uses any more; it is not handed in again until all that has
+                been computed with the weights is done.
             weights: where they go.
 
         Returns:
@@ -43,20 +46,22 @@ class BlockSource(Protocol):
 
 
 class MemorySource(abc.ABC):
-    """A `BlockSource` that reads into the memory it is given."""
+    """A `BlockSource` whose buffers are host memory, pinned where the devices are GPUs, that it reads blocks into."""
 
-    needs_memory = True
+    def buffer(self, blocks: Sequence[tuple[Block, Streamed]]) -> np.ndarray:
+        """See `BlockSource.buffer`."""
+        return pin(PageBuffer(max(weights.memory_bytes(block.nbytes) for block, weights in blocks)).bytes)
 
     @abc.abstractmethod
     def read(self, block: Block, memory: np.ndarray) -> None:
         """Fills the memory with the block's bytes."""
 
-    def begin(self, block: Block, memory: np.ndarray, weights: Streamed) -> Callable[[], Any]:
+    def begin(self, block: Block, buffer: np.ndarray, weights: Streamed) -> Callable[[], Any]:
         """See `BlockSource.begin`; reads only when waited for."""
 
         def finish() -> Any:
-            self.read(block, memory)
-            return weights.put(memory, block.nbytes)
+            self.read(block, buffer)
+            return weights.put(buffer, block.nbytes)
 
         return finish
 
@@ -78,13 +83,13 @@ class DiskSource(MemorySource):
         """See `MemorySource.read`."""
         self._reader.read(block.segments, memory)
 
-    def begin(self, block: Block, memory: np.ndarray, weights: Streamed) -> Callable[[], Any]:
+    def begin(self, block: Block, buffer: np.ndarray, weights: Streamed) -> Callable[[], Any]:
         """See `BlockSource.begin`; so that the disk has something to do between two blocks."""
-        arrived = self._reader.start(block.segments, memory)
+        arrived = self._reader.start(block.segments, buffer)
 
         def finish() -> Any:
             arrived()
-            return weights.put(memory, block.nbytes)
+            return weights.put(buffer, block.nbytes)
 
         return finish
 
@@ -100,8 +105,6 @@ class HostSource:
         store: that the blocks are of.
     """
 
-    needs_memory = False
-
     def __init__(self, store: BlockStore) -> None:
         self._files, self._blocks = store.files, dict[str, Any]()
 
@@ -115,7 +118,10 @@ class HostSource:
                     # The driver copies from pinned memory at the link's speed, from other memory at a tenth of it.
                     self._blocks[block.name] = jax.block_until_ready(weights.put(memory, block.nbytes, "pinned_host"))
 
-    def begin(self, block: Block, memory: np.ndarray, weights: Streamed) -> Callable[[], Any]:
+    def buffer(self, blocks: Sequence[tuple[Block, Streamed]]) -> None:
+        """See `BlockSource.buffer`; the blocks are in memory of their own."""
+
+    def begin(self, block: Block, buffer: None, weights: Streamed) -> Callable[[], Any]:
         """See `BlockSource.begin`."""
         placed = jax.device_put(self._blocks[block.name], weights.shardings("device"))
         return lambda: placed

@@ -12,13 +12,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
 from jdsi.converters.block_store import Block
-from jdsi.converters.direct_io import PageBuffer
 from jdsi.errors import CheckpointError, JdsiError
 
-from .pinned import pin
 from .placement import Streamed
 from .weight_sources import BlockSource
 
@@ -83,14 +80,14 @@ class Delivery:
 
 
 class WeightStream:
-    """Reads blocks in a fixed cyclic order, ahead of their use, into a ring of host buffers.
+    """Reads blocks in a fixed cyclic order, ahead of their use, into a ring of buffers.
 
-    A buffer is filled again only after the computation that its weights went into has finished: on the CPU JAX uses
-    the buffer itself, so an earlier refill would change weights under a running layer. The same rule bounds how far
-    the host runs ahead of a GPU.
+    A buffer is filled again only after the computation that its weights went into has finished: on the CPU, and where
+    files are read into device memory, JAX uses the buffer itself, so an earlier refill would change weights under a
+    running layer. The same rule bounds how far the host runs ahead of a GPU.
 
     Args:
-        source: where blocks come from; closed with the stream.
+        source: where blocks come from, and what the buffers are; closed with the stream.
         blocks: in the order in which a pass takes them, each with what it becomes.
         slots: buffers, hence blocks on their way or in use at once; at least 2 for any overlap.
 
@@ -110,12 +107,11 @@ class WeightStream:
         self._failed: JdsiError | None = None
         self._closing = threading.Event()
         source.prepare(blocks)
-        size = max(weights.memory_bytes(block.nbytes) for block, weights in blocks) if source.needs_memory else 0
-        memory = [pin(PageBuffer(size).bytes) if size else np.empty(0, np.uint8) for _ in range(slots)]
+        buffers = [source.buffer(blocks) for _ in range(slots)]
         for slot in range(slots):
             self._free.put((slot, None))
         # The thread must not keep the stream alive, else a stream that is dropped would never be closed.
-        worker = _Worker(source, blocks, memory, self._free, self._ready, self._closing, self.report)
+        worker = _Worker(source, blocks, buffers, self._free, self._ready, self._closing, self.report)
         thread = threading.Thread(target=worker.run, daemon=True, name="jdsi-stream")
         self._close = weakref.finalize(self, _stop, self._closing, self._free, self._ready, thread, source)
         thread.start()
@@ -163,13 +159,13 @@ class _Worker:
         self,
         source: BlockSource,
         blocks: Sequence[tuple[Block, Streamed]],
-        memory: Sequence[np.ndarray],
+        buffers: Sequence[Any],
         free: "queue.SimpleQueue[tuple[int, Any] | None]",
         ready: "queue.SimpleQueue[Delivery | JdsiError]",
         closing: threading.Event,
         report: StreamReport,
     ) -> None:
-        self._source, self._blocks, self._memory = source, itertools.cycle(blocks), memory
+        self._source, self._blocks, self._buffers = source, itertools.cycle(blocks), buffers
         self._free, self._ready, self._closing, self._report = free, ready, closing, report
         self._coming: collections.deque[_Coming] = collections.deque()
         self._used: tuple[int, Any] | None = None  # a buffer whose weights are still being computed with
@@ -181,7 +177,7 @@ class _Worker:
                 slot = self._next_slot()
                 if slot is not None:
                     block, weights = next(self._blocks)
-                    finish = self._source.begin(block, self._memory[slot], weights)
+                    finish = self._source.begin(block, self._buffers[slot], weights)
                     self._coming.append(_Coming(block, slot, finish, time.perf_counter()))
                 elif self._coming:
                     self._deliver(self._coming.popleft())
