@@ -124,6 +124,11 @@ class BlockForm:
     fields: tuple[tuple[str, Field], ...]
     parameters: tuple[tuple[str, Parameter], ...]
 
+    @property
+    def shapes(self) -> tuple[tuple[str, Shape], ...]:
+        """Of the parameters, by name."""
+        return tuple((name, parameter.shape) for name, parameter in self.parameters)
+
     def views(self, memory: np.ndarray) -> dict[str, np.ndarray]:
         """The stored arrays in a block's memory."""
         return {name: field.view(memory) for name, field in self.fields}

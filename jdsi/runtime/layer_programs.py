@@ -1,7 +1,6 @@
 """A model compiled in pieces: one program per kind of layer, not per layer, each inside one `jax.shard_map`."""
 
-import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,7 +19,7 @@ from jdsi.pallas_kernels.operator import Implementation, default_implementation
 from jdsi.sharding import DATA, TENSOR, axis_index
 
 from .executor import Epilogue
-from .placement import Streamed, Weights, kept_weights
+from .placement import Streamed, Weights
 
 _ROWS, _WHOLE, _EACH = PartitionSpec(DATA), PartitionSpec(), PartitionSpec((DATA, TENSOR))
 
@@ -42,9 +41,10 @@ class LayerPrograms:
         self._made: dict[Any, Any] = {}
 
     def keep(self, weights: Streamed, kept: Weights) -> Any:
-        """`arrays -> (parameters, done)`: what `kept` describes, out of what `weights` does.
+        """`(arrays, into) -> (parameters, done)`: what `kept` describes, out of what `weights` does.
 
-        The same program for equal weights.
+        They are written over `into`, such parameters which nobody needs any more, or `None`. The same program for equal
+        weights.
         """
         if weights in self._made:
             return self._made[weights]
@@ -53,7 +53,10 @@ class LayerPrograms:
             parameters = weights.parameters(arrays, self.dtype)
             return parameters, next(iter(parameters.values())).reshape(-1)[:1]
 
-        run = jax.jit(self._mapped(body, (weights.specs,), (kept.specs, _EACH)))
+        @partial(jax.jit, donate_argnames="into", keep_unused=True)
+        def run(arrays: Any, into: dict[str, Array] | None) -> tuple[dict[str, Array], Array]:
+            return self._mapped(body, (weights.specs,), (kept.specs, _EACH))(arrays)
+
         return self._made.setdefault(weights, run)
 
     def embed(self, weights: Weights) -> Any:
@@ -142,36 +145,3 @@ class LayerPrograms:
 
     def _mapped(self, body: Any, in_specs: Any, out_specs: Any) -> Any:
         return jax.shard_map(body, mesh=self._mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerRun:
-    """A layer's programs: the one that takes what a block has, and where that costs, those that prepare it once.
-
-    Attributes:
-        run: of `LayerPrograms.layer`, for the block.
-        keep: of `LayerPrograms.keep`, if the block is gathered, rearranged, widened or dequantised.
-        run_kept: as `run`, for what `keep` gives.
-    """
-
-    run: Callable[..., Any]
-    keep: Callable[..., Any] | None = None
-    run_kept: Callable[..., Any] | None = None
-
-    @classmethod
-    def of(cls, programs: LayerPrograms, weights: Weights, layer: LayerSpec) -> "LayerRun":
-        """The programs for a layer whose block is what `weights` describes."""
-        run = programs.layer(weights, layer)
-        if not isinstance(weights, Streamed):
-            return cls(run)
-        if weights.mesh.size == 1 and not weights.form.made_bytes(programs.dtype):
-            return cls(run)
-        kept = kept_weights(weights)
-        return cls(run, programs.keep(weights, kept), programs.layer(kept, layer))
-
-    def for_batches(self, count: int, arrays: Any, *, after: Any) -> tuple[Any, Callable[..., Any]]:
-        """What to run for each of so many batches, and on what; several are worth preparing the weights for."""
-        if count == 1 or self.keep is None or self.run_kept is None:
-            return arrays, self.run
-        jax.block_until_ready(after)  # or the prepared weights of several layers would be there at once
-        return self.keep(arrays)[0], self.run_kept

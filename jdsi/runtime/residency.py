@@ -70,11 +70,20 @@ class Footprint:
         return largest if self.shared else -(-largest // (self.tensor * self.data))
 
     def in_use(self, names: Iterable[str]) -> int:
-        """Bytes that a streamed block takes while it is used: gathered from several devices, of another type."""
+        """Bytes that streamed blocks take while they are used: gathered from several devices, of another type.
+
+        What layers are made into before they run is memory that layers of the same shapes share, and that stays.
+        """
         devices = self.tensor * self.data
-        blocks = [self.store.blocks[name] for name in names]
-        most = max((b.made_bytes(self.dtype) + b.nbytes * (devices > 1) for b in blocks), default=0)
-        return most * devices if self.shared else most
+        prepared, passing = {}, 0
+        for name in names:
+            block = self.store.blocks[name]
+            made = block.form.made_bytes(self.dtype)
+            is_layer = name.startswith("layers.")
+            if is_layer and (made or devices > 1):
+                prepared[block.form.shapes] = name
+            passing = max(passing, block.nbytes * (devices > 1) + made * (devices > 1 or not is_layer))
+        return self.kept(prepared.values()) + passing * (devices if self.shared else 1)
 
 
 def plan_residency(footprint: Footprint, limit: int | None, *, slots: int = 3, stream: bool = True) -> Residency:

@@ -1,9 +1,7 @@
 """The executor for models larger than memory: one compiled layer, weights that arrive while others compute."""
 
-import contextlib
-import dataclasses
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,12 +12,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jdsi.converters import ParameterSource
-from jdsi.converters.block_store import Block, BlockStore
-from jdsi.converters.direct_io import PageBuffer
+from jdsi.converters.block_store import BlockStore
 from jdsi.errors import CapacityError, ConfigError
 from jdsi.kv_cache import ContiguousContext, PackedContext
 from jdsi.models import TransformerSpec
-from jdsi.models.parts import tied_table
 from jdsi.models.tensor_parallel import local_spec
 from jdsi.pallas_kernels.operator import Implementation
 from jdsi.sharding import DATA, TENSOR, Parallelism, make_mesh
@@ -27,13 +23,13 @@ from jdsi.sharding import DATA, TENSOR, Parallelism, make_mesh
 from .executor import Step
 from .kv_demand import kv_bytes
 from .kv_offload import OffloadedContext, OffloadedKV, SlabStore
-from .layer_programs import LayerPrograms, LayerRun
+from .layer_programs import LayerPrograms
 from .one_process import OneProcess
-from .placement import Streamed, kept_weights, streamed_weights
 from .residency import Residency
 from .waiting import Waiting
-from .weight_sources import BlockSource, DiskSource
-from .weight_stream import Delivery, StreamReport, WeightStream
+from .weight_sources import BlockSource
+from .weight_stream import StreamReport
+from .weight_supply import WeightSupply
 
 
 class StreamedExecutor(OneProcess):
@@ -82,22 +78,8 @@ class StreamedExecutor(OneProcess):
         self._kv, self._devices_per_link, self._park = kv, devices_per_link, park
         self._kv_limit = kv_limit
         programs = LayerPrograms(store.spec, self.mesh, self._dtype, implementation)
-        weights = {name: streamed_weights(store.spec, block, self.mesh) for name, block in store.blocks.items()}
-        with contextlib.closing(DiskSource(store)) as disk:
-            self._resident = {
-                name: _load(disk, store.blocks[name], weights[name], programs) for name in residency.resident
-            }
-        blocks = [(store.blocks[name], weights[name]) for name in residency.streamed]
-        self._stream = WeightStream(source or DiskSource(store), blocks, residency.slots) if blocks else None
+        self._weights = WeightSupply(store, residency, self.mesh, programs, source)
         self._turn, self._passes = threading.Lock(), 0
-        used = {name: kept_weights(own) if name in residency.resident else own for name, own in weights.items()}
-        # In the order in which they arrive.
-        self._top_blocks = ["norm"] * ("norm" in used)
-        self._top_blocks += ["embedding"] * (tied_table(store.spec) is not None) + ["head"] * ("head" in used)
-        self._embed = programs.embed(used["embedding"])
-        self._layers = [LayerRun.of(programs, used[f"layers.{i}"], layer) for i, layer in enumerate(store.spec.layers)]
-        top = [used[name] for name in self._top_blocks]
-        self._top, self._logits = programs.top(top), programs.logits(top)
         self._rows = NamedSharding(self.mesh, PartitionSpec(DATA))
         ranks = self.mesh.shape[TENSOR]
         self._local = local_spec(store.spec, ranks)
@@ -162,11 +144,13 @@ class StreamedExecutor(OneProcess):
         with self._turn:
             hidden, contexts = self._through_layers(batches)
             results = []
-            with self._top_weights() as (arrays, held):
+            with self._weights.top_weights() as blocks:
+                arrays = [block.arrays for block in blocks]
                 for i, batch in enumerate(batches):
-                    result, carry, done = self._top(arrays, hidden.take(i), batch.last, batch.epilogue, batch.carry)
+                    x = hidden.take(i)
+                    result, carry, done = self._weights.top(arrays, x, batch.last, batch.epilogue, batch.carry)
                     results.append((result, contexts[i].commit(), carry))
-                    for block in held:
+                    for block in blocks:
                         block.used_by(done)
             return results
 
@@ -185,9 +169,9 @@ class StreamedExecutor(OneProcess):
         step = Step(fill(tokens).reshape(-1), context, None, _unused, (), types)
         with self._turn:
             hidden, _ = self._through_layers([step])
-            with self._top_weights() as (arrays, held):
-                out, done = self._logits(arrays, hidden.take(0))
-                for block in held:
+            with self._weights.top_weights() as blocks:
+                out, done = self._weights.logits([block.arrays for block in blocks], hidden.take(0))
+                for block in blocks:
                     block.used_by(done)
         return out.reshape(padded, length, -1)[:rows]
 
@@ -198,20 +182,18 @@ class StreamedExecutor(OneProcess):
         frames = [jax.device_put(context.only(()), self._rows) for context in contexts]
         hidden = Waiting(len(batches), self._rows, park=self._park and len(batches) > 2)
         self._announce(contexts, 0, 0)
-        with self._block("embedding") as block:
+        with self._weights.block("embedding") as block:
             for i, (batch, frame) in enumerate(zip(batches, frames, strict=True)):
                 tokens = jax.device_put(batch.tokens, self._rows)
-                x, done = self._embed(block.arrays, tokens, frame, batch.token_types)
+                x, done = self._weights.embed(block.arrays, tokens, frame, batch.token_types)
                 hidden.put(i, x)
                 block.used_by(done)
-        done = None
-        for index, layer in enumerate(self._layers):
-            with self._block(f"layers.{index}") as block:
-                arrays, run = layer.for_batches(len(batches), block.arrays, after=done)
+        for index in range(len(self._spec.layers)):
+            with self._weights.layer(index, len(batches)) as (block, run):
                 for i, frame in enumerate(frames):
                     memory = contexts[i].memory(index)
                     self._announce(contexts, index, i + 1)
-                    x, memory, done = run(arrays, hidden.take(i), memory, frame)
+                    x, memory, done = run(block.arrays, hidden.take(i), memory, frame)
                     hidden.put(i, x)
                     contexts[i] = contexts[i].with_memory(index, memory)
                     block.used_by(done)
@@ -220,25 +202,8 @@ class StreamedExecutor(OneProcess):
     def _announce(self, contexts: Sequence[Any], layer: int, batch: int) -> None:
         """Has the keys and values brought that are wanted next."""
         layer, batch = layer + batch // len(contexts), batch % len(contexts)
-        if layer < len(self._layers) and isinstance(contexts[batch], OffloadedContext):
+        if layer < len(self._spec.layers) and isinstance(contexts[batch], OffloadedContext):
             contexts[batch].prefetch(layer)
-
-    @contextlib.contextmanager
-    def _top_weights(self) -> Iterator[tuple[list[Any], list["Delivery | _Resident"]]]:
-        with contextlib.ExitStack() as stack:
-            held = [stack.enter_context(self._block(name)) for name in self._top_blocks]
-            yield [block.arrays for block in held], held
-
-    @contextlib.contextmanager
-    def _block(self, name: str) -> Iterator["Delivery | _Resident"]:
-        if name in self._resident or self._stream is None:
-            yield _Resident(self._resident[name])
-            return
-        delivery = self._stream.take(name)
-        try:
-            yield delivery
-        finally:
-            delivery.release()
 
     def with_parameters(self, use: Callable[[ParameterSource], object]) -> None:
         """See `Executor.with_parameters`.
@@ -250,9 +215,10 @@ class StreamedExecutor(OneProcess):
 
     def stream_report(self) -> StreamReport | None:
         """See `Executor.stream_report`."""
-        if self._stream is None and self._kv is None:
+        report = self._weights.report()
+        if report is None and self._kv is None:
             return None
-        report = StreamReport() if self._stream is None else dataclasses.replace(self._stream.report)
+        report = report or StreamReport()
         report.passes = self._passes
         if self._kv is not None:
             kv = self._kv.report()
@@ -262,30 +228,10 @@ class StreamedExecutor(OneProcess):
 
     def close(self) -> None:
         """See `Executor.close`; stops reading ahead."""
-        if self._stream is not None:
-            self._stream.close()
+        self._weights.close()
         if self._kv is not None:
             self._kv.close()
 
 
-def _load(disk: DiskSource, block: Block, weights: Streamed, programs: LayerPrograms) -> dict[str, Array]:
-    """A block's parameters, to stay; on a CPU, if stored as they are used, in the memory they are read into."""
-    arrays = disk.begin(block, PageBuffer(weights.memory_bytes(block.nbytes)).bytes, weights)()
-    if weights.mesh.size == 1 and not block.form.made_bytes(programs.dtype):
-        return arrays
-    parameters, _ = programs.keep(weights, kept_weights(weights))(arrays)
-    return jax.block_until_ready(parameters)
-
-
 def _unused(logits: Float[Array, "T V"], carry: Any) -> tuple[Float[Array, "T V"], Any]:
     return logits, carry
-
-
-@dataclasses.dataclass(frozen=True)
-class _Resident:
-    """Stands for a `Delivery` where the block never leaves."""
-
-    arrays: Any
-
-    def used_by(self, result: Array) -> None:
-        """Nothing waits for it."""

@@ -1,9 +1,11 @@
 """Weights outside the device: the same tokens and logits wherever they live, errors instead of stale weights."""
 
+import contextlib
 import os
 import re
 import threading
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -56,8 +58,10 @@ def limit_for(folder: Path, layers: int, edges: bool = True, *, batch: int = 64,
     kept = {name: block.form.nbytes_as(np.dtype("float32")) for name, block in store.blocks.items()}
     weights = 3 * streamed + kept["norm"] + layers * kept["layers.0"]
     weights += (kept["embedding"] + kept["head"]) if edges else 0
-    # A streamed block of another type is widened while it is used.
-    weights += max(block.form.made_bytes(np.dtype("float32")) for block in store.blocks.values())
+    made = {name: block.form.made_bytes(np.dtype("float32")) for name, block in store.blocks.items()}
+    if made["layers.0"]:  # the memory that layers of another type are widened into
+        weights += kept["layers.0"]
+    weights += 0 if edges else max(made["embedding"], made["head"])
     kv = batch * kv_bytes(store.spec, most_slots(max_tokens), np.dtype("float32"))
     return PROCESS_BYTES + weights + min(kv, weights)  # for KV no more than half is set aside
 
@@ -95,7 +99,7 @@ def test_batches_share_a_pass(llama: Path, expected: list[list[int]], batches: i
     engine = jdsi.InferenceEngine(executor, config)
     passes = -(-3 // batches) * 7
     assert [c.token_ids for c in engine.generate(PROMPTS, SAMPLING)] == expected
-    report = engine.stats.stream
+    report = executor.stream_report()  # in all: what was read before a call is not in the call's own report
     assert report is not None
     stored = sum(store.blocks[name].bytes_stored for name in executor.residency.streamed)
     slack = executor.residency.slots * max(store.blocks[name].bytes_stored for name in executor.residency.streamed)
@@ -224,6 +228,43 @@ def test_plan_prefers_the_fastest_place(llama: Path) -> None:
     more = plan_offload(footprint, "nvme", PROCESS_BYTES + (1 << 30), **narrow)
     assert more.residency.streamed == ()
     assert more.batches_per_pass > 10
+
+
+def test_batches_that_must_share_a_pass_come_before_layers(llama: Path, expected: list[list[int]]) -> None:
+    footprint = footprint_on(BlockStore.open(llama), np.dtype("float32"))
+    sizes = {"max_tokens": 64, "max_batch_size": 1}
+    limit = limit_for(llama, 6, batch=1, max_tokens=64)
+    latency = plan_offload(footprint, "nvme", limit, **sizes)
+    kept = len(latency.residency.resident)
+    for wanted in (2, 3):
+        plan = plan_offload(footprint, "nvme", limit, **sizes, batches_per_pass=wanted)
+        assert (plan.batches_per_pass, len(plan.residency.resident) < kept) == (wanted, True)
+        assert plan.residency.nbytes + wanted * kv_bytes(footprint.store.spec, 128, footprint.dtype) <= limit
+        kept = len(plan.residency.resident)
+    with pytest.raises(CapacityError, match=r"is too small: to stream it takes [\d,]+ bytes") as told:
+        plan_offload(footprint, "nvme", limit, **sizes, batches_per_pass=100)
+    enough = int(re.findall(r"takes ([\d,]+)", str(told.value))[0].replace(",", ""))
+    assert plan_offload(footprint, "nvme", enough, **sizes, batches_per_pass=100).batches_per_pass == 100
+    with pytest.raises(ConfigError, match="batches_per_pass is for offload"):
+        jdsi.init_inference(llama, batches_per_pass=2)
+    with pytest.raises(ConfigError, match="batches_per_pass=0 must be an integer of at least 1"):
+        jdsi.init_inference(llama, offload="nvme", batches_per_pass=0)
+    options = {"dtype": "float32", "offload": "nvme", "memory_limit": limit, "max_batch_size": 1, "max_tokens": 64}
+    with contextlib.closing(jdsi.init_inference(llama, **options, batches_per_pass=3)) as engine:
+        assert [c.token_ids for c in engine.generate(PROMPTS, SAMPLING)] == expected
+        report = engine.stats.stream
+        assert report is not None
+        assert report.passes == SAMPLING.max_new_tokens
+
+
+def test_batches_that_must_share_a_pass_need_room_for_what_waits(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jdsi.runtime.kv_demand.available_host_memory", lambda: 10 << 20)
+    footprint = footprint_on(BlockStore.open(llama), np.dtype("float32"))
+    sizes: Any = {"max_tokens": 64, "max_batch_size": 1, "kv_place": KVPlace("host")}
+    most = plan_offload(footprint, "nvme", PROCESS_BYTES + (1 << 30), **sizes).batches_per_pass
+    plan_offload(footprint, "nvme", PROCESS_BYTES + (1 << 30), **sizes, batches_per_pass=most)
+    with pytest.raises(CapacityError, match=rf"do not fit where kv_offload='host' puts them, {most} would"):
+        plan_offload(footprint, "nvme", PROCESS_BYTES + (1 << 30), **sizes, batches_per_pass=most + 1)
 
 
 def test_keys_and_values_beyond_the_limit_are_refused(llama: Path) -> None:

@@ -106,7 +106,8 @@ def test_every_device_fetches_an_equal_part(llama: Path) -> None:
     mesh = make_mesh(tensor=2, data=2)
     executor = StreamedExecutor(store, nothing_kept(store), dtype="float32", mesh=mesh)
     block = store.blocks["layers.0"]
-    with contextlib.closing(executor), executor._block("embedding"), executor._block("layers.0") as arrived:
+    weights = executor._weights
+    with contextlib.closing(executor), weights.block("embedding"), weights.block("layers.0") as arrived:
         sections = Section.of(block.form)
         assert len(sections) == 1
         for array in arrived.arrays:
