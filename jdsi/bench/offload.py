@@ -11,6 +11,7 @@ import numpy as np
 
 from jdsi.converters import convert, random_checkpoint
 from jdsi.converters.block_store import BlockStore
+from jdsi.converters.quantization import Quantization
 from jdsi.errors import ConfigError
 from jdsi.runtime import Executor, capacity_bucket
 from jdsi.runtime.kv_demand import kv_bytes
@@ -39,6 +40,7 @@ def bench_offload(
     compute_dtype: str = "float32",
     batch: int = 1,
     batches_per_pass: Sequence[int] = (1, 2, 4, 8, 16),
+    quantize: Sequence[str] = (),
     rounds: int = 3,
     peers: Sequence[str] = (),
     folder: str | os.PathLike[str] | None = None,
@@ -51,10 +53,11 @@ def bench_offload(
         compute_dtype: that the model runs in.
         batch: rows of a batch.
         batches_per_pass: how many batches share a pass, one measurement each.
+        quantize: `"int8"`, `"int4"`: streamed quantised as well, one measurement each.
         rounds: of measuring.
         peers: `"disk-offload"`, `"cpu-offload"`, both of accelerate.
-        folder: where the checkpoint is made twice, once more for `"disk-offload"`, and deleted; the temporary folder
-            by default.
+        folder: where the checkpoint is made twice, once more for `"disk-offload"`, smaller for each of `quantize`, and
+            deleted; the temporary folder by default.
 
     Raises:
         ConfigError: a number is out of range, a dtype or a peer unknown, or a peer not installed.
@@ -62,6 +65,7 @@ def bench_offload(
     if rounds < 1 or gigabytes <= 0 or batch < 1 or not batches_per_pass or min(batches_per_pass) < 1:
         raise ConfigError(f"{rounds=}, {gigabytes=}, {batch=} and {batches_per_pass=} must be positive")
     check_dtypes(dtype, compute_dtype)
+    forms = [Quantization(kind) for kind in dict.fromkeys(quantize)]
     check_peers(peers, OFFLOAD_PEERS)
     check_installed(peers)
     warn_if_busy()
@@ -70,7 +74,9 @@ def bench_offload(
         config = sized_config(gigabytes, ITEM_BYTES[dtype], least_layers=_LAYERS)
         source = random_checkpoint(place / "source", config, dtype=dtype)
         convert(source, place / "store", to="streaming")
-        measured = _measure(source, place, compute_dtype, batch, tuple(dict.fromkeys(batches_per_pass)), rounds, peers)
+        rounded = {form.kind: BlockStore.open(_quantized(source, place, form)) for form in forms}
+        counts = tuple(dict.fromkeys(batches_per_pass))
+        measured = _measure(source, place, compute_dtype, batch, counts, rounded, rounds, peers)
         warn("offload: peak memory in a process of its own")
         tiny = random_checkpoint(place / "tiny", shape_config("llama-tiny"), dtype=dtype)
         peak = peak_memory(place / "store", tiny, compute_dtype)
@@ -80,6 +86,7 @@ def bench_offload(
         "compute_dtype": compute_dtype,
         "batch": batch,
         "batches_per_pass": list(batches_per_pass),
+        "quantize": list(rounded),
         "rounds": rounds,
         "peers": list(peers),
     }
@@ -87,16 +94,37 @@ def bench_offload(
     return Report("offload", settings, [*measured, peak], passes_table([*measured, peak]), NOTES, more=more)
 
 
+def _quantized(source: Path, place: Path, form: Quantization) -> Path:
+    convert(source, place / form.kind, to="streaming", quantize=form.kind)
+    return place / form.kind
+
+
 @dataclasses.dataclass(frozen=True)
 class _Entry:
-    """A contender, and how many rows a pass of it decodes."""
+    """A contender.
+
+    Attributes:
+        contender: itself.
+        rows: that a pass of it decodes.
+        nbytes: of the weights that a pass streams.
+        rounded: whether they are quantised, so that its tokens may be others.
+    """
 
     contender: Contender
     rows: int
+    nbytes: int
+    rounded: bool = False
 
 
 def _measure(
-    source: Path, place: Path, dtype: str, batch: int, counts: tuple[int, ...], rounds: int, peers: Sequence[str]
+    source: Path,
+    place: Path,
+    dtype: str,
+    batch: int,
+    counts: tuple[int, ...],
+    rounded: Mapping[str, BlockStore],
+    rounds: int,
+    peers: Sequence[str],
 ) -> list[dict[str, Any]]:
     with contextlib.ExitStack() as stack:
         blocks = BlockStore.open(place / "store")
@@ -105,20 +133,25 @@ def _measure(
 
         def decoding(executor: Executor, count: int = 1) -> _Entry:
             stack.callback(executor.close)
-            return _Entry(Decoding(executor, batch, count, rounds + 1), batch * count)
+            return _Entry(Decoding(executor, batch, count, rounds + 1), batch * count, nbytes)
 
         disk = Disk(blocks, residency)
         stack.callback(disk.close)
-        entries = {"disk": _Entry(disk, 0)}
+        entries = {"disk": _Entry(disk, 0, nbytes)}
         executor = StreamedExecutor(blocks, residency, dtype=dtype)
         entries |= {f"streamed x{count}": decoding(executor, count) for count in counts}
         files = BlockStore.open(source)
         planned = plan_residency(footprint_on(files, np.dtype(dtype)), None)
         entries["folder"] = decoding(StreamedExecutor(files, planned, dtype=dtype))
+        for kind, store in rounded.items():
+            planned = plan_residency(footprint_on(store, np.dtype(dtype)), None)
+            own = sum(store.blocks[name].bytes_stored for name in planned.streamed)
+            entry = decoding(StreamedExecutor(store, planned, dtype=dtype))
+            entries[f"streamed {kind}"] = dataclasses.replace(entry, nbytes=own, rounded=True)
         alone = dataclasses.replace(residency, slots=1)  # one buffer: a block is read when the last one is done with
         entries["mmap"] = decoding(StreamedExecutor(blocks, alone, dtype=dtype, source=MappedSource()))
         loaded = loaded_bytes(blocks, dtype)
-        batches = batch * (sum(counts) + 3)
+        batches = batch * (sum(counts) + 3 + len(rounded))
         others = batches * kv_bytes(blocks.spec, capacity_bucket(PROMPT), np.dtype(dtype))
         others += blocks.nbytes * ("cpu-offload" in peers)
         if loaded + others < 0.7 * available_memory():
@@ -128,19 +161,19 @@ def _measure(
         else:
             warn(f"offload: {loaded / 1e9:.1f} GB of weights do not fit memory, which leaves out the compute limit")
         opened = stack.enter_context(open_offload_peers(peers, source, place, dtype, batch))
-        entries |= {name: _Entry(peer, batch) for name, peer in opened.items()}
+        entries |= {name: _Entry(peer, batch, nbytes) for name, peer in opened.items()}
         turns = interleave({name: entry.contender.turn for name, entry in entries.items()}, rounds)
-    results = [_result(name, entries[name], turns, nbytes) for name in entries]
+    results = [_result(name, entries[name], turns) for name in entries]
     reference: Any = entries[f"streamed x{counts[0]}"].contender
     for result in results:
-        if result["what"] != "disk":
+        if result["what"] != "disk" and not entries[result["what"]].rounded:
             result |= compare_tokens(result["what"], entries[result["what"]].contender, reference)
         if result["what"].startswith("streamed x"):
             result["limits"] = limits(turns, result["what"], batch)
     return results
 
 
-def _result(name: str, entry: _Entry, turns: Mapping[str, list[Turn]], nbytes: int) -> dict[str, Any]:
+def _result(name: str, entry: _Entry, turns: Mapping[str, list[Turn]]) -> dict[str, Any]:
     taken = [turn.seconds for turn in turns[name]]
     return {
         "what": name,
@@ -149,7 +182,8 @@ def _result(name: str, entry: _Entry, turns: Mapping[str, list[Turn]], nbytes: i
         "tokens_per_second": spread([entry.rows / t for t in taken]) if entry.rows else None,
         "over_disk": Ratio.of([turn.seconds for turn in turns["disk"]], taken),
         "over_mmap": Ratio.of([turn.seconds for turn in turns["mmap"]], taken),
-        "bytes_per_pass": spread([turn.bytes_read / nbytes for turn in turns[name]]),
+        "streamed_bytes": entry.nbytes,
+        "bytes_per_pass": spread([turn.bytes_read / entry.nbytes for turn in turns[name]]),
     }
 
 

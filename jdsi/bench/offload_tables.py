@@ -14,6 +14,8 @@ NOTES = (
     "disk: the same bytes read with O_DIRECT, 16 MiB at a time, and nothing else. folder: streamed from the safetensors"
     " files as they are. mmap: each block copied out of a mapping of its own when the one before is done with, its"
     " cache dropped first. in memory: the same programs with all weights loaded as they are computed with.",
+    "streamed int8, int4: one batch, weights stored in so many bits and dequantised as they come; over disk is over"
+    " reading the unquantised ones.",
     "disk-offload, cpu-offload: transformers' model under accelerate in a process of its own, one token of a"
     " generation; weights stored as ours and widened as they are fetched, the files' cache dropped before each pass.",
     "GB/s, bytes/pass: what its process read from storage (/proc/self/io); the latter over the bytes of the streamed"
@@ -39,7 +41,7 @@ def passes_table(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
                 ratio_text(result["over_disk"]),
                 ratio_text(result["over_mmap"]),
                 f"{result['bytes_per_pass']['median']:.2f}",
-                f"{result['equal_tokens']} of {result['compared_tokens']}" if tokens else "",
+                f"{result['equal_tokens']} of {result['compared_tokens']}" if "equal_tokens" in result else "",
             ]
         )
     peak = results[-1]

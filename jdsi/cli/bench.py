@@ -154,6 +154,9 @@ def offload(
     compute_dtype: Annotated[str, typer.Option(help="That the model runs in.")] = "float32",
     batch: Annotated[int, typer.Option(help="Rows of a batch.")] = 1,
     batches_per_pass: Annotated[str, typer.Option(help="Batches that share a pass, as 1,2,4.")] = "1,2,4,8,16",
+    quantize: Annotated[
+        list[str] | None, typer.Option(help="int8 or int4: stream it quantised as well; may be repeated.")
+    ] = None,
     rounds: Rounds = 3,
     peer: Annotated[list[str] | None, typer.Option(help="disk-offload or cpu-offload; may be repeated.")] = None,
     cap: Annotated[
@@ -169,8 +172,8 @@ def offload(
     from jdsi.bench.report import show
 
     if cap:
-        if peer:
-            raise ConfigError("--cap runs no peers: leave out --peer")
+        if peer or quantize:
+            raise ConfigError("--cap runs no peers and nothing quantised: leave out --peer and --quantize")
         size = 10.0 if gigabytes is None else gigabytes
         show(
             bench_offload_cap(gigabytes=size, dtype=dtype, compute_dtype=compute_dtype, folder=folder), as_json=as_json
@@ -182,6 +185,7 @@ def offload(
         compute_dtype=compute_dtype,
         batch=batch,
         batches_per_pass=_numbers("--batches-per-pass", batches_per_pass),
+        quantize=quantize or (),
         rounds=rounds,
         peers=peer or (),
         folder=folder,

@@ -52,7 +52,9 @@ def check(report: Report, rounds: int, capsys: pytest.CaptureFixture[str]) -> di
             continue
         assert len(result["seconds"]["rounds"]) == rounds
         assert result["over_disk"]["minimum"] <= result["over_disk"]["median"] <= result["over_disk"]["maximum"]
-        if name != "disk":
+        if name in ("streamed int8", "streamed int4"):
+            assert "equal_tokens" not in result
+        elif name != "disk":
             assert result["equal_tokens"] == result["compared_tokens"] > rounds
     for count in (1, 2):
         result = by_name[f"streamed x{count}"]
@@ -60,15 +62,19 @@ def check(report: Report, rounds: int, capsys: pytest.CaptureFixture[str]) -> di
         assert result["tokens_per_second"]["rounds"] == pytest.approx(rates)
         assert set(result["limits"]["binds"]) <= {"disk", "compute"}
     # Of so few blocks those under way when a pass begins and when it ends are a large part.
-    for name in ("disk", "streamed x1", "folder", "mmap"):
+    for name in {"disk", "streamed x1", "folder", "mmap", "streamed int8", "streamed int4"} & set(by_name):
         assert 0.4 <= by_name[name]["bytes_per_pass"]["median"] <= 1.6
     assert by_name["in memory"]["bytes_per_pass"]["median"] < 0.1
     return by_name
 
 
 def test_ours(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    made = report(monkeypatch, "--rounds", "2")
-    assert check(made, 2, capsys).keys() == OURS | {"peak memory"}
+    made = report(monkeypatch, "--rounds", "2", "--quantize", "int8", "--quantize", "int4")
+    found = check(made, 2, capsys)
+    assert found.keys() == OURS | {"peak memory", "streamed int8", "streamed int4"}
+    plain = found["streamed x1"]["streamed_bytes"]
+    assert 0.4 < found["streamed int8"]["streamed_bytes"] / plain < 0.6
+    assert 0.2 < found["streamed int4"]["streamed_bytes"] / plain < 0.4
     show(made, as_json=False)
     table = capsys.readouterr().out
     for word in (*OURS, "over disk", "compute allows", "peak memory", "within"):
