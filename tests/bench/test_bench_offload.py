@@ -1,6 +1,5 @@
 """The offload benchmark at a tiny size: what it reports, and that a model runs under a cap that it does not fit."""
 
-import importlib.util
 import json
 from functools import partial
 from pathlib import Path
@@ -22,7 +21,6 @@ from jdsi.converters import convert, random_checkpoint
 from jdsi.converters.block_store import BlockStore
 from jdsi.errors import ConfigError
 
-HAS_ACCELERATE = importlib.util.find_spec("accelerate") is not None
 OURS = {"disk", "streamed x1", "streamed x2", "folder", "mmap", "in memory"}
 
 
@@ -81,7 +79,7 @@ def test_ours(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
         assert word in table
 
 
-@pytest.mark.skipif(not HAS_ACCELERATE, reason="needs accelerate: pip install accelerate")
+@pytest.mark.slow  # two processes that import torch and transformers
 def test_peers(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     peers = ("--peer", "disk-offload", "--peer", "cpu-offload")
     found = check(report(monkeypatch, "--rounds", "1", *peers), 1, capsys)
