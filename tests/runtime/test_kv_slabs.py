@@ -145,6 +145,21 @@ def test_a_full_disk_is_known_at_once(tmp_path: Path, monkeypatch: pytest.Monkey
     home.close()
 
 
+def test_a_full_disk_is_known_where_its_folder_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "cleaned up"
+    folder.mkdir()
+    file = SpillFile(folder)
+    folder.rmdir()
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(CapacityError, match=rf"need 4096 bytes in {folder}, \d+ are free"):
+        file.reserve([PAGE])
+    file.close()
+
+
 @pytest.mark.parametrize(
     ("call", "error", "kind", "message"),
     [
@@ -186,6 +201,32 @@ def test_a_read_that_failed_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         file.read([(0, memory)])
     then = memory.copy()
     time.sleep(0.3)
+    np.testing.assert_array_equal(memory, then)
+    file.close()
+
+
+def test_a_read_without_a_thread_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As above, where the system has no thread for a part that was asked for already."""
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if file._pool._threads and thread.name.startswith("jdsi-spill"):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    def read(descriptor: int, buffers: list[np.ndarray], offset: int) -> int:
+        time.sleep(0.2)
+        buffers[0][:] = 9
+        return buffers[0].size
+
+    file, memory = SpillFile(tmp_path), PageBuffer(3 * PAGE).bytes
+    monkeypatch.setattr(spill_file, "_CHUNK", PAGE)
+    monkeypatch.setattr(os, "preadv", read)
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(JdsiError, match="can't start new thread"):
+        file.read([(0, memory)])
+    then = memory.copy()
+    time.sleep(0.6)
     np.testing.assert_array_equal(memory, then)
     file.close()
 
@@ -285,6 +326,28 @@ def test_slabs_of_two_sizes_are_loaded_by_two_threads(tmp_path: Path) -> None:
     other.join()
     assert home.found == slabs[1].nbytes
     home.close()
+
+
+def test_what_two_threads_move_is_counted(home: SlabHome) -> None:
+    """One stands in the middle of it while the other goes through."""
+    slabs = home.allocate(SHAPES[:1], np.dtype(np.float32))
+    others = home.allocate(SHAPES[:1], np.dtype(np.float32))
+    memories, lengths = home.load(slabs, 0), np.zeros(3, int)
+
+    class Halted(np.ndarray):
+        def sum(self, *arguments: Any, **options: Any) -> Any:
+            other = threading.Thread(target=save, args=(others, np.ones(3, int)))
+            other.start()
+            other.join()
+            return super().sum(*arguments, **options)
+
+    def save(slabs: Any, new: np.ndarray) -> None:
+        home.save(slabs, memories, lengths, new)
+
+    save(others, np.ones(3, int))
+    once = home.bytes_written
+    save(slabs, np.ones(3, int).view(Halted))
+    assert home.bytes_written == 3 * once
 
 
 def test_folders_that_cannot_be_used_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,25 +1,25 @@
 """Keys and values of a batch that come to the devices layer by layer (DeepSpeed Inference, arXiv:2207.00032)."""
 
 import contextlib
-import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, wait
+from collections.abc import Sequence
+from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from jdsi.errors import CapacityError, ConfigError, JdsiError
-from jdsi.sharding import DATA, TENSOR
+from jdsi.errors import JdsiError
 
-from .moves import SLOTS, LayerState, Loaded, copy_rows, cut, expand, free, free_slabs, load, save
-from .slabs import Slab
-from .store import Failure, SlabStore, Worker
+from .layout import Layout
+from .lifetime import begin, end, select
+from .moves import LayerState, Loaded, load, save
+from .programs import cut
+from .store import Failure, SlabStore
 
 
 class OffloadedKV:
@@ -60,30 +60,17 @@ class OffloadedKV:
         *,
         devices_per_link: int = 1,
     ) -> None:
-        _check_divides(mesh, rows, heads)
-        if capacity < SLOTS or capacity % SLOTS:
-            raise ConfigError(f"capacity={capacity} must be a multiple of {SLOTS}")
-        if devices_per_link < 1:
-            raise ConfigError(f"devices_per_link={devices_per_link} must be at least 1")
-        self.rows, self.capacity = rows, capacity
-        self._heads, self._dtype, self._store = list(heads), np.dtype(dtype), store
-        self._mesh, self._sharding = mesh, NamedSharding(mesh, PartitionSpec(DATA, TENSOR))
-        self._failure = Failure()
-        devices, link = list(mesh.local_devices), devices_per_link
-        offloading = [
-            [device for i, device in enumerate(devices) if layer % link == i % link] for layer in range(len(heads))
-        ]
-        ranges = self._row_ranges(rows)
-        self._layers = [
-            LayerState(np.zeros(rows, np.int64), ranges, slabs)
-            for slabs in self._reserve(range(len(heads)), offloading, rows)
-        ]
-        self._free = partial(free, store.home, self._layers, store.ahead, store.saves)
-        self._finalizer = weakref.finalize(self, _free_soon, store.loads, self._free, self._failure)
+        self._layout = Layout(tuple(heads), capacity, np.dtype(dtype), mesh, devices_per_link)
+        self.rows, self.capacity, self._store = rows, capacity, store
+        self._failure, self._layers = Failure(), list[LayerState]()
+        self._end = partial(end, store.home, self._layers, store.ahead, store.saves)
+        # First, so that whatever `begin` gets will be given back, wherever this is interrupted.
+        self._finalizer = weakref.finalize(self, store.loads.submitter(self._end))
+        store.loads.submit(partial(begin, store.home, self._layout, rows, self._layers)).result()
         for index, layer in enumerate(self._layers):
-            shares = [self._sharding.shard_shape(shape) for shape in self._shapes(index, rows)]
-            for device in set(devices) - set(layer.slabs):
-                keys, values = (jnp.zeros(share, self._dtype, device=device) for share in shares)
+            shares = self._layout.share_shapes(index, rows)
+            for device in self._layout.keeping(index):
+                keys, values = (jnp.zeros(share, self._layout.dtype, device=device) for share in shares)
                 layer.kept[device] = keys, values
 
     def offloaded(self, layer: int) -> list[Any]:
@@ -115,20 +102,18 @@ class OffloadedKV:
         state = self._layers[layer]
         if state.taken is not None:
             raise ValueError(f"layer {layer} was taken and not given back")
-        shards, state.kept = state.kept, {}
+        if state.slabs and state.loading is None:
+            state.loading = self._load(state)
+        # Before the rest is touched, so that the layer counts as taken wherever this is interrupted then.
+        state.taken = loaded = Loaded({}, None, None) if state.loading is None else self._result(state.loading)
+        shards, state.kept, state.loading = state.kept, {}, None
         if state.slabs:
-            if state.loading is None:
-                state.loading = self._load(state)
-            state.taken = self._arrived(state)
-            state.loading = None
-            shards |= expand(state, state.taken, self.capacity)
-        else:
-            state.taken = Loaded({}, None, None)
+            shards |= loaded.expand(state.per_device(state.lengths), self.capacity)
         keys, values = (
             jax.make_array_from_single_device_arrays(
-                shape, self._sharding, [shards[device][which] for device in self._mesh.local_devices]
+                shape, self._layout.sharding, [shards[device][which] for device in self._layout.mesh.local_devices]
             )
-            for which, shape in enumerate(self._shapes(layer, self.rows))
+            for which, shape in enumerate(self._layout.shapes(layer, self.rows))
         )
         return keys, values
 
@@ -160,7 +145,7 @@ class OffloadedKV:
         if loaded is None:
             raise ValueError(f"layer {layer} was not taken")
         lengths, new_lengths = (np.array(x, np.int64) for x in (lengths, new_lengths))
-        self._check(layer, memory, lengths, new_lengths, new_tokens)
+        self._layout.check_given(layer, memory, state.lengths, lengths, new_lengths, new_tokens)
         by_device = [{shard.device: shard.data for shard in array.addressable_shards} for array in memory]
         shards = {device: (keys, by_device[1][device]) for device, keys in by_device[0].items()}
         if state.slabs:
@@ -170,8 +155,9 @@ class OffloadedKV:
             cuts = cut({device: shards[device] for device in state.slabs}, state.per_device(starts), size)
             task = partial(save, self._store.home, state, loaded, cuts, starts, lengths, new_lengths)
             state.saving = self._store.save(partial(self._failure.watch, task))
-        state.taken, state.lengths = None, lengths + new_lengths
         state.kept = {device: pair for device, pair in shards.items() if device not in state.slabs}
+        # Last, and in one step, so that the layer counts as taken wherever this was interrupted.
+        state.taken, state.lengths = None, lengths + new_lengths
 
     def select(self, rows: Int[Array | np.ndarray, " N"]) -> None:
         """Row i becomes a copy of row `rows[i]` (beam search); there may be another number of rows afterwards.
@@ -188,115 +174,30 @@ class OffloadedKV:
         rows = np.asarray(rows)
         if any(state.taken is not None for state in self._layers):
             raise ValueError("rows cannot be selected while a layer is taken")
-        _check_divides(self._mesh, len(rows), self._heads)
-        before, after = self._row_ranges(self.rows), self._row_ranges(len(rows))
-        local = {device: rows[after[device]] - before[device].start for device in after}
-        if any(
-            ((own < 0) | (own >= before[device].stop - before[device].start)).any() for device, own in local.items()
-        ):
-            raise ValueError(f"rows {rows.tolist()} are not all copies of rows in their own group of the axis {DATA!r}")
-        self._failure.watch(partial(self._select, rows, local))
+        sources = self._layout.sources(rows, self.rows)
+        task = partial(select, self._store.home, self._layout, self._layers, self._store.ahead, rows, sources)
+        # Where this is interrupted, the thread finishes it or never began, and nobody here could tell.
+        self._failure.unfinished = "selecting rows"
+        self._result(self._store.loads.submit(partial(self._failure.watch, task)))
+        self.rows = len(rows)
+        self._failure.unfinished = None
 
     def close(self) -> None:
         """Frees the slabs, when what is under way is done; the second time does nothing."""
-        if self._finalizer.detach() is not None:
-            self._failure.error = _closed()
+        if self._finalizer.alive:
+            self._failure.error = JdsiError("these keys and values are closed")
             with contextlib.suppress(JdsiError):  # a store that is closed has freed them
-                self._store.loads.submit(self._free).result()
-
-    def _shapes(self, layer: int, rows: int) -> list[tuple[int, int, int, int]]:
-        kv_heads, *dims = self._heads[layer]
-        return [(rows, kv_heads, self.capacity, dim) for dim in dims]
-
-    def _row_ranges(self, rows: int) -> dict[Any, slice]:
-        indices = NamedSharding(self._mesh, PartitionSpec(DATA)).addressable_devices_indices_map((rows,))
-        return {device: slice(*index[0].indices(rows)) for device, index in indices.items() if index is not None}
-
-    def _reserve(
-        self, layers: Sequence[int], devices: Sequence[Sequence[Any]], rows: int
-    ) -> list[dict[Any, tuple[Slab, Slab]]]:
-        """Slabs for keys and values of layers, each for its devices, or none at all."""
-        shapes = []
-        for layer, offloading in zip(layers, devices, strict=True):
-            for shape in self._shapes(layer, rows) * len(offloading):
-                own_rows, kv_heads, slots, dim = self._sharding.shard_shape(shape)
-                shapes.append((slots, own_rows, kv_heads, dim))
-        slabs = iter(self._store.allocate(shapes, self._dtype))
-        return [{device: (next(slabs), next(slabs)) for device in offloading} for offloading in devices]
+                self._store.loads.submit(self._end).result()
+            self._finalizer.detach()  # last, so that it still frees what Ctrl-C kept this from
 
     def _load(self, state: LayerState) -> Future:
         task = partial(load, self._store.home, state, self.capacity)
         return self._store.loads.submit(partial(self._failure.watch, task))
 
-    def _arrived(self, state: LayerState) -> Loaded:
-        """What is being loaded, once it is there; `state.loading` still names it."""
-        assert state.loading is not None
-        began = time.perf_counter()
-        wait([state.loading])
-        self._store.wait_seconds += time.perf_counter() - began
-        self._store.ahead.discard(state.loading)
-        if state.loading.exception() is not None:
+    def _result(self, future: Future) -> Any:
+        """Of a task of the loading thread, once it is done, and thus not ahead any more."""
+        self._store.wait(future)
+        self._store.ahead.discard(future)
+        if future.exception() is not None:
             self._failure.check()
-        return state.loading.result()
-
-    def _check(self, layer: int, memory: Any, lengths: np.ndarray, new_lengths: np.ndarray, new_tokens: int) -> None:
-        held = self._layers[layer].lengths
-        for array, shape in zip(memory, self._shapes(layer, self.rows), strict=True):
-            if array.shape != shape or array.dtype != self._dtype:
-                raise ValueError(f"layer {layer} is {self._dtype}{list(shape)}, given {array.dtype}{list(array.shape)}")
-            if not array.sharding.is_equivalent_to(self._sharding, array.ndim):
-                raise ValueError(f"layer {layer} must be divided as {self._sharding}, given {array.sharding}")
-        if lengths.shape != held.shape or new_lengths.shape != held.shape:
-            raise ValueError(f"lengths must be of {self.rows} rows")
-        if ((lengths < 0) | (lengths > held)).any():
-            raise ValueError(f"rows hold {held.tolist()} tokens, and cannot continue behind {lengths.tolist()}")
-        if ((new_lengths < 0) | (new_lengths > new_tokens)).any():
-            raise ValueError(f"of {new_tokens} new tokens a row cannot have {new_lengths.tolist()}")
-        if (longest := int((lengths + new_lengths).max())) > self.capacity:
-            raise CapacityError(f"a row would have {longest} tokens, and its KV memory has {self.capacity} slots")
-
-    def _select(self, rows: Int[np.ndarray, " N"], local: Mapping[Any, Int[np.ndarray, " n"]]) -> None:
-        home, same = self._store.home, len(rows) == self.rows
-        for state in self._layers:
-            if state.loading is not None:
-                self._arrived(state).release(home)
-                state.loading = None
-            if state.saving is not None:
-                state.saving.result()
-        ranges = self._row_ranges(len(rows))
-        for layer, state in enumerate(self._layers):
-            slabs = state.slabs
-            if not same:  # one layer at a time, so that no more than one is there twice
-                (slabs,) = self._reserve([layer], [list(state.slabs)], len(rows))
-            try:
-                copy_rows(home, state, slabs, local)
-            except BaseException:
-                if not same:
-                    free_slabs(home, slabs)
-                raise
-            old, state.slabs, state.rows, state.lengths = state.slabs, slabs, ranges, state.lengths[rows]
-            if not same:
-                free_slabs(home, old)
-            for device, (keys, values) in state.kept.items():
-                state.kept[device] = jnp.take(keys, local[device], axis=0), jnp.take(values, local[device], axis=0)
-        self.rows = len(rows)
-
-
-def _check_divides(mesh: Mesh, rows: int, heads: Sequence[tuple[int, int, int]]) -> None:
-    if rows < 1 or rows % mesh.shape[DATA]:
-        raise ConfigError(f"{rows} rows cannot be divided over {mesh.shape[DATA]} devices on the axis {DATA!r}")
-    for kv_heads, _, _ in heads:
-        if kv_heads % mesh.shape[TENSOR]:
-            raise ConfigError(
-                f"{kv_heads} kv heads cannot be divided over {mesh.shape[TENSOR]} devices on the axis {TENSOR!r}"
-            )
-
-
-def _free_soon(loads: Worker, task: Callable[[], None], failure: Failure) -> None:
-    """Of memory that is dropped: behind what is under way, for it may be dropped anywhere, in the threads even."""
-    failure.error = _closed()
-    loads.submit_if_open(task)
-
-
-def _closed() -> JdsiError:
-    return JdsiError("these keys and values are closed")
+        return future.result()

@@ -1,29 +1,20 @@
-"""The programs and the tasks that move one layer's keys and values between slabs and devices."""
+"""The tasks that move one layer's keys and values between slabs and devices, and what is known of the layer."""
 
 import contextlib
 import dataclasses
-import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import Future
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from jdsi.converters.direct_io import round_up
-from jdsi.errors import JdsiError
 
+from . import programs
+from .layout import SLOTS
 from .slabs import Slab, SlabHome
-from .store import Worker
-
-SLOTS = 128
-"""Capacities are multiples of this."""
-
-_DEVICE, _SLABS = PartitionSpec("device"), PartitionSpec(None, "device")
 
 
 @dataclasses.dataclass
@@ -74,6 +65,13 @@ class Loaded:
     arrays: tuple[Array, Array] | None
     reader: Any
 
+    def expand(self, lengths: Int[np.ndarray, " N"], capacity: int) -> dict[Any, tuple[Array, Array]]:
+        """See `programs.expand`; once, for the arrays are not kept."""
+        assert self.arrays is not None
+        expanded, self.reader = programs.expand(tuple(self.memories), self.arrays, lengths, capacity)
+        self.arrays = None
+        return expanded
+
     def release(self, home: SlabHome) -> None:
         """Gives the memories back when nothing reads them; the second time does nothing."""
         with contextlib.suppress(RuntimeError):  # a computation that failed has finished too; its caller hears of it
@@ -95,41 +93,15 @@ def load(home: SlabHome, layer: LayerState, capacity: int) -> Loaded:
     try:
         for device, slabs in layer.slabs.items():
             memories[device] = home.load(slabs, layer.used)
-        arrays = []
-        for which in range(2):
-            shards = [
-                jax.device_put(one[which][:slots], jax.sharding.SingleDeviceSharding(device, memory_kind="device"))
-                for device, one in memories.items()
-            ]
-            arrays.append(_joined(shards, 1, _SLABS))
-        loaded.arrays = (arrays[0], arrays[1])
+        keys, values = (
+            programs.put({device: pair[which][:slots] for device, pair in memories.items()}) for which in range(2)
+        )
+        loaded.arrays = keys, values
         loaded.reader = jax.block_until_ready(loaded.arrays)
     except BaseException:
         loaded.release(home)
         raise
     return loaded
-
-
-def expand(layer: LayerState, loaded: Loaded, capacity: int) -> dict[Any, tuple[Array, Array]]:
-    """Keys and values `[B, K, L, D]` of each device that offloads the layer, zero behind every row's last token."""
-    assert loaded.arrays is not None
-    program = _expand(_mesh(tuple(layer.slabs)), capacity)
-    (keys, values), loaded.reader = program(loaded.arrays, layer.per_device(layer.lengths))
-    loaded.arrays = None
-    return _by_device(keys, values)
-
-
-def cut(
-    shards: Mapping[Any, tuple[Array, Array]], starts: Int[np.ndarray, " N"], size: int
-) -> dict[Any, tuple[Array, Array]]:
-    """Slots `starts[b]` to `starts[b] + size` of keys and values, `[size, B, K, D]` on each device.
-
-    Args:
-        shards: `[B, K, L, D]` of each device.
-        starts: of the rows of all devices, one device's behind another's.
-    """
-    keys, values = (_joined([pair[which] for pair in shards.values()], 0, _DEVICE) for which in range(2))
-    return _by_device(*_cut(_mesh(tuple(shards)), size)((keys, values), starts))
 
 
 def save(
@@ -154,48 +126,6 @@ def save(
         loaded.release(home)
 
 
-def copy_rows(
-    home: SlabHome,
-    layer: LayerState,
-    targets: Mapping[Any, tuple[Slab, Slab]],
-    rows: Mapping[Any, Int[np.ndarray, " n"]],
-) -> None:
-    """Row i of each device's target slabs becomes a copy of row `rows[device][i]`; targets may be the layer's slabs."""
-    for device, slabs in layer.slabs.items():
-        chosen, own = rows[device], layer.lengths[layer.rows[device]]
-        with contextlib.ExitStack() as stack:
-            memories = others = home.load(slabs, layer.used)
-            stack.callback(home.release, memories)
-            if targets[device] is not slabs:
-                others = home.load(targets[device], 0)
-                stack.callback(home.release, others)
-            for memory, other in zip(memories, others, strict=True):
-                other[: layer.used] = memory[: layer.used][:, chosen]
-            home.save(targets[device], others, np.zeros_like(chosen), own[chosen])
-
-
-def free(home: SlabHome, layers: list[LayerState], ahead: set[Future], saves: Worker) -> None:
-    """Gives back what a batch holds; a task, behind all loads of it.
-
-    It relies on what the two threads have done only, for the caller may have been interrupted before it noted anything.
-    """
-    with contextlib.suppress(JdsiError):  # closed, and so done
-        saves.submit(lambda: None).result()
-    for layer in layers:
-        if layer.loading is not None:
-            ahead.discard(layer.loading)
-        if layer.out is not None:
-            layer.out.release(home)
-        free_slabs(home, layer.slabs)
-    layers.clear()
-
-
-def free_slabs(home: SlabHome, slabs: Mapping[Any, tuple[Slab, Slab]]) -> None:
-    """Lets the room of some devices' slabs be used again."""
-    for pair in slabs.values():
-        home.free(pair)
-
-
 def _insert(memory: np.ndarray, piece: np.ndarray, starts: Any, lengths: Any, new_lengths: Any) -> None:
     """Slots of `piece`, which begins at slot `starts[b]` of row b, go where they belong in `memory`."""
     if len({*zip(starts, lengths, new_lengths, strict=True)}) == 1:
@@ -210,48 +140,3 @@ def _padded(used: int, capacity: int) -> int:
     """Slots to move so that few programs are compiled: steps of a quarter at most."""
     step = max(SLOTS, 1 << max(0, used.bit_length() - 3))
     return min(capacity, round_up(used, step))
-
-
-@functools.cache
-def _mesh(devices: tuple[Any, ...]) -> Mesh:
-    """Of the devices that offload a layer, so that one program serves them all without the others."""
-    return Mesh(np.array(devices), ("device",), axis_types=(AxisType.Auto,))
-
-
-def _joined(shards: Sequence[Array], axis: int, spec: PartitionSpec) -> Array:
-    """Arrays on several devices as one along `axis`."""
-    mesh = _mesh(tuple(shard.device for shard in shards))
-    shape = list(shards[0].shape)
-    shape[axis] *= len(shards)
-    return jax.make_array_from_single_device_arrays(tuple(shape), NamedSharding(mesh, spec), list(shards))
-
-
-def _by_device(keys: Array, values: Array) -> dict[Any, tuple[Array, Array]]:
-    others = {shard.device: shard.data for shard in values.addressable_shards}
-    return {shard.device: (shard.data, others[shard.device]) for shard in keys.addressable_shards}
-
-
-@functools.cache
-def _expand(mesh: Mesh, capacity: int) -> Any:
-    def one(x: Array, lengths: Array) -> Array:
-        slots = jnp.arange(x.shape[0])
-        x = jnp.where((slots[:, None] < lengths)[:, :, None, None], x, 0)  # the rest of a slab may be anything
-        return jnp.pad(x.transpose(1, 2, 0, 3), ((0, 0), (0, 0), (0, capacity - x.shape[0]), (0, 0)))
-
-    def body(memory: tuple[Array, Array], lengths: Array) -> tuple[tuple[Array, Array], Array]:
-        keys, values = (one(x, lengths) for x in memory)
-        return (keys, values), lengths + 0  # which nobody takes over, to tell when it is done
-
-    specs = {"in_specs": (_SLABS, _DEVICE), "out_specs": _DEVICE}
-    return jax.jit(jax.shard_map(body, mesh=mesh, check_vma=False, **specs))
-
-
-@functools.cache
-def _cut(mesh: Mesh, size: int) -> Any:
-    def one(row: Array, start: Array) -> Array:
-        return lax.dynamic_slice_in_dim(row, start, size, axis=1)
-
-    def body(memory: tuple[Array, Array], starts: Array) -> tuple[Array, ...]:
-        return tuple(jax.vmap(one)(x, starts).transpose(2, 0, 1, 3) for x in memory)
-
-    return jax.jit(jax.shard_map(body, mesh=mesh, in_specs=(_DEVICE, _DEVICE), out_specs=_SLABS, check_vma=False))

@@ -107,7 +107,7 @@ class HostSlabs:
 
     def __init__(self) -> None:
         self.bytes_read = self.bytes_written = 0
-        self._pages = PinnedPages()
+        self._pages, self._lock = PinnedPages(), threading.Lock()
 
     def allocate(self, shapes: Sequence[tuple[int, int, int, int]], dtype: np.dtype) -> list[Slab]:
         """See `SlabHome.allocate`."""
@@ -119,7 +119,8 @@ class HostSlabs:
 
     def load(self, slabs: Sequence[Slab], slots: int) -> list[np.ndarray]:
         """See `SlabHome.load`."""
-        self.bytes_read += sum(slots * slab.slot_bytes for slab in slabs)
+        with self._lock:
+            self.bytes_read += sum(slots * slab.slot_bytes for slab in slabs)
         return [slab.place for slab in slabs]
 
     def save(
@@ -130,7 +131,9 @@ class HostSlabs:
         new_lengths: Int[np.ndarray, " B"],
     ) -> None:
         """See `SlabHome.save`."""
-        self.bytes_written += sum(int(new_lengths.sum()) * slab.slot_bytes // slab.shape[1] for slab in slabs)
+        nbytes = sum(int(new_lengths.sum()) * slab.slot_bytes // slab.shape[1] for slab in slabs)
+        with self._lock:
+            self.bytes_written += nbytes
 
     def release(self, memories: Sequence[np.ndarray]) -> None:
         """See `SlabHome.release`."""
@@ -184,7 +187,8 @@ class FileSlabs:
         except JdsiError:
             self.release(memories)
             raise
-        self.bytes_read += sum(memory.nbytes for _, memory in pieces)
+        with self._lock:
+            self.bytes_read += sum(memory.nbytes for _, memory in pieces)
         return memories
 
     def save(
@@ -201,7 +205,8 @@ class FileSlabs:
             for start, stop in _changed_pages(slab, lengths, new_lengths)
         ]
         self.file.write(pieces)
-        self.bytes_written += sum(memory.nbytes for _, memory in pieces)
+        with self._lock:
+            self.bytes_written += sum(memory.nbytes for _, memory in pieces)
 
     def release(self, memories: Sequence[np.ndarray]) -> None:
         """See `SlabHome.release`."""

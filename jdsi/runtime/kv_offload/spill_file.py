@@ -60,7 +60,7 @@ class SpillFile:
         """
         with self._lock:
             if self._descriptor < 0:
-                raise self._closed()
+                raise JdsiError(f"the spill file in {self.folder} is closed")
             free, offsets, size = list(self._free), [], self.size
             for wanted in map(round_up, sizes):
                 index = next((i for i, (start, stop) in enumerate(free) if stop - start >= wanted), None)
@@ -111,9 +111,6 @@ class SpillFile:
         if descriptor >= 0:
             os.close(descriptor)
 
-    def _closed(self) -> JdsiError:
-        return JdsiError(f"the spill file in {self.folder} is closed")
-
     def _grow(self, size: int) -> None:
         try:
             os.posix_fallocate(self._descriptor, self.size, size - self.size)
@@ -122,7 +119,7 @@ class SpillFile:
                 os.ftruncate(self._descriptor, self.size)  # what it got before the disk was full
             if error.errno not in _FULL:
                 raise ConfigError(f"{self.folder} cannot hold a spill file: {error.strerror}") from error
-            disk = os.statvfs(self.folder)
+            disk = os.fstatvfs(self._descriptor)  # the folder may be gone
             raise CapacityError(
                 f"keys and values need {size - self.size} bytes in {self.folder},"
                 f" {disk.f_bavail * disk.f_frsize} are free ({error.strerror})"
@@ -137,7 +134,10 @@ class SpillFile:
         try:
             jobs = [self._pool.submit(move, *chunk) for chunk in chunks]
         except RuntimeError as error:
-            raise self._closed() from error
+            # Or no thread can be started. Before it ends, the pool does all that it has, that which it has just refused
+            # to give a future of too.
+            self._pool.shutdown()
+            raise JdsiError(f"the spill file in {self.folder} is closed: {error}") from error
         wait(jobs)  # all of them, for the memory is free to be used again once this has failed
         for job in jobs:
             job.result()

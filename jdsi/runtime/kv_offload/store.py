@@ -6,15 +6,14 @@ import queue
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, wait
+from functools import partial
 from typing import Any
 
-import numpy as np
+from jdsi.errors import JdsiError
 
-from jdsi.errors import CapacityError, JdsiError
-
-from .slabs import Slab, SlabHome
+from .slabs import SlabHome
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +34,9 @@ class SlabReport:
 class SlabStore:
     """A home of slabs with a thread that loads them and one that saves them.
 
-    Saving waits for devices only, loading for devices and for what is being saved, so neither can stop for good.
+    Those threads alone touch slabs and their home, for Ctrl-C stops the main thread only: they finish what they began,
+    and free behind it. Saving waits for devices only, loading for devices and for what is being saved, so neither can
+    stop for good.
 
     The bounds are kept by counting what is there, not by permits: those would be lost where a caller is interrupted.
 
@@ -53,39 +54,30 @@ class SlabStore:
 
     def __init__(self, home: SlabHome, *, ahead: int = 2, behind: int = 2) -> None:
         self.home, self.wait_seconds = home, 0.0
-        self.loads, self.saves = Worker("jdsi-kv-load"), Worker("jdsi-kv-save")
+        self.saves = Worker("jdsi-kv-save", lambda: None)
+        self.loads = Worker("jdsi-kv-load", partial(_end, self.saves, home))
         self.ahead: set[Future] = set()
         self._behind: collections.deque[Future] = collections.deque()
         self._most_ahead, self._most_behind = ahead, behind
-        self._close = weakref.finalize(self, _stop, self.loads, self.saves, home)
-
-    def allocate(self, shapes: Sequence[tuple[int, int, int, int]], dtype: np.dtype) -> list[Slab]:
-        """See `SlabHome.allocate`; where room is short, waits for that of the batches that were dropped.
-
-        Raises:
-            CapacityError: there is no room, or none yet and this is the thread that frees it.
-            JdsiError: the store is closed.
-        """
-        try:
-            return self.home.allocate(shapes, dtype)
-        except CapacityError:
-            if self.loads.is_current:
-                raise
-        self.loads.submit(lambda: None).result()  # it frees what was dropped, in its turn
-        return self.home.allocate(shapes, dtype)
+        # Not what `close` calls, for it would do nothing the second time where the first was interrupted.
+        weakref.finalize(self, _stop, self.loads, self.saves)
 
     @property
     def has_room_ahead(self) -> bool:
         """Whether one more load may begin before it is needed."""
         return len(self.ahead) < self._most_ahead
 
+    def wait(self, future: Future) -> None:
+        """Waits until what one of the threads was given is done, or has failed."""
+        began = time.perf_counter()
+        wait([future])
+        self.wait_seconds += time.perf_counter() - began
+
     def wait_for_room_behind(self) -> None:
         """Waits until one more layer may be given to `save`."""
-        began = time.perf_counter()
         while self._behind and (len(self._behind) >= self._most_behind or self._behind[0].done()):
-            wait([self._behind[0]])
+            self.wait(self._behind[0])
             self._behind.popleft()
-        self.wait_seconds += time.perf_counter() - began
 
     def save(self, task: Callable[[], Any]) -> Future:
         """Has the saving thread run `task`, which counts as a layer behind until it is done.
@@ -102,13 +94,22 @@ class SlabStore:
         return SlabReport(self.home.bytes_read, self.home.bytes_written, self.wait_seconds)
 
     def close(self) -> None:
-        """Frees all slabs, when what is under way is done; the second time does nothing."""
-        self._close()
+        """Frees all slabs, when what is under way is done; the second time does nothing.
+
+        Waits for that, but a minute at most.
+        """
+        _stop(self.loads, self.saves)
 
 
-def _stop(loads: "Worker", saves: "Worker", home: SlabHome) -> None:
+def _stop(loads: "Worker", saves: "Worker") -> None:
     loads.close()
+    if not loads.is_current and not saves.is_current:  # where garbage is collected too: they would wait for themselves
+        loads.join(60)
+
+
+def _end(saves: "Worker", home: SlabHome) -> None:
     saves.close()
+    saves.join()
     home.close()
 
 
@@ -117,16 +118,20 @@ class Failure:
 
     Attributes:
         error: it, or `None`.
+        unfinished: what must not be left half done, while it is.
     """
 
     def __init__(self) -> None:
         self.error: JdsiError | None = None
+        self.unfinished: str | None = None
 
     def check(self) -> None:
         """Raises the error if there is one."""
         if self.error is not None:
             # Without the old traceback, which would keep a layer's arrays alive.
             raise type(self.error)(*self.error.args) from self.error.__cause__
+        if self.unfinished is not None:
+            raise JdsiError(f"{self.unfinished} was interrupted, and these keys and values cannot be used any more")
 
     def watch(self, task: Callable[[], Any]) -> Any:
         """Runs `task` and remembers what goes wrong."""
@@ -143,14 +148,19 @@ class Failure:
 
 
 class Worker:
-    """A thread that runs one task after another."""
+    """A thread that runs one task after another.
 
-    def __init__(self, name: str) -> None:
-        self._tasks: queue.SimpleQueue[tuple[Future, Callable[[], Any]] | None] = queue.SimpleQueue()
-        self._closed = False
-        self._lock = threading.Lock()
+    Args:
+        name: of the thread.
+        last: what it runs in the end, behind all tasks.
+    """
+
+    def __init__(self, name: str, last: Callable[[], None]) -> None:
+        self._tasks: _Tasks | None = queue.SimpleQueue()
+        self._closed, self._lock = False, threading.Lock()
+        self._ended = threading.Event()  # to wait for, which threads themselves can only once: Ctrl-C would spoil it
         # It must not keep the worker alive, else what owns the worker would never be closed.
-        self._thread = threading.Thread(target=_work, args=(self._tasks,), daemon=True, name=name)
+        self._thread = threading.Thread(target=_work, args=(self._tasks, last, self._ended), daemon=True, name=name)
         self._thread.start()
 
     @property
@@ -165,32 +175,43 @@ class Worker:
             JdsiError: the worker is closed.
         """
         with self._lock:  # so that no task comes behind the end, where nothing would run it
-            if self._closed:
-                raise JdsiError("this store of keys and values is closed")
-            future = self._put(task)
+            future: Future = Future()
+            self._open().put((future, task))
         return future
 
-    def submit_if_open(self, task: Callable[[], Any]) -> None:
-        """As `submit`; without a lock, for finalizers, which may run in the middle of `submit`."""
-        self._put(task)
+    def submitter(self, task: Callable[[], Any]) -> Callable[[], None]:
+        """What has `task` run if the worker is open then.
 
-    def _put(self, task: Callable[[], Any]) -> Future:
-        future: Future = Future()
-        self._tasks.put((future, task))
-        return future
+        For finalizers, which come in the middle of anything, `submit` included, and must not be interrupted themselves:
+        calling it takes no lock and no line of Python.
+
+        Raises:
+            JdsiError: the worker is closed.
+        """
+        return partial(self._open().put, (Future(), task))
+
+    def _open(self) -> "_Tasks":
+        if self._closed or self._tasks is None:
+            raise JdsiError("this store of keys and values is closed")
+        return self._tasks
 
     def close(self) -> None:
-        """Runs what was submitted and stops."""
+        """Has it end behind what was submitted, without waiting; may be called again, as where it was interrupted."""
         with self._lock:
-            if self._closed:
-                return
             self._closed = True
-            self._tasks.put(None)
-        if not self.is_current:
-            self._thread.join(timeout=60)
+            if self._tasks is not None:
+                self._tasks.put(None)
+            self._tasks = None  # what finalizers put there from now on goes with them
+
+    def join(self, timeout: float | None = None) -> None:
+        """Waits for its end, so many seconds at most."""
+        self._ended.wait(timeout)
 
 
-def _work(tasks: "queue.SimpleQueue[tuple[Future, Callable[[], Any]] | None]") -> None:
+_Tasks = queue.SimpleQueue[tuple[Future, Callable[[], Any]] | None]
+
+
+def _work(tasks: _Tasks, last: Callable[[], None], ended: threading.Event) -> None:
     while (item := tasks.get()) is not None:
         future, task = item
         try:
@@ -198,3 +219,7 @@ def _work(tasks: "queue.SimpleQueue[tuple[Future, Callable[[], Any]] | None]") -
         except BaseException as error:  # whatever it is, whoever waits must hear of it
             future.set_exception(error)
         del item, future, task  # which would keep a layer alive until the next comes
+    try:
+        last()
+    finally:
+        ended.set()
