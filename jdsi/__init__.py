@@ -9,9 +9,10 @@ Load and generate in three lines:
 
 from jdsi.config import InferenceConfig
 from jdsi.converters import load_model
-from jdsi.engine import InferenceEngine, StreamEvent
+from jdsi.engine import InferenceEngine
 from jdsi.errors import CapacityError, CheckpointError, ConfigError, JdsiError, PeerError, PromptError
 from jdsi.generation import Completion, SamplingParams, TokenLogprob
+from jdsi.generation.stream_events import StreamEvent
 from jdsi.inference import init_inference
 from jdsi.models import Transformer, TransformerSpec
 from jdsi.runtime import GenerationStats

@@ -1,6 +1,5 @@
 """The inference engine: a model, its tokenizer, and `generate`."""
 
-import dataclasses
 import time
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -13,51 +12,18 @@ from jaxtyping import Array, Float, Int
 from jdsi.config import InferenceConfig
 from jdsi.converters import ParameterSource, Progress, load_spec, save_parameters
 from jdsi.converters.save import Layout
-from jdsi.errors import CapacityError, ConfigError, PromptError
-from jdsi.generation import (
-    Completion,
-    CompletionBuilder,
-    FinishCode,
-    SampledTokens,
-    SamplingParams,
-    TokenLogprob,
-    check_vocabulary,
-    pad_rows,
-)
-from jdsi.generation.prompts import Prompt, as_list, encode, encode_rows
+from jdsi.errors import CapacityError, ConfigError
+from jdsi.generation import Completion, CompletionBuilder, FinishCode, SampledTokens, SamplingParams, pad_rows
+from jdsi.generation.prompts import Prompt, encode_rows
+from jdsi.generation.requests import Intake, Request
+from jdsi.generation.stream_events import StreamEvent, events_of
 from jdsi.models import TransformerSpec
 from jdsi.runtime import Executor, GenerationStats, token_bucket
+from jdsi.runtime.batching import batches_of, most_requests, passes_of
 from jdsi.runtime.beam_decoding import beam_search
 from jdsi.runtime.decoding import Batch, decode
 from jdsi.runtime.memory import peak_device_memory, peak_memory
 from jdsi.runtime.weight_stream import StreamReport
-
-
-@dataclasses.dataclass(frozen=True)
-class StreamEvent:
-    """One step of one request in `InferenceEngine.stream`.
-
-    Attributes:
-        index: which prompt.
-        text: text that became certain; may be empty.
-        token_id: the token.
-        completion: the whole answer with the request's last event, else `None`.
-    """
-
-    index: int
-    text: str
-    token_id: int
-    completion: Completion | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class _Request:
-    index: int
-    prompt: list[int]
-    params: SamplingParams
-
-    def builder(self, tokenizer: Any) -> CompletionBuilder:
-        return CompletionBuilder(self.params, tokenizer, self.prompt, name=f"prompt {self.index}")
 
 
 class InferenceEngine:
@@ -180,7 +146,7 @@ class InferenceEngine:
             CapacityError: prompt plus `max_new_tokens` exceeds `max_tokens`.
             ConfigError: the model cannot generate, or the sampling parameters do not fit.
         """
-        requests = self._requests(prompts, sampling)
+        requests = self._intake.requests(prompts, sampling)
         self.stats = GenerationStats(prompt_tokens=sum(len(r.prompt) for r in requests))
         self._streamed_before = self._executor.stream_report()
         done: dict[int, Completion] = {}
@@ -203,7 +169,7 @@ class InferenceEngine:
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> Iterator[StreamEvent]:
         """Like `generate`, token by token. Arguments are checked at the call, not at the first event."""
-        requests = self._requests(prompts, sampling)
+        requests = self._intake.requests(prompts, sampling)
         if any(r.params.num_beams > 1 for r in requests):
             raise ConfigError("stream cannot run a beam search, which knows its text only at the end; use generate")
         self.stats = GenerationStats(prompt_tokens=sum(len(r.prompt) for r in requests))
@@ -266,13 +232,13 @@ class InferenceEngine:
         """
         from rich.progress import track
 
-        params = sampling or self._default_params(min(prompt_lengths, default=1))
+        params = sampling or self._intake.default_params(min(prompt_lengths, default=1))
         longest = max(1, self.max_tokens - params.max_new_tokens)
-        most = self._most_rows(params)
+        most = max(1, self.config.max_batch_size // params.num_beams)
         shapes = sorted({(min(b, most), min(n, longest)) for b in batch_sizes for n in prompt_lengths})
         by_bucket = {(b, token_bucket(n)): (b, n) for b, n in shapes}
         for batch, length in track(by_bucket.values(), description="compiling", disable=not progress):
-            requests = self._requests([[0] * length] * batch, params)
+            requests = self._intake.requests([[0] * length] * batch, params)
             if params.num_beams > 1:
                 self._beam_search(requests)
                 continue
@@ -281,68 +247,15 @@ class InferenceEngine:
                 pass
         return len(by_bucket)
 
-    def _requests(self, prompts: Any, sampling: Any) -> list[_Request]:
-        """Checks everything that can be checked before any work is done."""
-        if not self.spec.causal or self.spec.head is None:
-            what = "is an encoder" if not self.spec.causal else "has no language-model head"
-            raise ConfigError(f"this {self.spec.family} model {what} and cannot generate; use forward()")
-        items = as_list(prompts)
-        if not items:
-            raise PromptError("no prompt was given")
-        names = [f"prompt {i}" if len(items) > 1 else "prompt" for i in range(len(items))]
-        vocabulary = self.spec.vocab_size
-        ids = [encode(x, self.tokenizer, vocabulary, name=name) for x, name in zip(items, names, strict=True)]
-        if sampling is None:
-            params = [self._default_params(len(prompt)) for prompt in ids]
-        else:
-            params = [sampling] * len(items) if isinstance(sampling, SamplingParams) else list(sampling)
-        if not all(isinstance(p, SamplingParams) for p in params):
-            raise ConfigError(
-                "sampling must be SamplingParams, or a list of them; SamplingParams.from_dict takes a mapping"
-            )
-        if len(params) != len(items):
-            raise ConfigError(f"{len(params)} sampling parameters for {len(items)} prompts; give one, or one for each")
-        for name, prompt, p in zip(names, ids, params, strict=True):
-            check_vocabulary(p, vocabulary)
-            if p.stop and self.tokenizer is None:
-                raise ConfigError(f"sampling parameter stop={p.stop!r} must be left out where there is no tokenizer")
-            if p.num_beams > self.config.max_batch_size:
-                raise ConfigError(f"num_beams={p.num_beams} exceeds max_batch_size={self.config.max_batch_size}")
-            if len(prompt) + p.max_new_tokens > self.max_tokens:
-                raise CapacityError(
-                    f"{name} has {len(prompt)} tokens and max_new_tokens is {p.max_new_tokens}: together "
-                    f"{len(prompt) + p.max_new_tokens}, more than the {self.max_tokens} this engine takes"
-                )
-        return [_Request(i, prompt, p) for i, (prompt, p) in enumerate(zip(ids, params, strict=True))]
+    def _batches(self, requests: list[Request]) -> Iterator[list[Request]]:
+        return batches_of(requests, self._executor, self.config.max_batch_size)
 
-    def _default_params(self, prompt_tokens: int) -> SamplingParams:
-        """Greedy; fewer new tokens than usual where the model is too small for the usual number."""
-        usual = SamplingParams()
-        room = self.max_tokens - prompt_tokens
-        return usual if room >= usual.max_new_tokens else SamplingParams(max_new_tokens=max(1, room))
-
-    def _most_rows(self, params: SamplingParams) -> int:
-        return max(1, self.config.max_batch_size // params.num_beams)
-
-    def _batches(self, requests: list[_Request]) -> Iterator[list[_Request]]:
-        """Batches that fit, one beam width in each, similar lengths together so that little is padding.
-
-        Where several run at a time, as in a pipeline, they have `max_batch_size` rows together.
-        """
-        micro_batches, multiple = self._executor.micro_batches, self._executor.row_multiple
-        share = -(-min(len(requests), self.config.max_batch_size) // micro_batches)
-        share = -(-share // multiple) * multiple
-        left = sorted(requests, key=lambda r: (r.params.num_beams, len(r.prompt)))
-        while left:
-            head = left[0].params
-            # A beam search runs alone, so it is not cut.
-            most = self._most_rows(head) if head.num_beams > 1 else min(self._most_rows(head), share)
-            batch = [r for r in left[:most] if r.params.num_beams == head.num_beams]
-            yield batch
-            left = left[len(batch) :]
+    @property
+    def _intake(self) -> Intake:
+        return Intake(self.spec, self.tokenizer, self.max_tokens, self.config.max_batch_size)
 
     def _decode(
-        self, batches: Sequence[list[_Request]], dropped: Collection[int] = ()
+        self, batches: Sequence[list[Request]], dropped: Collection[int] = ()
     ) -> Iterator[tuple[int, SampledTokens]]:
         return decode(
             self._executor,
@@ -352,24 +265,10 @@ class InferenceEngine:
             dropped=dropped,
         )
 
-    def _passes(self, requests: list[_Request]) -> Iterator[list[list[_Request]]]:
-        """Batches that share their passes, as many as the executor wants."""
-        batches = list(self._batches(requests))
-        most = self.config.max_batch_size * self._executor.batches_per_pass // self._executor.micro_batches
-        together: list[list[_Request]] = []
-        for batch in batches:
-            rows = sum(map(len, together)) + len(batch)
-            if together and (rows > most or len(together) == self._executor.batches_per_pass):
-                yield together
-                together = []
-            together.append(batch)
-        if together:
-            yield together
-
-    def _beam_search(self, batch: list[_Request]) -> dict[int, Completion]:
+    def _beam_search(self, batch: list[Request]) -> dict[int, Completion]:
         start = time.perf_counter()
         prompts, params = [r.prompt for r in batch], [r.params for r in batch]
-        most = self._most_rows(params[0])
+        most = most_requests(self.config.max_batch_size, batch[0])
         names = [f"prompt {r.index}" for r in batch]
         ends = self.eos_token_ids
         found = beam_search(self._executor, prompts, params, eos_token_ids=ends, max_rows=most, names=names)
@@ -385,14 +284,15 @@ class InferenceEngine:
         self.stats.first_token_seconds += time.perf_counter() - start
         return done
 
-    def _sample(self, requests: list[_Request]) -> Iterator[StreamEvent]:
+    def _sample(self, requests: list[Request]) -> Iterator[StreamEvent]:
         try:
-            for batches in self._passes(requests):
+            most = self.config.max_batch_size
+            for batches in passes_of(self._batches(requests), self._executor, most):
                 yield from self._sample_together(batches)
         finally:  # also of a stream that is left
             self._note_memory()
 
-    def _sample_together(self, batches: list[list[_Request]]) -> Iterator[StreamEvent]:
+    def _sample_together(self, batches: list[list[Request]]) -> Iterator[StreamEvent]:
         """Of batches that share passes."""
         builders = [[request.builder(self.tokenizer) for request in batch] for batch in batches]
         dropped: set[int] = set()
@@ -403,23 +303,11 @@ class InferenceEngine:
             else:
                 self.stats.first_token_seconds += seconds
                 started.add(index)
-            yield from self._events(batches[index], builders[index], step)
+            for event in events_of(step, batches[index], builders[index]):
+                self.stats.new_tokens += 1
+                yield event
             if all(b.finish_reason is not None for b in builders[index]):
                 dropped.add(index)
-
-    def _events(
-        self, batch: list[_Request], builders: list[CompletionBuilder], step: SampledTokens
-    ) -> Iterator[StreamEvent]:
-        """What one step adds to the requests that are still open."""
-        for row, (request, builder) in enumerate(zip(batch, builders, strict=True)):
-            broken = step.finish[row] == FinishCode.ERROR
-            if builder.finish_reason is not None or not (step.valid[row] or broken):
-                continue
-            token = int(step.tokens[row])
-            text = builder.add(token, int(step.finish[row]), _logprob(step, row))
-            self.stats.new_tokens += 1
-            done = builder.completion() if builder.finish_reason is not None else None
-            yield StreamEvent(request.index, text, token, done)
 
 
 def _timed[Item](steps: Iterator[Item]) -> Iterator[tuple[Item, float]]:
@@ -430,15 +318,6 @@ def _timed[Item](steps: Iterator[Item]) -> Iterator[tuple[Item, float]]:
         if step is None:
             return
         yield step, time.perf_counter() - start
-
-
-def _logprob(step: SampledTokens, row: int) -> TokenLogprob | None:
-    if step.logprob is None:
-        return None
-    top: list[tuple[int, float]] = []
-    if step.top_ids is not None and step.top_logprobs is not None:
-        top = list(zip(step.top_ids[row].tolist(), step.top_logprobs[row].tolist(), strict=True))
-    return TokenLogprob(int(step.tokens[row]), float(step.logprob[row]), top)
 
 
 def _integers(name: str, values: Any, shape: tuple[int, ...]) -> np.ndarray:

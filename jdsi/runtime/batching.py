@@ -1,0 +1,43 @@
+"""Which requests are decoded together."""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from jdsi.generation.requests import Request
+
+from .executor import Executor
+
+
+def most_requests(max_rows: int, request: Request) -> int:
+    """How many requests like this one have so many rows, at least one."""
+    return max(1, max_rows // request.params.num_beams)
+
+
+def batches_of(requests: Sequence[Request], executor: Executor, max_rows: int) -> Iterator[list[Request]]:
+    """Batches that fit, one beam width in each, similar lengths together so that little is padding.
+
+    Where several run at a time, as in a pipeline, they have `max_rows` rows together.
+    """
+    share = -(-min(len(requests), max_rows) // executor.micro_batches)
+    share = -(-share // executor.row_multiple) * executor.row_multiple
+    left = sorted(requests, key=lambda r: (r.params.num_beams, len(r.prompt)))
+    while left:
+        most = most_requests(max_rows, left[0])
+        if left[0].params.num_beams == 1:  # a beam search runs alone, so it is not cut
+            most = min(most, share)
+        batch = [r for r in left[:most] if r.params.num_beams == left[0].params.num_beams]
+        yield batch
+        left = left[len(batch) :]
+
+
+def passes_of(batches: Iterable[list[Request]], executor: Executor, max_rows: int) -> Iterator[list[list[Request]]]:
+    """Batches that share their passes, as many as the executor wants."""
+    most = max_rows * executor.batches_per_pass // executor.micro_batches
+    together: list[list[Request]] = []
+    for batch in batches:
+        rows = sum(map(len, together)) + len(batch)
+        if together and (rows > most or len(together) == executor.batches_per_pass):
+            yield together
+            together = []
+        together.append(batch)
+    if together:
+        yield together
