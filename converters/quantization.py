@@ -193,8 +193,8 @@ def dequantized(stored: Mapping[str, Array], form: WeightFormat, dtype: DTypeLik
         stored: the arrays of the matrix by name, as `StoredMatrix.arrays` describes them.
     """
     matrix = dequantize(QuantizedWeight(stored["values"], stored["scales"], None, form), dtype)
-    # XLA skips the rounding of a number that is widened again at once; the barrier keeps it.
-    return matrix if matrix.dtype == jnp.float32 else jax.lax.optimization_barrier(matrix)
+    # What uses it is compiled as for a matrix that was loaded, and adds in the same order.
+    return jax.lax.optimization_barrier(matrix)
 
 
 def read_quantized_boxes(

@@ -10,11 +10,12 @@ import numpy as np
 from jdsi.models import abstract_parameters
 from jdsi.models.families import family_for
 
-from .buffers import BLOCK_BYTES
 from .config import parse_dtype
 from .destination import new_folder
 from .huggingface import parse_size, plan_shards, write_index
 from .safetensors_file import SafetensorsWriter
+
+_PERIOD = 4_194_301  # a prime: rows of any length begin at another place of the block until it has been through
 
 
 def random_checkpoint(
@@ -29,7 +30,7 @@ def random_checkpoint(
     """Write a Hugging Face checkpoint of random weights, at the speed of the disk and in tens of megabytes of memory.
 
     One block of normal values (deviation 0.02) is repeated from a different place for each tensor; norms are near one.
-    Good for measuring and for testing plumbing; the values are not independent.
+    Good for measuring and for testing plumbing; the values are not independent, but no row of a matrix is like another.
 
     Args:
         path: the folder to make.
@@ -53,7 +54,7 @@ def random_checkpoint(
         for source, shape in zip(entry.sources, entry.source_shapes(shapes[entry.ours]), strict=True)
     }
     rng = np.random.default_rng(seed)
-    block = (rng.standard_normal(BLOCK_BYTES // 4, np.float32) * np.float32(0.02)).astype(kept)
+    block = (rng.standard_normal(_PERIOD, np.float32) * np.float32(0.02)).astype(kept)
     shards = plan_shards(tensors, parse_size(max_shard_size))
     needed = sum(math.prod(shape) for _, shape in tensors.values()) * kept.itemsize
     with new_folder(Path(path), overwrite=overwrite, needed_bytes=needed) as folder:

@@ -182,13 +182,13 @@ def quantize(weight: Float[ArrayLike, "out in"], format: WeightFormat) -> Quanti
     grouped = wide.reshape(rows, -1, format.columns or inputs)
     if format.zero_points:
         low, high = jnp.minimum(grouped.min(-1), 0.0), jnp.maximum(grouped.max(-1), 0.0)
-        scale = _stored_scale((high - low) / 15, format)
+        scale = _stored_scale(high - low, 15, format)
     else:
         low = None
         largest = jnp.abs(grouped).max(-1)
         if format.blocks:
             largest = jnp.pad(largest, ((0, -rows % BLOCK), (0, 0))).reshape(-1, BLOCK, largest.shape[1]).max(1)
-        scale = _stored_scale(largest / _LARGEST[format.kind], format)
+        scale = _stored_scale(largest, _LARGEST[format.kind], format)
     divisor = _of_rows(scale, rows, format)
     divisor = jnp.where(divisor > 0, divisor, 1.0)
     steps = grouped / divisor[..., None]
@@ -205,15 +205,18 @@ def quantize(weight: Float[ArrayLike, "out in"], format: WeightFormat) -> Quanti
 
 
 def dequantize(weight: QuantizedWeight, dtype: DTypeLike = jnp.float32) -> Float[Array, "out in"]:
-    """The matrix, computed in float32 and rounded once to `dtype`."""
+    """The matrix, computed in float32 and rounded once to `dtype`, whatever program this becomes part of."""
     form, (rows, inputs) = weight.format, weight.shape
     values, scales = jnp.asarray(weight.values), jnp.asarray(weight.scales)
-    numbers = (unpack(values) if form.kind == "int4" else values).astype(jnp.float32)
-    numbers = numbers.reshape(rows, scales.shape[0], -1)
+    numbers = _runs(values) if form.kind == "int4" else values[..., None]
+    numbers = numbers.astype(jnp.float32).reshape(rows, scales.shape[0], -1, *numbers.shape[2:])
+    of_group = (..., *[None] * (numbers.ndim - 2))
     if form.kind == "int4":
-        numbers -= 8.0 if weight.zeros is None else jnp.asarray(weight.zeros).T.astype(jnp.float32)[..., None]
-    scale = _of_rows(scales.T.astype(jnp.float32), rows, form)
-    return (numbers * scale[..., None]).reshape(rows, inputs).astype(dtype)
+        numbers -= 8.0 if weight.zeros is None else jnp.asarray(weight.zeros).T.astype(jnp.float32)[of_group]
+    scale = _of_rows(scales.T.astype(jnp.float32), rows, form)[of_group]
+    # Without the barrier XLA would skip the rounding of a number that is widened again at once, and on a CPU compute
+    # every number's place in `numbers` from its place in the matrix, for which 4 bits took four times as long.
+    return jax.lax.optimization_barrier((numbers * scale).astype(dtype)).reshape(rows, inputs)
 
 
 def pack(numbers: Array) -> Array:
@@ -225,18 +228,22 @@ def pack(numbers: Array) -> Array:
 
 def unpack(words: Array) -> Array:
     """The reverse of `pack`, as int32."""
-    runs = words.reshape(*words.shape[:-1], -1, RUN // 4).astype(jnp.int32)
-    numbers = jnp.stack([runs >> shift & 15 for shift in (0, 4, 8, 12)], axis=-2)
-    return numbers.reshape(*words.shape[:-1], -1)
+    return _runs(words).reshape(*words.shape[:-1], -1)
 
 
-def _stored_scale(scale: Array, format: WeightFormat) -> Array:
-    """`scale` as it is stored, widened again: rounded up, so that the largest magnitude stays in range."""
+def _runs(words: Array) -> Array:
+    """The numbers in words `[..., in/4]`, `[..., in/32, 4, 8]`."""
+    runs = words.reshape(*words.shape[:-1], -1, 1, RUN // 4).astype(jnp.int32)
+    return runs >> jnp.arange(0, 16, 4)[:, None] & 15
+
+
+def _stored_scale(extent: Array, steps: float, format: WeightFormat) -> Array:
+    """The scale with which `steps` reach over `extent`, as it is stored, widened again: rounded up, so that they do."""
     assert format.scale_dtype is not None  # settled by WeightFormat
     dtype = jnp.dtype(format.scale_dtype)
     info = jnp.finfo(dtype)
     # A group of tiny numbers keeps a scale that is not zero; float32 below its smallest normal is flushed.
-    scale = jnp.where(scale > 0, jnp.maximum(scale, max(float(info.smallest_subnormal), 2.0**-126)), 0.0)
+    scale = jnp.where(extent > 0, jnp.maximum(extent / steps, max(float(info.smallest_subnormal), 2.0**-126)), 0.0)
     nearest = scale.astype(dtype).astype(jnp.float32)
     # Numbers below the smallest normal one, which float16 has many of, lie equally far apart.
     larger = jnp.maximum(scale * (1 + float(info.eps)), scale + float(info.smallest_subnormal))

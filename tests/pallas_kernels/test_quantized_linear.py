@@ -1,5 +1,7 @@
 """Quantised weights, and the product with them in its reference form, against float64."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -31,6 +33,9 @@ FP8 = [WeightFormat("fp8"), WeightFormat("fp8", blocks=True)]
 FORMATS = INT8 + INT4 + FP8
 SUBNORMAL = 2.0**-125  # smaller float32 numbers may count as zero
 by_name = pytest.mark.parametrize("stored", FORMATS, ids=format_name)
+# As one program each: a program for every operation of theirs, format and shape would take longer to compile.
+quantized = jax.jit(quantize, static_argnums=1)
+restored = jax.jit(dequantize)
 
 
 def numbers_of(weight: QuantizedWeight) -> tuple[np.ndarray, np.ndarray]:
@@ -60,7 +65,7 @@ def numbers_of(weight: QuantizedWeight) -> tuple[np.ndarray, np.ndarray]:
 @settings(max_examples=30, deadline=None)
 def test_at_most_half_a_step_is_lost(stored: WeightFormat, rows: int, matrix: np.ndarray, magnitude: float) -> None:
     matrix = matrix[:rows] * np.float32(magnitude)
-    weight = jax.jit(quantize, static_argnums=1)(matrix, stored)
+    weight = quantized(matrix, stored)
     numbers, scales = numbers_of(weight)
     assert np.isfinite(numbers).all()
     assert np.isfinite(scales).all()
@@ -70,7 +75,7 @@ def test_at_most_half_a_step_is_lost(stored: WeightFormat, rows: int, matrix: np
             exponent = np.floor(np.log2(np.abs(matrix.astype(np.float64) / scales)))
         step = scales * 2.0 ** (np.nan_to_num(exponent, nan=-6, neginf=-6).clip(-6, 8) - 3)
     assert (np.abs(matrix - numbers * scales) <= step * (0.5 + 1e-5) + SUBNORMAL).all()
-    np.testing.assert_allclose(dequantize(weight), numbers * scales, rtol=1e-6, atol=SUBNORMAL)
+    np.testing.assert_allclose(restored(weight), numbers * scales, rtol=1e-6, atol=SUBNORMAL)
 
 
 def test_scales_below_the_smallest_normal_number_are_large_enough() -> None:
@@ -79,15 +84,23 @@ def test_scales_below_the_smallest_normal_number_are_large_enough() -> None:
     assert (np.asarray(weight.scales, np.float64) * 127 >= matrix.max()).all()
 
 
+@pytest.mark.parametrize("stored", [f for f in FORMATS if f.scale_dtype != "float16"], ids=format_name)
+def test_numbers_whose_scale_would_count_as_zero_are_not_lost(stored: WeightFormat) -> None:
+    """The magnitude is a normal float32; what remains of it for a step may be none, and float16 has none so small."""
+    matrix = np.zeros((128, 128), np.float32)
+    matrix[0, 0] = 4e-37
+    assert restored(quantized(matrix, stored))[0, 0] == pytest.approx(4e-37, rel=0.1)
+
+
 @by_name
 def test_groups_of_zeros_are_zero(stored: WeightFormat) -> None:
     matrix = np.random.default_rng(0).standard_normal((128, 256))
     matrix[:, :128] = 0
     matrix[3] = 0
     for some in (matrix, 0 * matrix):
-        restored = np.asarray(dequantize(quantize(some, stored)))
-        assert np.isfinite(restored).all()
-        assert (restored[some == 0] == 0).all()
+        back = np.asarray(restored(quantized(some, stored)))
+        assert np.isfinite(back).all()
+        assert (back[some == 0] == 0).all()
 
 
 @by_name
@@ -107,7 +120,7 @@ def test_representable_matrices_come_back(stored: WeightFormat) -> None:
         largest = 7 if stored.kind == "int4" else 127
         numbers = rng.integers(-largest, largest + 1, (rows, inputs)).astype(np.float64)
         numbers[:, ::32] = largest
-    np.testing.assert_array_equal(dequantize(quantize(numbers * scales, stored)), numbers * scales)
+    np.testing.assert_array_equal(restored(quantized(numbers * scales, stored)), numbers * scales)
 
 
 def test_the_packing_of_four_bits() -> None:
@@ -122,7 +135,7 @@ def test_the_packing_of_four_bits() -> None:
 
 def test_bytes() -> None:
     matrix = np.ones((200, 256))
-    sizes = {format_name(stored): quantize(matrix, stored).nbytes for stored in FORMATS}
+    sizes = {format_name(stored): quantized(matrix, stored).nbytes for stored in FORMATS}
     values, groups = 200 * 256, 200 * 256 // 128
     assert sizes["int8 channel"] == sizes["fp8 channel"] == values + 4 * 200
     assert sizes["int8 g128"] == values + 2 * groups
@@ -133,13 +146,13 @@ def test_bytes() -> None:
 
 @by_name
 def test_slices_are_those_of_the_matrix(stored: WeightFormat) -> None:
-    weight = quantize(np.random.default_rng(3).standard_normal((300, 512)), stored)
-    whole = np.asarray(dequantize(weight))
-    np.testing.assert_array_equal(dequantize(weight.rows(128, 256)), whole[128:256])
-    np.testing.assert_array_equal(dequantize(weight.rows(256, 300)), whole[256:])
-    np.testing.assert_array_equal(dequantize(weight.columns(128, 384)), whole[:, 128:384])
+    weight = quantized(np.random.default_rng(3).standard_normal((300, 512)), stored)
+    whole = np.asarray(restored(weight))
+    np.testing.assert_array_equal(restored(weight.rows(128, 256)), whole[128:256])
+    np.testing.assert_array_equal(restored(weight.rows(256, 300)), whole[256:])
+    np.testing.assert_array_equal(restored(weight.columns(128, 384)), whole[:, 128:384])
     if stored.group == 32:
-        np.testing.assert_array_equal(dequantize(weight.columns(32, 96)), whole[:, 32:96])
+        np.testing.assert_array_equal(restored(weight.columns(32, 96)), whole[:, 32:96])
     with pytest.raises(ValueError, match="rows 10 to 301 of 300"):
         weight.rows(10, 301)
     with pytest.raises(ValueError, match="columns 8 to 8 of 512"):
@@ -203,7 +216,7 @@ def test_arrays_that_do_not_fit() -> None:
 
 def case(stored: WeightFormat, tokens: int, dtype: str = "float32") -> tuple[jax.Array, QuantizedWeight, np.ndarray]:
     rng = np.random.default_rng(tokens)
-    weight = quantize(rng.standard_normal((64, 256)), stored)
+    weight = quantized(rng.standard_normal((64, 256)), stored)
     numbers, scales = numbers_of(weight)
     return jnp.asarray(rng.standard_normal((tokens, 256)), dtype), weight, numbers * scales
 
@@ -221,7 +234,8 @@ def test_reference_equals_float64(stored: WeightFormat, dtype: str, bound: float
     assert relative_error(y, expected) <= bound
     products = wide @ matrix.T + wide_bias
     gated = np.asarray(jax.nn.silu(products[:, :32])) * products[:, 32:]
-    y = quantized_gated_linear(x, weight, bias, activation="silu", out_dtype=jnp.float32)
+    gate = partial(quantized_gated_linear, activation="silu", out_dtype=jnp.float32)
+    y = jax.jit(gate)(x, weight, bias)
     assert y.dtype == jnp.float32
     assert relative_error(y, gated) <= (1e-5 if dtype == "float32" else bound)
 
