@@ -7,6 +7,8 @@ DEMO_MODEL := build/demo-model
 PYTEST_WORKERS ?= 2
 PYTEST_ARGS ?=
 PYTEST = $(BIN)/pytest --durations=10 $(PYTEST_ARGS)
+# Each has its own part of the tests and takes from another's when it is done, so that few modules are set up in two.
+WORKERS = -n $(PYTEST_WORKERS) --dist worksteal
 
 export PYTHON
 
@@ -34,10 +36,10 @@ demo: venv-runtime
 
 # JAX is pinned to the CPU: the CUDA libraries that PyTorch brings must not make it look for a GPU.
 test: venv
-	JAX_PLATFORMS=cpu $(PYTEST) -n $(PYTEST_WORKERS)
+	JAX_PLATFORMS=cpu $(PYTEST) $(WORKERS)
 
 test-all: venv
-	JAX_PLATFORMS=cpu $(PYTEST) -n $(PYTEST_WORKERS) --slow
+	JAX_PLATFORMS=cpu $(PYTEST) $(WORKERS) --slow
 
 test-gpu: venv
 	JDSI_TEST_GPU=1 $(PYTEST) -m gpu

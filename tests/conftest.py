@@ -1,5 +1,6 @@
 """Settings every test runs under."""
 
+import contextlib
 import importlib.util
 import os
 import sys
@@ -23,11 +24,24 @@ if not ON_GPU:
 # A kernel's warpgroups are threads in the interpreter, and they wait for each other: on a machine with fewer cores than
 # warpgroups XLA's thread pool would not run them all, and the test would never end.
 os.environ.setdefault("NPROC", "8")
-# Most of the time goes into compiling the same small programs; a second run reads them back. The size limit also turns
-# on the file lock that keeps parallel workers from reading half-written entries.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
-os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**30))
+# Most of the time goes into compiling the same small programs; a second run reads them back. JAX's own size limit would
+# have every write look at all entries there are, under a lock, which takes longer the more tests have run. Without it a
+# worker may read what another has half written: that costs a compilation, as the warning filters have it.
+CACHE, CACHE_BYTES = ROOT / ".jax_cache", 2**30
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Once a run, before it: takes the oldest entries out of a compilation cache that has grown too large."""
+    if hasattr(config, "workerinput") or not CACHE.is_dir():
+        return
+    room = CACHE_BYTES
+    with contextlib.suppress(FileNotFoundError):  # another run is doing the same
+        for entry in sorted(CACHE.iterdir(), key=lambda entry: entry.stat().st_mtime_ns, reverse=True):
+            room -= entry.stat().st_size
+            if room < 0:
+                entry.unlink()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

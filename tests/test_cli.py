@@ -13,6 +13,7 @@ import pytest
 
 from checkpoints import save_llama
 from jdsi.cli import main
+from without_torch import WITHOUT_TORCH
 
 TINY = Path(__file__).resolve().parent.parent / "examples" / "tiny-python-lm"
 
@@ -20,7 +21,8 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def process(*arguments: object, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "from jdsi.cli import main; main()", *map(str, arguments)]
+    code = WITHOUT_TORCH + "from jdsi.cli import main; main()"
+    command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=300, check=False)
 
 

@@ -56,6 +56,8 @@ CONFIGS = {
     "distilbert": _ENCODER | {"dim": 40, "n_heads": 5, "n_layers": 2, "hidden_dim": 56},
 }
 ENCODERS = {"bert", "roberta", "distilbert"}
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 PROMPTS = [[5, 9, 2, 7], [11, 4, 4, 60, 33, 21, 8, 9, 10, 70, 71, 72], [3]]
 # What the families call their number of layers.
 _DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")

@@ -6,6 +6,8 @@ import pytest
 
 import jdsi
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.fixture(scope="module")
 def tiny() -> str:

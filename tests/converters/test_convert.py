@@ -31,6 +31,7 @@ from jdsi.converters import (
 from jdsi.converters.huggingface import parse_size
 from jdsi.errors import CheckpointError, ConfigError
 from jdsi.models import parameters
+from without_torch import WITHOUT_TORCH
 
 ConfigMaker = Callable[..., LlamaConfig]
 
@@ -250,7 +251,7 @@ KILLED = """
 
 def test_a_killed_conversion_leaves_nothing_that_opens(hf_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    command = [sys.executable, "-c", textwrap.dedent(KILLED), str(hf_folder), str(out)]
+    command = [sys.executable, "-c", WITHOUT_TORCH + textwrap.dedent(KILLED), str(hf_folder), str(out)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "now\n"
@@ -332,7 +333,7 @@ def test_memory_is_bounded(tmp_path: Path, tiny_config: ConfigMaker) -> None:
     source = random_checkpoint(tmp_path / "hf", config, dtype="bfloat16")
 
     def measure(*arguments: str) -> tuple[int, int]:
-        command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(MEASURED), *arguments]
+        command = [sys.executable, "-W", "ignore", "-c", WITHOUT_TORCH + textwrap.dedent(MEASURED), *arguments]
         kept, over = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
         return int(kept), int(over)
 

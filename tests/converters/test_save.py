@@ -30,6 +30,9 @@ from jdsi.errors import CheckpointError, ConfigError
 from jdsi.models import parameters
 from jdsi.sharding import make_mesh, stage_meshes
 from sharded import save
+from without_torch import WITHOUT_TORCH
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 PROMPTS = [[5, 9, 2, 7, 11], [3, 4]]
 TIED, UNTIED, TRANSPOSING = "llama-gqa", "llama-3-heads", "gpt2"
@@ -262,7 +265,7 @@ def test_two_processes_save_what_neither_of_them_has(folders: Path, tmp_path: Pa
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
     running = [
         subprocess.Popen(
-            [sys.executable, "-c", PROCESS, str(own), port, str(tmp_path), *models],
+            [sys.executable, "-c", WITHOUT_TORCH + PROCESS, str(own), port, str(tmp_path), *models],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -50,6 +50,7 @@ from jdsi.models.weight_map import (
 )
 from jdsi.sharding import Run, Split, make_mesh, stage_meshes
 from sharded import CONFIGS, counted_reads, save, share_of
+from without_torch import WITHOUT_TORCH
 
 
 def mesh_of(tensor: int, data: int = 1) -> jax.sharding.Mesh:
@@ -372,7 +373,7 @@ def test_memory_is_the_shards_and_one_tensor(
     )
     config = wide if kind == "llama" else GPT2Config(vocab_size=8000, n_embd=1024, n_layer=4, n_head=8)
     source = random_checkpoint(tmp_path / "hf", config, dtype="bfloat16")
-    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(MEASURED), str(source)]
+    command = [sys.executable, "-W", "ignore", "-c", WITHOUT_TORCH + textwrap.dedent(MEASURED), str(source)]
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "4"}
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     kept, over = map(int, done.stdout.split())
@@ -426,7 +427,7 @@ def test_two_processes_read_their_own_shares(tmp_path: Path) -> None:
         held.bind(("127.0.0.1", 0))
         port = held.getsockname()[1]
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "2"}
-    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(PROCESS), str(port)]
+    command = [sys.executable, "-W", "ignore", "-c", WITHOUT_TORCH + textwrap.dedent(PROCESS), str(port)]
     running = [
         subprocess.Popen(
             [*command, str(index), str(tmp_path / "hf"), str(tmp_path / f"{index}.npz")],

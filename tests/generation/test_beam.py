@@ -15,6 +15,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from jdsi.errors import ConfigError, JdsiError
 from jdsi.generation import SamplingParams, beam
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 VOCAB = 23
 EOS = 5
 

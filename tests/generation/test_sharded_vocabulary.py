@@ -26,6 +26,8 @@ from jdsi.generation import (
     vocabulary,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 EOS = (5, 60)
 EVERYTHING = SamplerFeatures(True, True, True, True, True, True, True, True, True, 4)
 

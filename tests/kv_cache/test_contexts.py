@@ -10,6 +10,8 @@ from jdsi.models import Transformer, TransformerSpec
 from jdsi.models.spec import AttentionSpec, EmbeddingSpec, HeadSpec, LayerSpec, MlpSpec, PreNorm, RmsNormSpec
 from jdsi.pallas_kernels import Rotary
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 LENGTHS = (5, 11, 1)
 
 

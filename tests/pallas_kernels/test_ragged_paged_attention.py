@@ -14,6 +14,8 @@ from jdsi.pallas_kernels.ragged_paged_attention.blocks import query_blocks
 from kernels import relative_error
 from ragged_cases import Batch, exact, make_batch
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 FORM = AttentionForm(scale=0.125)
 SLOPES = Alibi((0.5, 0.25, 0.125, 0.0625))
 MIX = ((1, 33), (37, 37), (0, 5), (1, 1), (0, 0), (20, 50), (1, 16))
@@ -65,14 +67,14 @@ def test_derivatives_do_not_see_what_is_hidden() -> None:
     batch = make_batch(((3, 7), (1, 9)), page=4, padding=2, holes=0.3, dtype=jnp.float32, dim=8, seed=3)
     rest = {"q_offsets": batch.q_offsets, "k_lengths": batch.k_lengths}
 
+    @jax.jit
     def total(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return (ragged_paged_attention(q, k, v, batch.block_tables, FORM, **rest) ** 2).sum()
 
     clean = [jnp.nan_to_num(x) for x in batch.arrays[:3]]
     # NaN in memory nobody sees would make the numeric derivative NaN too, so the analytic one takes it alone.
-    for gradient, dirty in zip(
-        jax.grad(total, (0, 1, 2))(*clean), jax.grad(total, (0, 1, 2))(*batch.arrays[:3]), strict=True
-    ):
+    gradients = jax.jit(jax.grad(total, (0, 1, 2)))
+    for gradient, dirty in zip(gradients(*clean), gradients(*batch.arrays[:3]), strict=True):
         np.testing.assert_allclose(np.nan_to_num(dirty), gradient, rtol=1e-5, atol=1e-6)
     step = [jax.random.normal(jax.random.key(i), x.shape) for i, x in enumerate(clean)]
     _, slope = jax.jvp(total, clean, step)

@@ -17,6 +17,8 @@ from jdsi.pallas_kernels import tuning
 from jdsi.pallas_kernels.device import H200, target
 from jdsi.pallas_kernels.operator import ArgumentSpec
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SLOW = {"xla": 8.0, "pallas": 4.0, 'pallas {"block": 8}': 2.0, 'pallas {"block": 16}': 3.0}
 
 

@@ -20,6 +20,8 @@ from jdsi.runtime.mesh_executor import MeshExecutor
 from jdsi.runtime.stage_program import StageProgram
 from jdsi.sharding import PipelineSchedule, make_mesh, wavefront
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 PROMPTS = [[5, 9, 2, 7], [11, 4, 4, 60, 33, 21, 8, 9, 10, 70, 71, 72], [3], [8, 8, 8]]
 
 
