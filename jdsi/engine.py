@@ -234,7 +234,7 @@ class InferenceEngine:
 
         params = sampling or self._intake.default_params(min(prompt_lengths, default=1))
         longest = max(1, self.max_tokens - params.max_new_tokens)
-        most = max(1, self.config.max_batch_size // params.num_beams)
+        most = most_requests(self.config.max_batch_size, params)
         shapes = sorted({(min(b, most), min(n, longest)) for b in batch_sizes for n in prompt_lengths})
         by_bucket = {(b, token_bucket(n)): (b, n) for b, n in shapes}
         for batch, length in track(by_bucket.values(), description="compiling", disable=not progress):
@@ -268,7 +268,7 @@ class InferenceEngine:
     def _beam_search(self, batch: list[Request]) -> dict[int, Completion]:
         start = time.perf_counter()
         prompts, params = [r.prompt for r in batch], [r.params for r in batch]
-        most = most_requests(self.config.max_batch_size, batch[0])
+        most = most_requests(self.config.max_batch_size, params[0])
         names = [f"prompt {r.index}" for r in batch]
         ends = self.eos_token_ids
         found = beam_search(self._executor, prompts, params, eos_token_ids=ends, max_rows=most, names=names)

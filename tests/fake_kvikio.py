@@ -11,6 +11,7 @@ import threading
 import types
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
@@ -54,9 +55,9 @@ class CuFile:
         """The descriptor."""
         return self._descriptor
 
-    def pread(self, buf: object, size: int, file_offset: int, task_size: int) -> "IOFuture":
+    def pread(self, buf: Any, size: int, file_offset: int, task_size: int) -> "IOFuture":
         """Begins to read."""
-        interface = buf.__cuda_array_interface__  # type: ignore[attr-defined]
+        interface = buf.__cuda_array_interface__
         assert (interface["shape"], interface["typestr"], interface["strides"]) == ((size,), "|u1", None)
         address, read_only = interface["data"]
         assert not read_only

@@ -111,7 +111,7 @@ def alone(folder: Path, process: int) -> dict[str, Any]:
 
 def main() -> None:
     """Runs a scenario."""
-    sys.modules["torch"] = None  # type: ignore[assignment]  # see without_torch
+    sys.modules["torch"] = None  # see without_torch
     scenario, folder, process, count, port = sys.argv[1], Path(sys.argv[2]), *map(int, sys.argv[3:])
     patience = 3 if scenario == "alone" else 60
     jdsi.sharding.initialize(f"127.0.0.1:{port}", count, process, patience=patience)

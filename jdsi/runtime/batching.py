@@ -2,14 +2,15 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 
+from jdsi.generation import SamplingParams
 from jdsi.generation.requests import Request
 
 from .executor import Executor
 
 
-def most_requests(max_rows: int, request: Request) -> int:
-    """How many requests like this one have so many rows, at least one."""
-    return max(1, max_rows // request.params.num_beams)
+def most_requests(max_rows: int, params: SamplingParams) -> int:
+    """How many requests that are sampled like this have so many rows together, at least one."""
+    return max(1, max_rows // params.num_beams)
 
 
 def batches_of(requests: Sequence[Request], executor: Executor, max_rows: int) -> Iterator[list[Request]]:
@@ -21,7 +22,7 @@ def batches_of(requests: Sequence[Request], executor: Executor, max_rows: int) -
     share = -(-share // executor.row_multiple) * executor.row_multiple
     left = sorted(requests, key=lambda r: (r.params.num_beams, len(r.prompt)))
     while left:
-        most = most_requests(max_rows, left[0])
+        most = most_requests(max_rows, left[0].params)
         if left[0].params.num_beams == 1:  # a beam search runs alone, so it is not cut
             most = min(most, share)
         batch = [r for r in left[:most] if r.params.num_beams == left[0].params.num_beams]

@@ -113,10 +113,8 @@ class _File:
     """A file that kvikio has open."""
 
     def __init__(self, kvikio: Any, path: Path, known: tuple[int, ...] | None) -> None:
-        try:
+        with _named(f"{path} cannot be read"):
             self.handle = kvikio.CuFile(str(path), "r")
-        except Exception as error:  # of several types, which kvikio does not document
-            raise CheckpointError(f"{path} cannot be read: {error}") from error
         try:
             self.same = SameFile(path, self.handle.fileno(), known)
         except CheckpointError:
@@ -149,13 +147,9 @@ class _Transfer:
     def start(self, handle: Any, chunk: Segment) -> None:
         """Begins one; if that fails, `wait` says so."""
         memory = _DeviceMemory(chunk.target, chunk.nbytes)
-        try:
+        with self._failures(), _named(f"{chunk.file}: reading at byte {chunk.offset}"):
             # As one task: the future of several may fail with the first of them, while others still write.
-            future = handle.pread(memory, chunk.nbytes, chunk.offset, chunk.nbytes)
-        except Exception as error:
-            self._fail(f"{chunk.file}: reading at byte {chunk.offset}: {error}", error)
-        else:
-            self._started.append((chunk, future))
+            self._started.append((chunk, handle.pread(memory, chunk.nbytes, chunk.offset, chunk.nbytes)))
 
     def wait(self) -> None:
         """Until nothing is written any more.
@@ -166,18 +160,28 @@ class _Transfer:
         with self._lock:  # a future can be asked only once
             while self._started:
                 chunk, future = self._started.popleft()
-                try:
-                    count = future.get()
-                except Exception as error:
-                    self._fail(f"{chunk.file}: reading at byte {chunk.offset}: {error}", error)
-                else:
+                with self._failures():
+                    with _named(f"{chunk.file}: reading at byte {chunk.offset}"):
+                        count = future.get()
                     if count != chunk.nbytes:
-                        self._fail(f"{chunk.file} ends at byte {chunk.offset + count}; it was cut short")
+                        raise CheckpointError(f"{chunk.file} ends at byte {chunk.offset + count}; it was cut short")
             self._owner = None
             if self._failure is not None:
                 raise self._failure
 
-    def _fail(self, message: str, cause: Exception | None = None) -> None:
-        if self._failure is None:
-            self._failure = CheckpointError(message)
-            self._failure.__cause__ = cause
+    @contextlib.contextmanager
+    def _failures(self) -> Iterator[None]:
+        """Remembers the first failure, for the other reads to go on to their end."""
+        try:
+            yield
+        except CheckpointError as error:
+            self._failure = self._failure or error
+
+
+@contextlib.contextmanager
+def _named(what: str) -> Iterator[None]:
+    """Makes a `CheckpointError` of whatever kvikio raises: Cython has a type for each kind of C++ exception."""
+    try:
+        yield
+    except Exception as error:
+        raise CheckpointError(f"{what}: {error}") from error

@@ -350,6 +350,14 @@ def test_memory_is_bounded(tmp_path: Path, tiny_config: ConfigMaker) -> None:
     assert (source / "model.safetensors").read_bytes() == (tmp_path / "back" / "model.safetensors").read_bytes()
 
 
+def test_random_rows_differ_where_the_values_repeat(tmp_path: Path, tiny_config: ConfigMaker) -> None:
+    """Equal rows of a head would tie for the best token."""
+    config = tiny_config(vocab_size=100_000, hidden_size=64, num_attention_heads=4, num_key_value_heads=4)
+    table = parameters(load_model(random_checkpoint(tmp_path / "hf", config), dtype="float32"))["head.weight"]
+    rows = np.asarray(table).reshape(100_000, 64)
+    assert len({row.tobytes() for row in rows}) == 100_000
+
+
 def test_random_checkpoints_repeat(tmp_path: Path, tiny_config: ConfigMaker) -> None:
     first = random_checkpoint(tmp_path / "a", tiny_config(), seed=1)
     second = random_checkpoint(tmp_path / "b", tiny_config(), seed=1)

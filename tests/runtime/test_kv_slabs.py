@@ -184,25 +184,34 @@ def test_a_failing_disk_is_named(
     file.close()
 
 
+def fill_late(buffers: list[np.ndarray]) -> int:
+    """A part of a read that is slow."""
+    time.sleep(0.2)
+    buffers[0][:] = 9
+    return buffers[0].size
+
+
+def check_failed_read_is_over(file: SpillFile, match: str) -> None:
+    memory = PageBuffer(3 * PAGE).bytes
+    with pytest.raises(JdsiError, match=match):
+        file.read([(0, memory)])
+    then = memory.copy()
+    time.sleep(0.6)  # three parts, one behind another
+    np.testing.assert_array_equal(memory, then)
+    file.close()
+
+
 def test_a_read_that_failed_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its memory goes to others, in which a part that was still being read would appear."""
 
     def read(descriptor: int, buffers: list[np.ndarray], offset: int) -> int:
         if offset == 0:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        time.sleep(0.2)
-        buffers[0][:] = 9
-        return buffers[0].size
+        return fill_late(buffers)
 
-    file, memory = SpillFile(tmp_path), PageBuffer(3 * PAGE).bytes
     monkeypatch.setattr(spill_file, "_CHUNK", PAGE)
     monkeypatch.setattr(os, "preadv", read)
-    with pytest.raises(JdsiError, match="reading at byte 0"):
-        file.read([(0, memory)])
-    then = memory.copy()
-    time.sleep(0.3)
-    np.testing.assert_array_equal(memory, then)
-    file.close()
+    check_failed_read_is_over(SpillFile(tmp_path), "reading at byte 0")
 
 
 def test_a_read_without_a_thread_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,21 +223,11 @@ def test_a_read_without_a_thread_is_over(tmp_path: Path, monkeypatch: pytest.Mon
             raise RuntimeError("can't start new thread")
         start(thread)
 
-    def read(descriptor: int, buffers: list[np.ndarray], offset: int) -> int:
-        time.sleep(0.2)
-        buffers[0][:] = 9
-        return buffers[0].size
-
-    file, memory = SpillFile(tmp_path), PageBuffer(3 * PAGE).bytes
+    file = SpillFile(tmp_path)
     monkeypatch.setattr(spill_file, "_CHUNK", PAGE)
-    monkeypatch.setattr(os, "preadv", read)
+    monkeypatch.setattr(os, "preadv", lambda descriptor, buffers, offset: fill_late(buffers))
     monkeypatch.setattr(threading.Thread, "start", refuse)
-    with pytest.raises(JdsiError, match="can't start new thread"):
-        file.read([(0, memory)])
-    then = memory.copy()
-    time.sleep(0.6)
-    np.testing.assert_array_equal(memory, then)
-    file.close()
+    check_failed_read_is_over(file, "can't start new thread")
 
 
 @pytest.mark.parametrize("direct", [True, False])
