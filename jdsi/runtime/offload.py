@@ -71,7 +71,8 @@ def plan_offload(
         kv_place: where keys and values live.
 
     Raises:
-        CapacityError: the limit is too small to run the model at all, or host memory to hold it.
+        CapacityError: the limit is too small to run the model at all, or with so many batches; host memory to hold it;
+            or the place for keys and values for so many batches.
     """
     store, on_cpu = footprint.store, footprint.shared
     process = PROCESS_BYTES if on_cpu else 0
@@ -110,13 +111,14 @@ def plan_offload(
         ) from error
     left = free - residency.nbytes
     taken = store.nbytes if where == "host" else 0
-    batches = demand.batches(left, taken)
-    if batches_per_pass is not None and batches < batches_per_pass:
+    room = demand.batches_elsewhere(taken)
+    if batches_per_pass is not None and room < batches_per_pass:
         raise CapacityError(
             f"keys and values of batches_per_pass={batches_per_pass} batches of {demand.elsewhere:,} bytes do not fit "
-            f"where kv_offload={kv_place.where!r} puts them, {demand.batches_elsewhere(taken)} would"
+            f"where kv_offload={kv_place.where!r} puts them, {room} would"
         )
-    return OffloadPlan(where, residency, batches_per_pass or batches, None if limit is None else left)
+    batches = batches_per_pass or demand.batches(left, taken)
+    return OffloadPlan(where, residency, batches, None if limit is None else left)
 
 
 def offloaded_executor(

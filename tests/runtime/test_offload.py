@@ -265,6 +265,10 @@ def test_batches_that_must_share_a_pass_need_room_for_what_waits(llama: Path, mo
     plan_offload(footprint, "nvme", PROCESS_BYTES + (1 << 30), **sizes, batches_per_pass=most)
     with pytest.raises(CapacityError, match=rf"do not fit where kv_offload='host' puts them, {most} would"):
         plan_offload(footprint, "nvme", PROCESS_BYTES + (1 << 30), **sizes, batches_per_pass=most + 1)
+    # On a GPU they take none of its memory, so that only their place limits how many there may be.
+    gpu = Footprint(footprint.store, footprint.dtype, shared=False)
+    assert plan_offload(gpu, "nvme", 1 << 30, **sizes).batches_per_pass == 16
+    assert plan_offload(gpu, "nvme", 1 << 30, **sizes, batches_per_pass=20).batches_per_pass == 20
 
 
 def test_keys_and_values_beyond_the_limit_are_refused(llama: Path) -> None:
