@@ -1,10 +1,11 @@
 """Checkpoints in and out: Hugging Face folders, PyTorch files, and folders of our own."""
 
-from .checkpoint import Checkpoint, open_checkpoint, resolve
+from .checkpoint import Checkpoint, open_checkpoint
 from .config import parse_dtype, resolve_dtype
 from .convert import convert
 from .huggingface import export_huggingface, parse_size
-from .loader import load_model, load_parameters, load_spec
+from .loader import load_model, load_parameters
+from .location import resolve
 from .orbax import OrbaxCheckpoint
 from .progress import Progress, ProgressBar
 from .random_checkpoint import random_checkpoint
@@ -14,6 +15,7 @@ from .sharded import ShardedCheckpoint
 from .sharded_loader import abstract_shares, from_arrays, load_sharded
 from .sharded_parameters import ShardedParameters
 from .sources import MemoryParameters, ParameterSource
+from .stored_model import StoredModel, load_spec, open_model
 from .watch import NonFiniteWarning
 
 __all__ = [
@@ -28,6 +30,7 @@ __all__ = [
     "SafetensorsWriter",
     "ShardedCheckpoint",
     "ShardedParameters",
+    "StoredModel",
     "TensorInfo",
     "abstract_shares",
     "convert",
@@ -38,6 +41,7 @@ __all__ = [
     "load_sharded",
     "load_spec",
     "open_checkpoint",
+    "open_model",
     "parse_dtype",
     "parse_size",
     "random_checkpoint",

@@ -8,18 +8,17 @@ from typing import Self
 import numpy as np
 
 from jdsi.errors import CheckpointError, ConfigError
-from jdsi.models import abstract_parameters
 from jdsi.models.spec import TransformerSpec
 from jdsi.models.tensor_parallel import split_of
 from jdsi.models.weight_map import Identity
 
 from .block_form import FIELD_ALIGNMENT, BlockForm, Dequantized, Field, Joined, Parameter, Recipe
-from .checkpoint import Checkpoint, open_checkpoint
-from .config import load_family
+from .checkpoint import Checkpoint
 from .direct_io import Segment, identity, round_up
 from .orbax import groups
 from .sharded import ShardedCheckpoint
 from .sources import MappedParameters
+from .stored_model import StoredModel, open_model
 from .streaming import StreamingCheckpoint
 
 
@@ -73,11 +72,11 @@ class BlockStore:
     files: Mapping[Path, tuple[int, ...]]
 
     @classmethod
-    def open(cls, path: str | Path, *, tensor_parallel: int = 1) -> Self:
+    def open(cls, path: str | Path | StoredModel, *, tensor_parallel: int = 1) -> Self:
         """The blocks of a folder that `convert(to="streaming")` made, or of a safetensors folder as it is.
 
         Args:
-            path: the folder.
+            path: the folder, or what `open_model` found in it.
             tensor_parallel: the degree that the model is to run with. A folder that `convert(to="sharded")` cut for it
                 can be streamed too; every device then fetches no more than it uses.
 
@@ -85,24 +84,21 @@ class BlockStore:
             CheckpointError: the checkpoint is damaged, does not fit its config, or is of a layout whose bytes cannot
                 be streamed.
         """
-        checkpoint = open_checkpoint(path)
-        family, spec = load_family(checkpoint.path)
-        shapes = {name: tuple(leaf.shape) for name, leaf in abstract_parameters(spec).items()}
+        stored = path if isinstance(path, StoredModel) else open_model(path)
+        checkpoint, spec, shapes = stored.store, stored.spec, stored.parameters.shapes
         if isinstance(checkpoint, StreamingCheckpoint):
-            checkpoint.check(shapes)
             blocks = {name: _stored_block(checkpoint, name) for name in groups(shapes)}
         elif isinstance(checkpoint, ShardedCheckpoint):
             _check_degree(checkpoint, spec, tensor_parallel)
-            checkpoint.check(shapes)
             blocks = {group: _cut_block(checkpoint, group, names) for group, names in groups(shapes).items()}
         else:
             if not isinstance(checkpoint, Checkpoint) or any(info.offset < 0 for info in checkpoint.tensors.values()):
                 raise CheckpointError(
-                    f"{checkpoint.path}: only safetensors files and streaming folders can be streamed; "
+                    f"{checkpoint.label}: only safetensors files and streaming folders can be streamed; "
                     "`jdsi convert SRC DST --to streaming` makes the latter from any other"
                 )
-            parameters = MappedParameters(checkpoint, family.weight_map(spec), shapes)
-            blocks = {group: _mapped_block(parameters, group, names) for group, names in groups(shapes).items()}
+            assert isinstance(stored.parameters, MappedParameters)
+            blocks = {group: _mapped_block(stored.parameters, group, names) for group, names in groups(shapes).items()}
         files = {segment.file for block in blocks.values() for segment in block.segments}
         return cls(checkpoint.path, spec, blocks, {file: identity(file) for file in files})
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import numpy as np
 from jdsi.errors import CheckpointError, ConfigError, nearest
 from jdsi.models import TransformerSpec
 from jdsi.models.families import Family, family_for
+
+from .mistaken import explain_folder, refuse_pointer
 
 COMPANIONS = (
     "generation_config.json",
@@ -71,6 +74,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the file is unreadable, not JSON, or not an object.
     """
+    refuse_pointer(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -90,14 +94,20 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = _file(folder)
     if not path.is_file():
-        raise CheckpointError(f"{folder}: no config.json, so the model's architecture is unknown")
+        known = explain_folder(folder) if folder.is_dir() else None
+        raise CheckpointError(f"{folder}: {known or 'no config.json, so the architecture of the model is unknown'}")
     config = read_json(path)
     if not isinstance(config.get("model_type"), str):
         raise CheckpointError(f"{path}: no 'model_type', so the family is unknown")
-    if quantization := config.get("quantization_config"):
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise CheckpointError(f"{path}: weights quantised with {method!r} cannot be read; use the unquantised model")
+    refuse_quantized(path, config.get("quantization_config"))
     return config
+
+
+def refuse_quantized(where: str | Path, quantization: Any) -> None:
+    """Raises `CheckpointError` if a config says that its weights are quantised."""
+    if quantization:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise CheckpointError(f"{where}: weights quantised with {method!r} cannot be read; use the unquantised model")
 
 
 def _file(path: Path) -> Path:
@@ -112,11 +122,11 @@ def load_config(folder: Path) -> Any:
         CheckpointError: `config.json` is absent, damaged, or not accepted by transformers.
     """
     model_type = read_config(folder)["model_type"]
-    _family(folder, model_type)
+    family_of(_file(folder), model_type)
     from transformers import AutoConfig  # slow to import
 
     try:
-        return AutoConfig.from_pretrained(str(folder))
+        return AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:  # transformers validates with many types of its own
         raise CheckpointError(f"{_file(folder)}: transformers refuses this {model_type}: {error}") from error
 
@@ -124,15 +134,29 @@ def load_config(folder: Path) -> Any:
 def load_family(folder: Path) -> tuple[Family, TransformerSpec]:
     """The family and the spec that a checkpoint folder's `config.json` describes; errors as `load_config`."""
     config = load_config(folder)
-    family = _family(folder, config.model_type)
+    family = family_of(_file(folder), config.model_type)
     return family, family.spec(config)
 
 
-def _family(folder: Path, model_type: str) -> Family:
+def family_of(where: str | Path, model_type: str) -> Family:
+    """`family_for`, with an error that names the place."""
     try:
         return family_for(model_type)
     except ConfigError as error:
-        raise ConfigError(f"{_file(folder)}: {error}") from error
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def config_as_written(config: Mapping[str, Any], spec: TransformerSpec) -> dict[str, Any]:
+    """The config for a folder that holds a model of `spec`, which may be another than `config` says, see `fitting`."""
+    if spec.head is None or spec.head.tied or not config.get("tie_word_embeddings", _ties_by_default(config)):
+        return dict(config)
+    return {**config, "tie_word_embeddings": False}
+
+
+def _ties_by_default(config: Mapping[str, Any]) -> bool:
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(config["model_type"]).tie_word_embeddings
 
 
 def copy_companions(source: Path, target: Path) -> None:

@@ -3,13 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from jdsi.models import abstract_parameters
-
-from .checkpoint import open_checkpoint, parameters_of
-from .config import load_family
 from .destination import check_destination
+from .location import resolve
 from .progress import Progress
 from .save import ConversionReport, Form, Layout, save_parameters
+from .stored_model import open_model
 
 
 def convert(
@@ -22,6 +20,7 @@ def convert(
     max_shard_size: int | str = "5GB",
     quantize: str | None = None,
     group_size: int | None = None,
+    strict: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> ConversionReport:
@@ -34,6 +33,7 @@ def convert(
         source: a Hugging Face folder or hub id, or a folder that this function made.
         destination: the folder to make.
         to, tensor_parallel, max_shard_size, quantize, group_size, overwrite, progress: as for `save_parameters`.
+        strict: whether tensors that the model does not use are an error, and not left out with a warning.
         dtype: `"float32"`, `"bfloat16"` or `"float16"`; `None` keeps every parameter's type, and the way back is then
             bit-exact for all that is not quantised.
 
@@ -44,6 +44,7 @@ def convert(
         ConfigError: the family or an option is not supported, or the source is to be quantised and already is.
 
     Warns:
+        JdsiWarning: see `open_model`.
         NonFiniteWarning: tensors hold NaN or infinity; they are converted as they are.
     """
     options: dict[str, Any] = {
@@ -56,13 +57,11 @@ def convert(
     Form.of(to, **options)  # what can be refused is, before a hub id is downloaded
     local = Path(source) if Path(source).exists() else None
     check_destination(Path(destination), overwrite=overwrite, source=local)
-    checkpoint = open_checkpoint(source)
-    family, spec = load_family(checkpoint.path)
-    shapes = {name: tuple(leaf.shape) for name, leaf in abstract_parameters(spec).items()}
+    stored = open_model(resolve(source), strict=strict)
     return save_parameters(
-        parameters_of(checkpoint, family.weight_map(spec), shapes),
+        stored.parameters,
         destination,
-        like=checkpoint.path,
+        like=stored.path,
         to=to,
         overwrite=overwrite,
         progress=progress,

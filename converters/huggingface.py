@@ -15,7 +15,7 @@ from jdsi.models import Transformer, parameters
 from jdsi.models.families import family_for
 from jdsi.models.weight_map import Entry, Shape, WeightMap
 
-from .config import copy_companions, parse_dtype, read_config, read_json
+from .config import config_as_written, copy_companions, parse_dtype, read_config, read_json
 from .destination import check_destination, new_folder
 from .progress import Progress, Silent
 from .safetensors_file import SafetensorsWriter
@@ -166,7 +166,8 @@ def export_huggingface(
         with new_folder(target, overwrite=overwrite, needed_bytes=needed) as partial:
             if folder is not None:
                 copy_companions(folder, partial)
-            write_huggingface(source, weight_map, config, partial, dtype=kept, max_shard_size=size, watch=watcher)
+            written = config_as_written(config, model.spec)
+            write_huggingface(source, weight_map, written, partial, dtype=kept, max_shard_size=size, watch=watcher)
     finally:
         progress.finish()
     watcher.warn("the model")

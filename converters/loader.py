@@ -1,27 +1,26 @@
 """From a checkpoint to parameters on the device, and to a model."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from jdsi.models import Transformer, TransformerSpec, abstract_parameters, place
-from jdsi.models.weight_map import WeightMap
+from jdsi.models import Transformer, abstract_parameters, place
 from jdsi.sharding import AxisRules
 
-from .checkpoint import AnyCheckpoint, open_checkpoint, parameters_of, resolve_config
-from .config import load_family, resolve_dtype
+from .config import resolve_dtype
 from .progress import Progress, Silent
+from .sources import ParameterSource
+from .stored_model import StoredModel, open_model
 from .watch import Watcher
 
 
 def load_parameters(
-    checkpoint: AnyCheckpoint,
-    weight_map: WeightMap,
+    source: ParameterSource,
     abstract: Mapping[str, jax.ShapeDtypeStruct],
     *,
+    label: str,
     progress: Progress | None = None,
 ) -> dict[str, jax.Array]:
     """Read all parameters of a model onto the device.
@@ -30,13 +29,13 @@ def load_parameters(
     buffer, which the CPU backend then uses as it is and other backends copy and drop.
 
     Args:
-        checkpoint: from `open_checkpoint`.
-        weight_map: the family's table; unused for our own folders, which hold parameters in our layout.
+        source: of the parameters, such as those of `open_model`.
         abstract: shape, type and, optionally, sharding of every parameter, by dotted path.
+        label: names the source in messages.
         progress: told of bytes of parameters as they arrive; silent by default.
 
     Raises:
-        CheckpointError: a tensor is missing, unknown, misshapen or damaged, or integer weights would become floats.
+        CheckpointError: a tensor is damaged, or integer weights would become floats.
 
     Warns:
         NonFiniteWarning: tensors hold NaN or infinity.
@@ -44,8 +43,6 @@ def load_parameters(
     progress = progress or Silent()
     progress.start(sum(leaf.size * leaf.dtype.itemsize for leaf in abstract.values()))
     try:
-        shapes = {name: tuple(leaf.shape) for name, leaf in abstract.items()}
-        source = parameters_of(checkpoint, weight_map, shapes)
         watcher = Watcher(progress)
         parameters = {}
         for name, leaf in abstract.items():
@@ -54,43 +51,41 @@ def load_parameters(
             parameters[name] = jax.device_put(array, leaf.sharding)
             if jax.default_backend() != "cpu":
                 parameters[name].block_until_ready()
-        watcher.warn(checkpoint.label)
+        watcher.warn(label)
         return parameters
     finally:
         progress.finish()
 
 
-def load_spec(path: str | Path) -> TransformerSpec:
-    """The spec of a checkpoint folder, a config file or a hub id; weights are neither read nor fetched.
-
-    Raises:
-        CheckpointError: the config is missing or damaged.
-        ConfigError: its family or one of its options is not supported.
-    """
-    return load_family(resolve_config(path))[1]
-
-
 def load_model(
-    path: str | Path, *, dtype: Any = "auto", sharding: AxisRules | None = None, progress: Progress | None = None
+    model: Any,
+    *,
+    dtype: Any = "auto",
+    sharding: AxisRules | None = None,
+    strict: bool = False,
+    progress: Progress | None = None,
 ) -> Transformer:
-    """Load a model from a Hugging Face folder or hub id, or from a folder that `convert` made.
+    """Load a model from a Hugging Face folder or hub id, a folder that `convert` made, or PyTorch's memory.
 
     Args:
-        path: the folder or hub id.
+        model: the folder or hub id, a `transformers` model, whose weights are copied, or what `open_model` found.
         dtype: of the weights in memory: `"float32"`, `"bfloat16"`, `"float16"`, or `"auto"`, which is float32 on the
             CPU, whose narrow types are slow, and bfloat16 elsewhere.
         sharding: spreads the parameters over a mesh; the model then runs under `jax.jit` on all its devices.
+        strict: whether tensors that the model does not use are an error, and not a warning.
         progress: told of bytes of parameters as they arrive; silent by default.
 
     Raises:
         CheckpointError: the checkpoint is missing, damaged or does not fit its config.
         ConfigError: its family or one of its options is not supported, or `dtype` is unknown.
+
+    Warns:
+        JdsiWarning: see `open_model`.
     """
     dtype = resolve_dtype(dtype)
-    checkpoint = open_checkpoint(path)
-    family, spec = load_family(checkpoint.path)
-    abstract = abstract_parameters(spec, dtype)
+    stored = model if isinstance(model, StoredModel) else open_model(model, strict=strict)
+    abstract = abstract_parameters(stored.spec, dtype)
     if sharding is not None:
         abstract = place(abstract, sharding)
-    parameters = load_parameters(checkpoint, family.weight_map(spec), abstract, progress=progress)
-    return Transformer.from_parameters(spec, parameters)
+    arrays = load_parameters(stored.parameters, abstract, label=stored.label, progress=progress)
+    return Transformer.from_parameters(stored.spec, arrays)

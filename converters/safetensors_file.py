@@ -22,6 +22,7 @@ import numpy as np
 from jdsi.errors import CheckpointError
 
 from .buffers import BLOCK_BYTES, OnBlock, cast, check_cast
+from .mistaken import refuse_pointer
 
 DTYPES: Mapping[str, np.dtype] = {
     name: np.dtype(kind)
@@ -91,6 +92,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             start = file.read(8)
+            refuse_pointer(path, start)
             if len(start) < 8:
                 raise CheckpointError(f"{path}: {size} bytes is too short for a safetensors file")
             (length,) = struct.unpack("<Q", start)

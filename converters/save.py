@@ -1,6 +1,7 @@
 """Writing parameters, wherever they are, as a checkpoint folder of any layout."""
 
 import dataclasses
+import json
 import math
 import shutil
 import time
@@ -14,10 +15,11 @@ from jdsi.errors import ConfigError
 from jdsi.models import abstract_parameters
 from jdsi.pallas_kernels.quantized_linear import WeightFormat
 
-from .checkpoint import resolve_config
-from .config import copy_companions, load_family, parse_dtype, read_config
+from .config import config_as_written, copy_companions, load_family, parse_dtype, read_config
 from .destination import check_destination, new_folder
+from .fitting import fit_names
 from .huggingface import parse_size, write_huggingface
+from .location import resolve_config
 from .orbax import write_orbax
 from .progress import Progress, Silent
 from .quantization import Quantization
@@ -149,9 +151,11 @@ def save_parameters(
     target, origin = Path(path), resolve_config(like)
     config = origin if origin.is_file() else origin / "config.json"
     check_destination(target, overwrite=overwrite, source=origin)
-    family, spec = load_family(origin)
+    family, said = load_family(origin)
+    spec = fit_names(said, source.shapes)
     shapes = {name: tuple(leaf.shape) for name, leaf in abstract_parameters(spec).items()}
     check_shapes(f"what is to be saved like {origin}", source.shapes, shapes)
+    written = config_as_written(read_config(config), spec)
     formats = _formats(source, form)
     needed = _bytes_read(source, form.dtype, formats)
     progress = progress or Silent()
@@ -168,7 +172,7 @@ def save_parameters(
                 write_huggingface(
                     source,
                     family.weight_map(spec),
-                    read_config(config),
+                    written,
                     partial,
                     dtype=form.dtype,
                     max_shard_size=form.max_shard_size,
@@ -182,7 +186,10 @@ def save_parameters(
                 else:
                     write_orbax(source, partial, dtype=form.dtype, watch=watcher)
                 # Last, so that a folder left by a killed process does not open.
-                shutil.copyfile(config, partial / "config.json")
+                if spec == said:
+                    shutil.copyfile(config, partial / "config.json")
+                else:
+                    (partial / "config.json").write_text(json.dumps(written, indent=2) + "\n")
     finally:
         progress.finish()
     watcher.warn(str(origin))

@@ -14,20 +14,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jdsi.models import TransformerSpec, abstract_parameters
 from jdsi.models.tensor_parallel import split_of
-from jdsi.models.weight_map import WeightMap
 from jdsi.sharding import TENSOR, Split
 
-from .checkpoint import AnyCheckpoint, parameters_of
 from .config import parse_dtype
 from .progress import Progress, Silent
 from .sources import MemoryParameters, ParameterSource
+from .stored_model import StoredModel
 from .watch import Watcher
 
 
 def load_sharded(
-    checkpoint: AnyCheckpoint,
-    weight_map: WeightMap,
-    spec: TransformerSpec,
+    stored: StoredModel,
     mesh: Mesh,
     names: Iterable[str] | None = None,
     *,
@@ -40,27 +37,23 @@ def load_sharded(
     the memory that was read into, those with the same share together.
 
     Args:
-        checkpoint: from `open_checkpoint`.
-        weight_map: the family's table; unused for our own folders, which hold parameters in our layout.
-        spec: of the whole model.
+        stored: the whole model.
         mesh: its axis "tensor" splits the parameters; over all others, and without it, they are replicated.
         names: of the parameters wanted, such as a pipeline stage's; by default all.
         dtype: of the arrays: `"float32"`, `"bfloat16"` or `"float16"`.
         progress: told of the bytes of parameters that this process reads; silent by default.
 
     Raises:
-        CheckpointError: a tensor is missing, unknown, misshapen or damaged; of the whole checkpoint, and before
-            anything is put on a device, except for damage inside a file.
+        CheckpointError: a tensor is damaged.
         ConfigError: `dtype` is unknown.
         ValueError: a name is none of the model's.
 
     Warns:
         NonFiniteWarning: the shares read hold NaN or infinity.
     """
-    shapes = {name: tuple(leaf.shape) for name, leaf in abstract_parameters(spec).items()}
-    source = parameters_of(checkpoint, weight_map, shapes)
-    kept = dict.fromkeys(shapes, parse_dtype(dtype))
-    return _load(source, spec, mesh, names, kept, progress or Silent(), checkpoint.label)
+    source = stored.parameters
+    kept = dict.fromkeys(source.shapes, parse_dtype(dtype))
+    return _load(source, stored.spec, mesh, names, kept, progress or Silent(), stored.label)
 
 
 def from_arrays(

@@ -91,14 +91,29 @@ class MappedParameters(ShareReader):
 
     Each is read straight into its final buffer; a source whose `Op` changes the layout is buffered once beside it.
 
+    Args:
+        store: reads the tensors.
+        tensors: those of the store, by the table's names.
+        weight_map: the family's table.
+        shapes: of every parameter of the model, by dotted path.
+        strict: see `match`.
+
     Raises:
         CheckpointError: the checkpoint does not fit; see `match`.
     """
 
-    def __init__(self, store: TensorStore, weight_map: WeightMap, shapes: Mapping[str, Shape]) -> None:
+    def __init__(
+        self,
+        store: TensorStore,
+        tensors: Mapping[str, TensorInfo],
+        weight_map: WeightMap,
+        shapes: Mapping[str, Shape],
+        *,
+        strict: bool = False,
+    ) -> None:
         self._store = store
         self._entries = {entry.ours: entry for entry in weight_map.entries}
-        self._found = match(store.tensors, weight_map, shapes, where=store.label)
+        self._found = match(tensors, weight_map, shapes, where=store.label, strict=strict)
         self.shapes = {entry.ours: tuple(shapes[entry.ours]) for entry in weight_map.entries}
         self.dtypes = {
             ours: np.dtype(jnp.result_type(*(self._found[source.name].dtype for source in entry.sources)))

@@ -4,11 +4,13 @@ import warnings
 
 import numpy as np
 
+from jdsi.errors import JdsiWarning
+
 from .buffers import all_finite
 from .progress import Progress
 
 
-class NonFiniteWarning(UserWarning):
+class NonFiniteWarning(JdsiWarning):
     """A checkpoint holds NaN or infinite weights, or has weights too large for the type it is read as."""
 
 

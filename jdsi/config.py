@@ -30,7 +30,9 @@ class InferenceConfig:
             with a learned position table take no more than that, others (rotary, ALiBi) may be given more.
         max_batch_size: rows decoded together, at most, in all micro-batches of a pipeline; more prompts are split over
             several batches.
-        checkpoint: folder or hub id of the model, where `init_inference` is given none.
+        checkpoint: folder or hub id of the model, where `init_inference` is given none; else of the weights alone, for
+            the model that it is given. Then also what DeepSpeed takes, see `jdsi.converters.weight_list.weights_of`.
+        strict: whether tensors of a checkpoint that the model does not use are an error, and not a warning.
         tokenizer: folder or hub id of the tokenizer; by default the model's own.
         compilation_cache: keep compiled programs on disk: `True` (see `jdsi.runtime.enable_compilation_cache` for
             where), a folder, or `False`, which leaves JAX as it is.
@@ -66,7 +68,8 @@ class InferenceConfig:
     dtype: str = "auto"
     max_tokens: int | None = None
     max_batch_size: int = 64
-    checkpoint: str | os.PathLike[str] | None = None
+    checkpoint: str | os.PathLike[str] | Mapping[str, Any] | None = None
+    strict: bool = False
     tokenizer: str | os.PathLike[str] | None = None
     compilation_cache: bool | str | os.PathLike[str] = True
     kernels: bool = True
@@ -104,7 +107,7 @@ class InferenceConfig:
             object.__setattr__(self, "memory_limit", parse_size(self.memory_limit))
             if self.offload is None and self.parallelism is None:
                 raise ConfigError("memory_limit is for offload='host', 'nvme' or 'auto', and for parallelism")
-        for field in ("kernels", "gpu_direct"):
+        for field in ("kernels", "gpu_direct", "strict"):
             if not isinstance(getattr(self, field), bool):
                 raise ConfigError(f"{field}={getattr(self, field)!r} must be true or false")
         if self.gpu_direct and self.offload != "nvme":

@@ -32,6 +32,10 @@ class PromptError(JdsiError, ValueError):
     """A prompt the model cannot take: empty, of the wrong type, or with token ids outside the vocabulary."""
 
 
+class JdsiWarning(UserWarning):
+    """Something about a checkpoint or a request that is not an error and that a user should know."""
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """`" (did you mean 'x'?)"` for the valid name closest to `name`, or `""` when none is close."""
     close = difflib.get_close_matches(name, list(valid), n=1)

@@ -10,11 +10,12 @@ from typing import Any
 import jax
 
 from jdsi.config import InferenceConfig
-from jdsi.converters import load_model, resolve, resolve_dtype
+from jdsi.converters import StoredModel, load_model, open_model, resolve_dtype
 from jdsi.converters.block_store import BlockStore
+from jdsi.converters.live_model import is_module
 from jdsi.engine import InferenceEngine
 from jdsi.errors import ConfigError
-from jdsi.generation.tokenizer import load_eos_token_ids, load_tokenizer
+from jdsi.generation.tokenizer import load_eos_token_ids, load_tokenizer, own_tokenizer
 from jdsi.models import Transformer, parameters
 from jdsi.pallas_kernels.operator import Implementation
 from jdsi.runtime import Executor, ResidentExecutor, enable_compilation_cache
@@ -25,7 +26,7 @@ from jdsi.sharding import make_mesh
 
 
 def init_inference(
-    model: str | os.PathLike[str] | Transformer | None = None,
+    model: Any = None,
     config: InferenceConfig | Mapping[str, Any] | str | os.PathLike[str] | None = None,
     *,
     tokenizer: Any = None,
@@ -35,10 +36,11 @@ def init_inference(
     """An engine for a model.
 
     Args:
-        model: a folder (Hugging Face or converted by `jdsi convert`), a hub id, or a `Transformer`; by default what
-            the config names as `checkpoint`.
+        model: a folder (Hugging Face or converted by `jdsi convert`), a hub id, a `Transformer`, or a `transformers`
+            model in PyTorch's memory, whose weights are copied; by default what the config names as `checkpoint`.
         config: an `InferenceConfig`, a mapping in our keys or DeepSpeed's, or a JSON file with one.
-        tokenizer: a tokenizer object, or where to load it from; by default the model's own.
+        tokenizer: a tokenizer object, or where to load it from; by default the model's own, or for a model in memory
+            the one of its name.
         eos_token_ids: ids that end a sequence; by default those the checkpoint names, or the tokenizer's.
         **overrides: single settings, over `config`: the fields of `InferenceConfig`.
 
@@ -46,10 +48,10 @@ def init_inference(
         ConfigError, CheckpointError: naming what is wrong and what would be right.
     """
     parsed = _parse_config(config, overrides)
-    source = parsed.checkpoint if model is None else model
-    if not isinstance(source, str | os.PathLike | Transformer):
+    source, weights = (model, parsed.checkpoint) if model is not None else (parsed.checkpoint, None)
+    if not isinstance(source, str | os.PathLike | Transformer) and not is_module(source):
         what = "no model was given" if source is None else f"the model is a {type(source).__name__}"
-        raise ConfigError(f"{what}; give a folder, a hub id or a jdsi Transformer")
+        raise ConfigError(f"{what}; give a folder, a hub id, a transformers model or a jdsi Transformer")
     if parsed.compilation_cache:
         enable_compilation_cache(None if parsed.compilation_cache is True else parsed.compilation_cache)
     implementation = None if parsed.kernels else "xla"
@@ -58,24 +60,31 @@ def init_inference(
         chosen = load_tokenizer(chosen, required=True)
     ends: tuple[int, ...] = ()
     folder = None
+    if parsed.offload is not None and (isinstance(source, Transformer) or (is_module(source) and weights is None)):
+        raise ConfigError("offload needs a checkpoint folder; this model is in memory already")
     if isinstance(source, Transformer):
-        if parsed.offload is not None:
-            raise ConfigError("offload needs a checkpoint folder; this model is in memory already")
+        if weights is not None:
+            raise ConfigError(
+                f"checkpoint={str(weights)!r} names weights, and this Transformer has its own; leave it out"
+            )
         if wants_mesh(parsed):
             executor: Executor = mesh_executor(source, parsed, implementation)
         else:
             loaded = source if parsed.dtype == "auto" else _cast(source, parsed.dtype)
             executor = ResidentExecutor(loaded, implementation)
     else:
-        folder = resolve(source if isinstance(source, str) else Path(source))
-        ends = load_eos_token_ids(folder)
-        chosen = load_tokenizer(folder) if chosen is None else chosen
+        # First of all, so that a folder that is no model's is told by its config and not by its tokenizer.
+        stored = open_model(source, weights=weights, strict=parsed.strict)
+        folder = stored.path
+        if folder is not None:
+            ends = load_eos_token_ids(folder)
+        chosen = own_tokenizer(source if folder is None else folder) if chosen is None else chosen
         if parsed.offload is not None:
-            executor = _offloaded(folder, parsed, implementation)
+            executor = _offloaded(stored, parsed, implementation)
         elif wants_mesh(parsed):
-            executor = mesh_executor(folder, parsed, implementation)
+            executor = mesh_executor(stored, parsed, implementation)
         else:
-            executor = ResidentExecutor(load_model(folder, dtype=parsed.dtype), implementation)
+            executor = ResidentExecutor(load_model(stored, dtype=parsed.dtype), implementation)
     end = getattr(chosen, "eos_token_id", None)
     if not ends and end is not None:
         ends = (end,)
@@ -84,9 +93,9 @@ def init_inference(
     return InferenceEngine(executor, parsed, tokenizer=chosen, eos_token_ids=ends, checkpoint=folder)
 
 
-def _offloaded(folder: Path, config: InferenceConfig, implementation: Implementation | None) -> Executor:
+def _offloaded(stored: StoredModel, config: InferenceConfig, implementation: Implementation | None) -> Executor:
     wanted = degrees(config)
-    store = BlockStore.open(folder, tensor_parallel=wanted.tensor)
+    store = BlockStore.open(stored, tensor_parallel=wanted.tensor)
     mesh = make_mesh(tensor=wanted.tensor, data=wanted.data, devices=jax.local_devices())
     footprint = footprint_on(store, resolve_dtype(config.dtype), mesh)
     kv_place = KVPlace(

@@ -61,7 +61,8 @@ def check_names(config: transformers.PretrainedConfig, stored: Iterable[str], *,
     prefix = table.prefix if bare else ""
     weights = {s.name.removeprefix(prefix) for e in table.entries for s in e.sources}
     stored = [table.current_name(name) for name in stored]
-    unknown = [n for n in stored if n not in weights and not any(re.fullmatch(p, n) for p in table.ignored)]
+    weights_or_tied = weights | {name.removeprefix(prefix) for pair in table.tied for name in pair}
+    unknown = [n for n in stored if n not in weights_or_tied and not any(re.fullmatch(p, n) for p in table.ignored)]
     assert not unknown
     assert not [n for n in weights if any(re.fullmatch(p, n) for p in table.ignored)]
 

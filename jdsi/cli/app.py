@@ -1,11 +1,15 @@
 """The command's root: subcommands, and how errors reach the user."""
 
+import contextlib
 import os
 import sys
+import warnings
+from collections.abc import Iterator
+from typing import Any
 
 import typer
 
-from jdsi.errors import JdsiError
+from jdsi.errors import JdsiError, JdsiWarning
 
 from .bench import bench
 from .convert import convert
@@ -34,7 +38,8 @@ def main() -> None:
     # transformers would advise on every start to install PyTorch, which only its own models need.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
-        app()
+        with _warnings_in_a_line():
+            app()
     except JdsiError as error:
         sys.stderr.write(f"jdsi: error: {error}\n")
         sys.exit(1)
@@ -49,6 +54,25 @@ def main() -> None:
         # The reader (head, a pager) has what it wanted; Python must not complain while closing stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+
+
+@contextlib.contextmanager
+def _warnings_in_a_line() -> Iterator[None]:
+    """Shows what jdsi warns of as it shows errors, once each, and leaves other warnings as they are."""
+    shown: set[str] = set()
+    plain = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        if not issubclass(category, JdsiWarning):
+            plain(message, category, *where, **more)
+        elif str(message) not in shown:
+            shown.add(str(message))
+            sys.stderr.write(f"jdsi: warning: {message}\n")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", JdsiWarning)
+        warnings.showwarning = show
+        yield
 
 
 def _interrupted(error: BaseException | None) -> bool:

@@ -63,7 +63,7 @@ def _report(spec: TransformerSpec) -> dict[str, Any]:
 def _stored(model: str) -> dict[str, Any]:
     """What one of our own folders says of its weights: bytes on disk, and the formats of those that are quantised."""
     from jdsi.converters import open_checkpoint
-    from jdsi.converters.checkpoint import resolve_config
+    from jdsi.converters.location import resolve_config
     from jdsi.converters.manifest import MANIFEST
     from jdsi.converters.streaming import StreamingCheckpoint
 

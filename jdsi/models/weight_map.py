@@ -165,12 +165,15 @@ class WeightMap:
         ignored: regular expressions, full match, of checkpoint tensors that carry no weights (masks, rotary tables).
         renamed: regular expressions, full match, of names that older checkpoints use, each with the name that replaces
             it (as in `re.sub`).
+        tied: pairs (copy, original) of tensors that are one in this model, the weight of the vocabulary projection
+            first. The table has the original; a checkpoint may hold either, or both.
     """
 
     entries: tuple[Entry, ...]
     prefix: str = ""
     ignored: tuple[str, ...] = ()
     renamed: tuple[tuple[str, str], ...] = ()
+    tied: tuple[tuple[str, str], ...] = ()
 
     def current_name(self, name: str) -> str:
         """What `name`, as stored, is called in this table."""

@@ -2,15 +2,13 @@
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jdsi.config import InferenceConfig
-from jdsi.converters import open_checkpoint, parse_dtype, resolve_dtype
-from jdsi.converters.config import load_family
+from jdsi.converters import StoredModel, parse_dtype, resolve_dtype
 from jdsi.converters.sharded_loader import from_arrays, load_sharded
 from jdsi.models import Transformer, TransformerSpec, parameters
 from jdsi.pallas_kernels.operator import Implementation
@@ -35,7 +33,7 @@ def degrees(config: InferenceConfig) -> Parallelism:
 
 
 def mesh_executor(
-    model: Path | Transformer, config: InferenceConfig, implementation: Implementation | None
+    model: StoredModel | Transformer, config: InferenceConfig, implementation: Implementation | None
 ) -> MeshExecutor:
     """An executor over the devices that JAX sees; of a folder, each process reads only what its devices hold.
 
@@ -52,25 +50,23 @@ def mesh_executor(
             return from_arrays(arrays, spec, mesh, names, dtype=dtype)
 
         return _built(spec, load, dtype, config, implementation)
-    checkpoint = open_checkpoint(model)
-    _agree(config, checkpoint.path)
-    family, spec = load_family(checkpoint.path)
-    weight_map = family.weight_map(spec)
-    dtype = resolve_dtype(config.dtype)
+    stored, dtype = model, resolve_dtype(config.dtype)
+    _agree(config, stored)
 
     def read(mesh: jax.sharding.Mesh, names: Sequence[str]) -> dict[str, jax.Array]:
-        return load_sharded(checkpoint, weight_map, spec, mesh, names, dtype=dtype)
+        return load_sharded(stored, mesh, names, dtype=dtype)
 
-    return _built(spec, read, dtype, config, implementation)
+    return _built(stored.spec, read, dtype, config, implementation)
 
 
-def _agree(config: InferenceConfig, folder: Path) -> None:
+def _agree(config: InferenceConfig, stored: StoredModel) -> None:
     """Sees to it, before anything can fail in one process alone, that all were given the same."""
     places = ("checkpoint", "tokenizer", "compilation_cache")  # may be elsewhere in each process
     settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     told = {name: value for name, value in settings.items() if name not in places}
-    files = sorted((str(f.relative_to(folder)), f.stat().st_size) for f in folder.rglob("*") if f.is_file())
-    peers.agree({"call": "init_inference", **told, "files of the checkpoint": files})
+    folders = {folder for folder in (stored.path, getattr(stored.store, "path", None)) if folder is not None}
+    files = sorted((str(f.relative_to(d)), f.stat().st_size) for d in folders for f in d.rglob("*") if f.is_file())
+    peers.agree({"call": "init_inference", **told, "model": stored.spec, "files of the checkpoint": files})
 
 
 def _built(

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from jdsi.converters import Checkpoint, OrbaxCheckpoint, load_model, load_spec, open_checkpoint
+from jdsi.converters import Checkpoint, OrbaxCheckpoint, load_model, load_spec, open_checkpoint, open_model
 from jdsi.errors import CheckpointError, ConfigError
 from jdsi.models import parameters
 
@@ -29,7 +29,7 @@ def test_opens_every_layout(hf_folder: Path, sharded_folder: Path, orbax_folder:
     assert len(sharded.files) > 1
     assert single.tensors.keys() == sharded.tensors.keys()
     assert single.nbytes == sharded.nbytes == ours.nbytes
-    assert single.config.hidden_size == 40
+    assert open_model(hf_folder).config.hidden_size == 40
 
 
 @pytest.mark.parametrize("path", ["/absent/folder", "./absent", "a/b/c", "../absent"])

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jdsi.converters import TensorInfo
-from jdsi.converters.matching import match
+from jdsi.converters.matching import by_table_name, match
 from jdsi.converters.safetensors_file import SafetensorsWriter, read_into
 from jdsi.converters.sources import MappedParameters
-from jdsi.errors import CheckpointError
+from jdsi.errors import CheckpointError, JdsiWarning
 from jdsi.models.weight_map import (
     Identity,
     Op,
@@ -42,10 +42,14 @@ def infos(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, TensorInfo]:
     return {n: TensorInfo(n, np.dtype(np.float32), s, Path("folder/a.safetensors")) for n, s in shapes.items()}
 
 
+def fitted(stored: Mapping[str, tuple[int, ...]], *, strict: bool = True) -> dict[str, TensorInfo]:
+    return match(by_table_name(infos(stored), MAP), MAP, SHAPES, where="here", strict=strict)
+
+
 def test_matches_with_and_without_the_prefix() -> None:
-    assert {n: i.name for n, i in match(infos(GOOD), MAP, SHAPES, where="here").items()} == {n: n for n in GOOD}
+    assert {n: i.name for n, i in fitted(GOOD).items()} == {n: n for n in GOOD}
     bare = {name.removeprefix("model."): shape for name, shape in GOOD.items()} | {"mask.3": (1,)}
-    found = match(infos(bare), MAP, SHAPES, where="here")
+    found = fitted(bare)
     assert found["model.q"].name == "q"
     assert found["lm_head"].name == "lm_head"
 
@@ -54,7 +58,7 @@ def test_reports_everything_at_once() -> None:
     stored = GOOD | {"model.k": (3, 3), "model.embedd": (5, 3), "extra": (1,), "model.mask.1": (9,)}
     del stored["model.embed"]
     with pytest.raises(CheckpointError) as caught:
-        match(infos(stored), MAP, SHAPES, where="folder")
+        fitted(stored)
     text = str(caught.value)
     assert "1 missing:\n    model.embed (there is 'model.embedd')" in text
     assert "model.k in a.safetensors: (3, 3), wanted (2, 3)" in text
@@ -62,9 +66,24 @@ def test_reports_everything_at_once() -> None:
     assert "mask" not in text
 
 
+def test_what_is_not_used_is_named_unless_it_is_strict() -> None:
+    stored = GOOD | {"v_head.weight": (1, 3), "model.mask.1": (9,)}
+    with pytest.warns(JdsiWarning, match=r"here: not used by this model: v_head\.weight$"):
+        assert fitted(stored, strict=False).keys() == GOOD.keys()
+    with pytest.raises(CheckpointError, match=r"1 not known to this family:\n    v_head\.weight in a\.safetensors"):
+        fitted(stored)
+
+
+def test_a_name_that_is_current_comes_before_one_that_is_renamed_to_it() -> None:
+    table = WeightMap((tensor("norm", "norm.weight"),), renamed=((r"(.*)\.gamma", r"\1.weight"),))
+    for names in (["norm.gamma", "norm.weight"], ["norm.weight", "norm.gamma"]):
+        assert by_table_name(infos(dict.fromkeys(names, (3,))), table)["norm.weight"].name == "norm.weight"
+    assert by_table_name(infos({"norm.gamma": (3,)}), table)["norm.weight"].name == "norm.gamma"
+
+
 def test_long_reports_are_cut_with_a_count() -> None:
     with pytest.raises(CheckpointError) as caught:
-        match(infos(GOOD | {f"extra.{i}": (1,) for i in range(50)}), MAP, SHAPES, where="folder")
+        fitted(GOOD | {f"extra.{i}": (1,) for i in range(50)})
     assert "50 not known" in str(caught.value)
     assert "... and 30 more" in str(caught.value)
     assert len(str(caught.value).splitlines()) < 25
@@ -86,10 +105,10 @@ def test_reports_exactly_what_is_wrong(missing: set[str], misshapen: set[str], e
     stored["model.mask.0"] = (1,)  # keeps the prefix in use
     stored |= dict.fromkeys(extra, (1,))
     if not (missing or misshapen or extra):
-        assert match(infos(stored), MAP, SHAPES, where="x").keys() == GOOD.keys()
+        assert fitted(stored).keys() == GOOD.keys()
         return
     with pytest.raises(CheckpointError) as caught:
-        match(infos(stored), MAP, SHAPES, where="x")
+        fitted(stored)
     text = str(caught.value)
     assert (f"{len(missing)} missing" in text) == bool(missing)
     assert (f"{len(misshapen)} of another shape" in text) == bool(misshapen)
@@ -130,7 +149,7 @@ def test_reading_through_every_op_and_back(tmp_path: Path, op: Op, rows: int, pa
     pieces = np.split(kept, parts)
     stored = {name: np.ascontiguousarray(op.inverse(piece)) for name, piece in zip(names, pieces, strict=True)}
     store = Store(tmp_path / "a.safetensors", stored)
-    source = MappedParameters(store, WeightMap((entry,)), {"ours": kept.shape})
+    source = MappedParameters(store, store.tensors, WeightMap((entry,)), {"ours": kept.shape})
     seen: list[str] = []
     got = source.read("ours", np.dtype(dtype), lambda name, _: seen.append(name))
     np.testing.assert_array_equal(got, kept.astype(dtype))

@@ -24,11 +24,12 @@ from jdsi.converters import (
     convert,
     load_model,
     load_sharded,
+    load_spec,
     open_checkpoint,
+    open_model,
     random_checkpoint,
     save_parameters,
 )
-from jdsi.converters.config import load_family
 from jdsi.converters.direct_io import PAGE
 from jdsi.converters.quantization import Quantization, dequantized
 from jdsi.converters.streaming import StreamingCheckpoint
@@ -246,14 +247,15 @@ def test_a_mesh_reads_its_shares_and_no_more_than_whole_groups(
 ) -> None:
     store = root / f"{kind}-bfloat16"
     plain = {name: np.asarray(array) for name, array in parameters(load_model(store, dtype="bfloat16")).items()}
-    family, spec = load_family(store)
     for tensor in (2, 3):
         mesh = stage_meshes(make_mesh(tensor=tensor))[0]
-        arrays = load_sharded(open_checkpoint(store), family.weight_map(spec), spec, mesh, dtype="bfloat16")
+        arrays = load_sharded(open_model(store), mesh, dtype="bfloat16")
         for name, array in arrays.items():
             ranks = {device: at[-1] for at, device in np.ndenumerate(mesh.devices)}
             for shard in array.addressable_shards:
-                assert_same_bits(shard.data, share_of(spec, name, plain[name], tensor, ranks[shard.device]), name)
+                assert_same_bits(
+                    shard.data, share_of(load_spec(store), name, plain[name], tensor, ranks[shard.device]), name
+                )
     up, out = (opened(store).quantized[f"layers.0.{name}.weight"] for name in ("feed_forward.up", "attention.out"))
     # Rows of up, all of them; columns 0 to 48 and 48 to 96 of out, in groups of 32: four groups of 128 rows.
     groups = 4 * 128 * (32 // (1 if kind == "int8" else 2) + out.arrays["scales"].dtype.itemsize)
@@ -261,7 +263,7 @@ def test_a_mesh_reads_its_shares_and_no_more_than_whole_groups(
     for name, wanted in {"feed_forward.up": up.nbytes, "attention.out": groups}.items():
         with counted_reads(monkeypatch) as count:
             names = [f"layers.0.{name}.weight"]
-            load_sharded(open_checkpoint(store), family.weight_map(spec), spec, mesh, names, dtype="bfloat16")
+            load_sharded(open_model(store), mesh, names, dtype="bfloat16")
             assert count() == wanted, name
 
 

@@ -24,6 +24,7 @@ from jdsi.converters import (
     load_model,
     load_sharded,
     open_checkpoint,
+    open_model,
 )
 from jdsi.converters.block_store import BlockStore
 from jdsi.converters.config import load_family, read_config
@@ -45,8 +46,7 @@ def mesh_of(tensor: int) -> jax.sharding.Mesh:
 
 
 def load(folder: Path, tensor: int) -> dict[str, jax.Array]:
-    family, spec = load_family(folder)
-    return load_sharded(open_checkpoint(folder), family.weight_map(spec), spec, mesh_of(tensor), dtype="float32")
+    return load_sharded(open_model(folder), mesh_of(tensor), dtype="float32")
 
 
 def check_equal(got: dict[str, jax.Array], wanted: dict[str, jax.Array]) -> None:

@@ -27,7 +27,7 @@ from jdsi.converters import (
     from_arrays,
     load_model,
     load_sharded,
-    open_checkpoint,
+    open_model,
     random_checkpoint,
 )
 from jdsi.converters.boxes import read_boxes
@@ -58,9 +58,8 @@ def mesh_of(tensor: int, data: int = 1) -> jax.sharding.Mesh:
 
 
 def load(folder: Path, mesh: jax.sharding.Mesh, names: Sequence[str] | None = None, **options: Any) -> dict:
-    family, spec = load_family(folder)
     options = {"dtype": "float32"} | options
-    return load_sharded(open_checkpoint(folder), family.weight_map(spec), spec, mesh, names, **options)
+    return load_sharded(open_model(folder), mesh, names, **options)
 
 
 def check_shares(folder: Path, arrays: dict[str, jax.Array], plain: dict[str, np.ndarray], tensor: int) -> None:
@@ -291,7 +290,7 @@ def test_any_share_through_any_op(tmp_path_factory: pytest.TempPathFactory, data
         arrays[f"part{i}"] = np.ascontiguousarray(op.inverse(piece))
         sources.append(Source(f"part{i}", op, count))
     store = Store(tmp_path_factory.mktemp("any") / "file", arrays, pickled=draw(st.booleans()))
-    source = MappedParameters(store, WeightMap((Entry("ours", tuple(sources)),)), {"ours": shape})
+    source = MappedParameters(store, store.tensors, WeightMap((Entry("ours", tuple(sources)),)), {"ours": shape})
     dim = draw(st.integers(0, len(shape) - 1))
     split = draw(splits(shape[dim], dim))
     memory = MemoryParameters({"ours": jnp.asarray(plain)})
@@ -343,20 +342,18 @@ MEASURED = """
     import sys
     import jax, numpy
     from transformers import AutoConfig
-    from jdsi.converters import load_sharded, open_checkpoint
-    from jdsi.converters.config import load_family
+    from jdsi.converters import load_sharded, open_model
     from jdsi.sharding import make_mesh, stage_meshes
 
     def memory(key):
         with open("/proc/self/status") as file:
             return 1024 * next(int(line.split()[1]) for line in file if line.startswith(key))
 
-    family, spec = load_family(__import__("pathlib").Path(sys.argv[1]))
     for device in jax.devices():
         jax.device_put(numpy.ones(8), device).block_until_ready()
     mesh = stage_meshes(make_mesh(tensor=2, data=2))[0]
     base = memory("VmRSS")
-    arrays = load_sharded(open_checkpoint(sys.argv[1]), family.weight_map(spec), spec, mesh, dtype="float32")
+    arrays = load_sharded(open_model(sys.argv[1]), mesh, dtype="float32")
     shards = {s.data.unsafe_buffer_pointer(): s.data.nbytes for a in arrays.values() for s in a.addressable_shards}
     print(sum(shards.values()), memory("VmHWM") - base)
 """
@@ -390,8 +387,7 @@ PROCESS = """
     port, index, folder, out = sys.argv[1:]
     jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(index))
     import os
-    from jdsi.converters import ShardedParameters, load_sharded, open_checkpoint
-    from jdsi.converters.config import load_family
+    from jdsi.converters import ShardedParameters, load_sharded, load_spec, open_model
     from jdsi.errors import CheckpointError
     from jdsi.sharding import make_mesh, stage_meshes
 
@@ -401,9 +397,8 @@ PROCESS = """
         read[0] += count
         return count
     os.preadv = preadv
-    family, spec = load_family(Path(folder))
     mesh = stage_meshes(make_mesh(tensor=4))[0]
-    arrays = load_sharded(open_checkpoint(folder), family.weight_map(spec), spec, mesh, dtype="float32")
+    arrays = load_sharded(open_model(folder), mesh, dtype="float32")
     found = {"read": np.array(read[0])}
     for name, array in arrays.items():
         assert not array.is_fully_addressable
@@ -411,7 +406,7 @@ PROCESS = """
             found[f"{name}@{shard.device.id}"] = np.asarray(shard.data)
     total = jax.jit(lambda a: sum(jax.numpy.sum(x.astype("float64")) for x in a.values()))(arrays)
     found["total"] = np.asarray(total.addressable_data(0))
-    source = ShardedParameters(arrays, spec, 4)
+    source = ShardedParameters(arrays, load_spec(folder), 4)
     source.read("norm.weight", np.dtype("float32"), lambda *_: None)
     try:
         source.read("layers.0.attention.qkv.weight", np.dtype("float32"), lambda *_: None)

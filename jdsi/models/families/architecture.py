@@ -1,7 +1,6 @@
 """Which heads a checkpoint has, by the class name under `architectures` of its config."""
 
 import dataclasses
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -56,14 +55,18 @@ def encoder_heads(
     return (head if suffix != "Model" else None), None
 
 
-def head_weight(spec: TransformerSpec, theirs: str = "lm_head.weight") -> tuple[list[Entry], tuple[str, ...]]:
-    """The vocabulary projection's part of a table: its entry and what to ignore.
+def head_weight(
+    spec: TransformerSpec, embedding: str, theirs: str = "lm_head.weight"
+) -> tuple[list[Entry], tuple[tuple[str, str], ...]]:
+    """The vocabulary projection's part of a table: its entry, or what it is tied to; a bare model has neither.
 
-    An untied head has the tensor, a checkpoint of a tied one may repeat it, and a bare model has none.
+    Args:
+        spec: the model.
+        embedding, theirs: names of the token embedding and of the projection.
     """
     if spec.head is None:
         return [], ()
-    return ([], (re.escape(theirs),)) if spec.head.tied else ([tensor("head.weight", theirs)], ())
+    return ([], ((theirs, embedding),)) if spec.head.tied else ([tensor("head.weight", theirs)], ())
 
 
 def _suffix(config: Any, heads: Sequence[str]) -> str | None:

@@ -126,23 +126,24 @@ def bert_like_weight_map(spec: TransformerSpec, names: EncoderNames) -> WeightMa
         entries += linear(f"{ours}.feed_forward.down", f"{theirs}.{names.down}", bias=True)
         entries += linear(f"{ours}.feed_forward_norm", f"{theirs}.{names.feed_forward_norm}", bias=True)
     ignored = (rf"{names.model}\.embeddings\.(position_ids|token_type_ids)", *names.ignored)
+    tied: tuple[tuple[str, str], ...] = ()
     if spec.head is not None:
         entries += linear("head.transform.dense", names.transform, bias=True)
         entries += linear("head.transform.norm", names.transform_norm, bias=True)
-        weight, own_bias = f"{names.projection}.weight", f"{names.projection}.bias"
-        # Tied, the bias may be repeated beside the projection; untied, the one beside it is added and the other unused.
-        used, unused = (names.tied_bias, own_bias) if spec.head.tied else (own_bias, names.tied_bias)
-        entries.append(tensor("head.bias", used))
+        weight, bias = f"{names.projection}.weight", f"{names.projection}.bias"
         if spec.head.tied:
-            ignored += (re.escape(weight),)
+            entries.append(tensor("head.bias", names.tied_bias))
+            tied = ((weight, f"{embeddings}.word_embeddings.weight"),)
+            if bias != names.tied_bias:
+                tied += ((bias, names.tied_bias),)
         else:
-            entries.append(tensor("head.weight", weight))
-        if unused != used:
-            ignored += (re.escape(unused),)
+            entries += [tensor("head.bias", bias), tensor("head.weight", weight)]
+            if bias != names.tied_bias:
+                ignored += (re.escape(names.tied_bias),)  # a parameter of the class that nothing is computed with
     if spec.classifier is not None:
         for our_name, name in zip(("dense", "out"), names.classifier, strict=True):
             entries += linear(f"classifier.{our_name}", name, bias=True)
     else:
         ignored += (rf"{names.model}\.pooler\.dense\.(weight|bias)",)
     renamed = ((r"(.*)LayerNorm\.gamma", r"\1LayerNorm.weight"), (r"(.*)LayerNorm\.beta", r"\1LayerNorm.bias"))
-    return WeightMap(tuple(entries), f"{names.model}.", ignored, renamed)
+    return WeightMap(tuple(entries), f"{names.model}.", ignored, renamed, tied)

@@ -72,8 +72,8 @@ def weight_map(spec: TransformerSpec) -> WeightMap:
         entries += linear(f"{ours}.feed_forward.down", f"{theirs}.mlp.dense_4h_to_h", bias=True)
     if spec.norm is not None:
         entries += norm("norm", "transformer.ln_f", spec.norm)
-    projection, ignored = head_weight(spec)
-    return WeightMap((*entries, *projection), prefix="transformer.", ignored=ignored)
+    projection, tied = head_weight(spec, "transformer.word_embeddings.weight")
+    return WeightMap((*entries, *projection), prefix="transformer.", tied=tied)
 
 
 FAMILY = Family("bloom", spec, weight_map)

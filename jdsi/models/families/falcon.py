@@ -94,8 +94,9 @@ def weight_map(spec: TransformerSpec) -> WeightMap:
         entries += linear(f"{ours}.feed_forward.down", f"{theirs}.mlp.dense_4h_to_h", bias=mlp.bias)
     if spec.norm is not None:
         entries += norm("norm", "transformer.ln_f", spec.norm)
-    projection, ignored = head_weight(spec)
-    return WeightMap((*entries, *projection), "transformer.", (*ignored, r"(.*\.)?rotary_emb\.inv_freq"))
+    projection, tied = head_weight(spec, "transformer.word_embeddings.weight")
+    ignored = (r"(.*\.)?rotary_emb\.inv_freq",)
+    return WeightMap((*entries, *projection), "transformer.", ignored, tied=tied)
 
 
 FAMILY = Family("falcon", spec, weight_map)

@@ -69,9 +69,9 @@ def weight_map(spec: TransformerSpec) -> WeightMap:
         entries += linear(f"{ours}.feed_forward.up", f"{theirs}.mlp.c_fc", bias=True, op=Transpose())
         entries += linear(f"{ours}.feed_forward.down", f"{theirs}.mlp.c_proj", bias=True, op=Transpose())
     entries += linear("norm", "transformer.ln_f", bias=True)
-    projection, ignored = head_weight(spec)
-    ignored += (r"(.*\.)?attn\.(bias|masked_bias)",)
-    return WeightMap((*entries, *projection), prefix="transformer.", ignored=ignored)
+    projection, tied = head_weight(spec, "transformer.wte.weight")
+    ignored = (r"(.*\.)?attn\.(bias|masked_bias)",)
+    return WeightMap((*entries, *projection), prefix="transformer.", ignored=ignored, tied=tied)
 
 
 FAMILY = Family("gpt2", spec, weight_map)

@@ -69,9 +69,11 @@ def weight_map(spec: TransformerSpec) -> WeightMap:
         entries += linear(f"{ours}.feed_forward.up", f"{theirs}.mlp.dense_h_to_4h", bias=True)
         entries += linear(f"{ours}.feed_forward.down", f"{theirs}.mlp.dense_4h_to_h", bias=True)
     entries += linear("norm", "gpt_neox.final_layer_norm", bias=True)
-    projection, ignored = head_weight(spec, "embed_out.weight")
-    ignored += (r"(.*\.)?attention\.(bias|masked_bias)", r"(.*\.)?rotary_emb\.inv_freq")
-    return WeightMap((*entries, *projection), prefix="gpt_neox.", ignored=ignored)
+    projection, tied = head_weight(spec, "gpt_neox.embed_in.weight", "embed_out.weight")
+    ignored = (r"(.*\.)?attention\.(bias|masked_bias)", r"(.*\.)?rotary_emb\.inv_freq")
+    # In memory transformers calls the projection as other families do, on disk as GPT-NeoX did.
+    renamed = ((r"lm_head\.weight", "embed_out.weight"),)
+    return WeightMap((*entries, *projection), "gpt_neox.", ignored, renamed, tied)
 
 
 FAMILY = Family("gpt_neox", spec, weight_map)

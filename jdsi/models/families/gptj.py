@@ -64,9 +64,9 @@ def weight_map(spec: TransformerSpec) -> WeightMap:
     entries += linear("norm", "transformer.ln_f", bias=True)
     if spec.head is not None:
         entries.append(tensor("head.bias", "lm_head.bias"))
-    projection, ignored = head_weight(spec)
-    ignored += (r"(.*\.)?attn\.(bias|masked_bias|embed_positions)",)
-    return WeightMap((*entries, *projection), prefix="transformer.", ignored=ignored)
+    projection, tied = head_weight(spec, "transformer.wte.weight")
+    ignored = (r"(.*\.)?attn\.(bias|masked_bias|embed_positions)",)
+    return WeightMap((*entries, *projection), prefix="transformer.", ignored=ignored, tied=tied)
 
 
 FAMILY = Family("gptj", spec, weight_map)

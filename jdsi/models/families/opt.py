@@ -85,8 +85,8 @@ def weight_map(spec: TransformerSpec) -> WeightMap:
         entries += linear(f"{ours}.feed_forward.down", f"{theirs}.fc2", bias=mlp.bias)
     if spec.norm is not None:
         entries += norm("norm", f"{model}.final_layer_norm", spec.norm)
-    projection, ignored = head_weight(spec)
-    return WeightMap((*entries, *projection), prefix="model.", ignored=ignored)
+    projection, tied = head_weight(spec, f"{model}.embed_tokens.weight")
+    return WeightMap((*entries, *projection), prefix="model.", tied=tied)
 
 
 FAMILY = Family("opt", spec, weight_map)
