@@ -83,6 +83,7 @@ def equal(store: TensorStore, a: TensorInfo, b: TensorInfo) -> bool:
         blocks = [np.empty((span[1] - span[0], *a.shape[1:]), common) for _ in range(2)]
         for info, block in zip((a, b), blocks, strict=True):
             store.read_into(info, block, rows=span)
-        if not np.array_equal(*(block.reshape(-1).view(np.uint8) for block in blocks)):
+        ours, theirs = (block.reshape(-1).view(np.uint8) for block in blocks)
+        if not np.array_equal(ours, theirs):
             return False
     return True

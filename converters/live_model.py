@@ -30,6 +30,7 @@ class LiveModel(StateDict):
 
     Attributes:
         config: the model's, naming its class.
+        family: that its config names.
         label: its class's name.
 
     Raises:
@@ -42,7 +43,7 @@ class LiveModel(StateDict):
         _check_class(model, self.label)
         self.config = copy.deepcopy(model.config)
         self.config.architectures = [kind.__name__]
-        family_of(self.label, self.config.model_type)
+        self.family = family_of(self.label, self.config.model_type)
         refuse_quantized(self.label, getattr(model.config, "quantization_config", None))
         self._state: Mapping[str, Any] = {} if weightless else model.state_dict()
         if empty := [name for name, tensor in self._state.items() if tensor.is_meta]:

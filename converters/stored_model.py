@@ -64,12 +64,15 @@ def open_model(source: Any, *, weights: Any = None, strict: bool = False) -> Sto
     Warns:
         JdsiWarning: tensors are not used; the config ties tensors that differ; there are two sets of weights.
     """
-    live = LiveModel(source, weightless=weights is not None) if is_module(source) else None
-    path = None if live is not None else resolve(source)
-    config = load_config(path) if live is None else live.config
-    family = family_of(live.label if live is not None else path, config.model_type)
+    if is_module(source):
+        live = LiveModel(source, weightless=weights is not None)
+        path, config, family = None, live.config, live.family
+    else:
+        live, path = None, resolve(source)
+        config = load_config(path)
+        family = family_of(path, config.model_type)
     said = family.spec(config)
-    store = live or open_checkpoint(path) if weights is None else _elsewhere(weights, said)
+    store = live or open_checkpoint(path or source) if weights is None else _elsewhere(weights, said)
     if isinstance(store, Checkpoint | LiveModel):
         spec, tensors = fit(family, said, store)
         shapes = shapes_of(spec)

@@ -17,7 +17,7 @@ import transformers
 import peer_worker
 from jdsi.models import abstract_parameters
 from jdsi.models.families import family_for
-from test_families import CONFIGS
+from zoo import CONFIGS
 
 
 def pickled_model(family: str, path: Path) -> Path:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import jdsi
-from test_families import CONFIGS, ENCODERS, PROMPTS, three_layers
+from test_families import PROMPTS
+from zoo import CONFIGS, ENCODERS, three_layers
 
 # A few tokens each, from many programs.
 pytestmark = pytest.mark.usefixtures("quick_compilation")

@@ -40,7 +40,7 @@ from jdsi.pallas_kernels.quantized_linear import WeightFormat, dequantize, quant
 from jdsi.sharding import make_mesh, stage_meshes
 from parity import random_torch_model
 from sharded import counted_reads, share_of
-from test_families import CONFIGS, ENCODERS
+from zoo import CONFIGS, ENCODERS
 
 LINEAR = [f"layers.{i}.{part}.weight" for i in (0, 1) for part in ("attention.qkv", "attention.out")]
 LINEAR += [f"layers.{i}.feed_forward.{part}.weight" for i in (0, 1) for part in ("up", "down")]

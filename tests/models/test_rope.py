@@ -1,5 +1,8 @@
 """Every rotary scaling against transformers: frequencies, and whole models under and over the original length."""
 
+import itertools
+import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -7,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from transformers import Gemma3TextConfig, LlamaConfig, Qwen3Config
+from transformers import AutoConfig, Gemma3TextConfig, LlamaConfig, Qwen3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from jdsi.converters import load_spec
 from jdsi.errors import ConfigError
 from jdsi.models.families import family_for
 from jdsi.models.families.rope import rotary, rotary_dim
@@ -65,6 +69,33 @@ def test_frequencies(name: str, length: int) -> None:
     np.testing.assert_allclose(frequencies.reshape(-1), expected.numpy(), rtol=1e-6)
     assert ours.scaling.attention_factor == pytest.approx(factor, rel=1e-12)
     hash(ours)
+
+
+@pytest.mark.parity
+def test_the_original_length_at_the_top_level_wins(tmp_path: Path) -> None:
+    """As a `config.json` has it, which config classes read in two steps: beside what it is to replace, or alone."""
+    shape = {"hidden_size": 48, "num_attention_heads": 3, "num_key_value_heads": 1, "num_hidden_layers": 1}
+    sizes = {"head_dim": 16, "max_position_embeddings": 256, "rope_theta": 5000.0, "pad_token_id": 0}
+    for family, scaling in itertools.product(("llama", "mistral", "qwen2", "qwen3", "phi3"), (YARN, LONGROPE, LLAMA3)):
+        for inside in (64, None):
+            nested = {"type": scaling["rope_type"]} | scaling | {"original_max_position_embeddings": inside}
+            nested = {key: value for key, value in nested.items() if value is not None}
+            config = {"model_type": family, **shape, **sizes, "rope_scaling": nested}
+            config["original_max_position_embeddings"] = 32
+            (tmp_path / "config.json").write_text(json.dumps(config))
+            if family == "phi3" and scaling is not LONGROPE:
+                continue  # its config class takes no other scaling
+            theirs, spec = AutoConfig.from_pretrained(tmp_path), load_spec(tmp_path)
+            rotary = spec.layers[0].attention.rotary
+            assert rotary is not None
+            assert rotary.scaling is not None
+            for length in (16, 48, 300):
+                compute = ROPE_INIT_FUNCTIONS[scaling["rope_type"]]
+                expected, factor = compute(theirs, torch.device("cpu"), seq_len=torch.tensor(length))
+                found = np.asarray(rotary.scaling.frequencies(16, rotary.theta, jnp.asarray([length])))
+                where = f"{family} {scaling['rope_type']} {inside} {length}"
+                np.testing.assert_allclose(found.reshape(-1), expected.numpy(), rtol=1e-6, err_msg=where)
+                assert rotary.scaling.attention_factor == pytest.approx(factor, rel=1e-12), where
 
 
 @pytest.mark.parity

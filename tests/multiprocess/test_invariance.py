@@ -10,7 +10,7 @@ import pytest
 import jdsi
 from peer_processes import Run, pickled_model
 from peer_worker import PROMPTS, answers, model_at
-from test_families import CONFIGS, ENCODERS, three_layers
+from zoo import CONFIGS, ENCODERS, three_layers
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")  # as in the other processes, see peer_processes
 

@@ -33,7 +33,7 @@ from jdsi.runtime.streamed import StreamedExecutor
 from jdsi.runtime.weight_sources import BlockSource, DiskSource
 from jdsi.runtime.weight_stream import WeightStream
 from jdsi.sharding import make_mesh
-from test_families import three_layers
+from zoo import three_layers
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

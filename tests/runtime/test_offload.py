@@ -24,7 +24,7 @@ from jdsi.runtime.streamed import StreamedExecutor
 from jdsi.runtime.weight_sources import DiskSource, HostSource
 from jdsi.runtime.weight_stream import WeightStream
 from jdsi.sharding import make_mesh
-from test_families import three_layers
+from zoo import three_layers
 
 PROMPTS = [[5, 9, 2, 7], [11, 4, 4, 60, 33, 21, 8], [3]]
 SAMPLING = jdsi.SamplingParams(max_new_tokens=7, ignore_eos=True)

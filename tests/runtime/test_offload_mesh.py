@@ -16,7 +16,7 @@ from jdsi.runtime.residency import Residency
 from jdsi.runtime.streamed import StreamedExecutor
 from jdsi.runtime.weight_sources import HostSource
 from jdsi.sharding import make_mesh
-from test_families import CONFIGS, ENCODERS, three_layers
+from zoo import CONFIGS, ENCODERS, three_layers
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

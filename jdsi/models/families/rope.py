@@ -23,8 +23,11 @@ def rope_parameters(config: Any, layer_type: str | None = None) -> Parameters:
     """The dict that describes the rotary embedding of layers of `layer_type`.
 
     `transformers` config classes bring both spellings, `rope_parameters` and the older `rope_theta` with
-    `rope_scaling`, to `config.rope_parameters`: one dict, or one per layer type.
+    `rope_scaling`, to `config.rope_parameters`: one dict, or one per layer type. As its models do, this has the config
+    do so again first: only then a top-level `original_max_position_embeddings` is there, which wins.
     """
+    if config.rope_parameters and hasattr(config, "standardize_rope_params"):
+        config.standardize_rope_params()
     parameters = config.rope_parameters or {}
     if not any(isinstance(value, Mapping) for value in parameters.values()):
         return parameters
