@@ -128,7 +128,8 @@ def load_config(folder: Path) -> Any:
     try:
         return AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:  # transformers validates with many types of its own
-        raise CheckpointError(f"{_file(folder)}: transformers refuses this {model_type}: {error}") from error
+        reason = " ".join(str(error).split()) or repr(error)
+        raise CheckpointError(f"{_file(folder)}: transformers refuses this {model_type}: {reason}") from error
 
 
 def load_family(folder: Path) -> tuple[Family, TransformerSpec]:

@@ -22,17 +22,26 @@ from .safetensors_file import SafetensorsWriter
 from .sources import MemoryParameters, ParameterSource, Watch, total_bytes
 from .watch import Watcher
 
-_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+_PREFIXES = "KMGT"
+_UNITS = {
+    "B": 1,
+    **{f"{prefix}B": 1000**i for i, prefix in enumerate(_PREFIXES, 1)},
+    **{f"{prefix}IB": 1024**i for i, prefix in enumerate(_PREFIXES, 1)},
+}
 
 
 def parse_size(size: int | str) -> int:
-    """Bytes from a number or from text such as `"5GB"`, `"500MB"` or `"2GiB"`.
+    """Bytes from a number or from text such as `"5GB"`, `"500MB"`, `"2GiB"` or `"1TiB"`.
 
     Raises:
         ConfigError: the text is not a positive size.
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?i?B)?\s*", str(size), re.IGNORECASE)
-    value = int(float(found[1]) * _UNITS[(found[2] or "B").upper()]) if found else 0
+    found = re.fullmatch(rf"\s*(\d+(?:\.\d+)?)\s*([{_PREFIXES}]?i?B|[{_PREFIXES}]i?)?\s*", str(size), re.IGNORECASE)
+    unit = (found[2] or "B").upper() if found else "B"
+    if found and unit not in _UNITS:  # "8G" is 1000 or 1024 to the third, depending on who reads it
+        prefix = unit[0]
+        raise ConfigError(f"size {size!r}: say {found[1]}{prefix}B (of 1000) or {found[1]}{prefix}iB (of 1024)")
+    value = int(float(found[1]) * _UNITS[unit]) if found else 0
     if value <= 0:
         raise ConfigError(f"size {size!r}: wanted is a positive number of bytes or text such as '5GB' or '500MB'")
     return value

@@ -7,6 +7,7 @@ import numpy as np
 from jdsi.errors import JdsiWarning
 
 from .buffers import all_finite
+from .matching import some
 from .progress import Progress
 
 
@@ -20,19 +21,24 @@ class Watcher:
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
         self._bad: dict[str, None] = {}
+        self._too_large: dict[str, None] = {}
 
     def __call__(self, name: str, block: np.ndarray) -> None:
         if name not in self._bad and not all_finite(block):
-            self._bad[name] = None
+            # A number that a narrow range has no room for became infinite, never NaN.
+            narrow = block.dtype == np.float16 and not np.isnan(block).any()
+            (self._too_large if narrow else self._bad)[name] = None
         self._progress.advance(block.nbytes)
 
     def warn(self, where: str) -> None:
         """Warn, once, of all tensors with NaN or infinity seen so far."""
+        told = []
         if self._bad:
-            names = list(self._bad)
-            more = f" and {len(names) - 20} more" if len(names) > 20 else ""
-            warnings.warn(
-                f"{where}: NaN or infinite values in {len(names)} tensors: {', '.join(names[:20])}{more}",
-                NonFiniteWarning,
-                stacklevel=3,
+            told.append(f"NaN or infinite values in {len(self._bad)} tensors: {some(self._bad)}")
+        if large := [name for name in self._too_large if name not in self._bad]:
+            told.append(
+                f"values in {len(large)} tensors are infinite as float16, which ends at 65504; unless the checkpoint has "
+                f"them so, bfloat16 or float32 has room for them: {some(large)}"
             )
+        if told:
+            warnings.warn(f"{where}: {'; '.join(told)}", NonFiniteWarning, stacklevel=3)

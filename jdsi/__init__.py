@@ -10,7 +10,15 @@ Load and generate in three lines:
 from jdsi.config import InferenceConfig
 from jdsi.converters import load_model
 from jdsi.engine import InferenceEngine
-from jdsi.errors import CapacityError, CheckpointError, ConfigError, JdsiError, PeerError, PromptError
+from jdsi.errors import (
+    CapacityError,
+    CheckpointError,
+    ConfigError,
+    JdsiError,
+    JdsiWarning,
+    PeerError,
+    PromptError,
+)
 from jdsi.generation import Completion, SamplingParams, TokenLogprob
 from jdsi.generation.stream_events import StreamEvent
 from jdsi.inference import init_inference
@@ -26,6 +34,7 @@ __all__ = [
     "InferenceConfig",
     "InferenceEngine",
     "JdsiError",
+    "JdsiWarning",
     "PeerError",
     "PromptError",
     "SamplingParams",

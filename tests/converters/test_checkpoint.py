@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import jdsi
 from jdsi.converters import Checkpoint, OrbaxCheckpoint, load_model, load_spec, open_checkpoint, open_model
 from jdsi.errors import CheckpointError, ConfigError
 from jdsi.models import parameters
@@ -81,6 +83,43 @@ def test_folders_without_the_right_files(tmp_path: Path, hf_folder: Path) -> Non
     (hf_folder / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"no config\.json"):
         open_checkpoint(hf_folder)
+
+
+def test_what_is_mistaken_for_a_checkpoint(hf_folder: Path, tmp_path: Path) -> None:
+    """Each is named, with what to do: nothing is left but one line."""
+    run, gguf, adapter = tmp_path / "run", tmp_path / "gguf", tmp_path / "adapter"
+    for name in ("checkpoint-100", "checkpoint-50"):
+        shutil.copytree(hf_folder, run / name)
+    gguf.mkdir()
+    (gguf / "model.Q4_K_M.gguf").write_bytes(b"GGUF")
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    (adapter / "adapter_model.safetensors").write_bytes(b"")
+    told = {
+        run: "holds no model itself; give one of the folders in it that do: checkpoint-100, checkpoint-50",
+        gguf: "holds a GGUF file, which cannot be read; give the folder of the model in Hugging Face format",
+        gguf / "model.Q4_K_M.gguf": "a GGUF file, which cannot be read",
+        adapter: "an adapter .PEFT. without the model itself; merge it .* merge_and_unload",
+    }
+    for path, message in told.items():
+        with pytest.raises(CheckpointError, match=f"^{path}: {message}") as caught:
+            open_checkpoint(path)
+        assert "\n" not in str(caught.value)
+        with pytest.raises(CheckpointError, match=message):
+            load_spec(path)
+    shutil.copy(hf_folder / "config.json", adapter)  # as some tools leave it
+    with pytest.raises(CheckpointError, match="an adapter"):
+        open_checkpoint(adapter)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "pytorch_model.bin", "tokenizer.json"])
+def test_a_git_lfs_pointer(hf_folder: Path, name: str) -> None:
+    if name == "pytorch_model.bin":
+        (hf_folder / "model.safetensors").unlink()
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    (hf_folder / name).write_text(pointer)
+    with pytest.raises(CheckpointError, match=rf"{name}: a git-lfs pointer in place of the file; `git lfs pull`"):
+        jdsi.init_inference(hf_folder)
 
 
 @pytest.mark.parametrize(

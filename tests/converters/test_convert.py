@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -140,7 +141,8 @@ def test_nan_and_integers_in_weights(hf_folder: Path, tmp_path: Path) -> None:
     save_file(tensors, hf_folder / "model.safetensors")
     with pytest.warns(NonFiniteWarning, match=r"1 tensors: model\.norm\.weight"):
         load_model(hf_folder)
-    with pytest.warns(NonFiniteWarning, match=r"2 tensors: .*lm_head\.weight"):
+    both = r"1 tensors: model\.norm\.weight; values in 1 tensors are infinite as float16, .* for them: lm_head\.weight"
+    with pytest.warns(NonFiniteWarning, match=both):
         convert(hf_folder, tmp_path / "half", to="hf", dtype="float16")
     tensors["lm_head.weight"] = np.ones_like(tensors["lm_head.weight"], np.int8)
     save_file(tensors, hf_folder / "model.safetensors")
@@ -290,10 +292,17 @@ def test_the_bar_runs(hf_folder: Path, tmp_path: Path, capsys: pytest.CaptureFix
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [(7, 7), ("5GB", 5 * 10**9), ("500 mb", 5 * 10**8), ("2GiB", 2 << 30), ("1.5KB", 1500)]
+    ("text", "size"),
+    [(7, 7), ("5GB", 5 * 10**9), ("500 mb", 5 * 10**8), ("2GiB", 2 << 30), ("1.5KB", 1500), ("2TiB", 2 << 40)],
 )
 def test_sizes(text: Any, size: int) -> None:
     assert parse_size(text) == size
+
+
+@pytest.mark.parametrize(("text", "said"), [("8G", "8GB (of 1000) or 8GiB"), ("1.5 m", "1.5MB"), ("2Ti", "2TB")])
+def test_sizes_that_can_be_read_in_two_ways(text: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=f"say {re.escape(said)}"):
+        parse_size(text)
 
 
 @pytest.mark.parametrize("text", ["", "GB", "-5MB", "0", "5 parsecs"])
