@@ -57,11 +57,11 @@ def convert(
     Form.of(to, **options)  # what can be refused is, before a hub id is downloaded
     local = Path(source) if Path(source).exists() else None
     check_destination(Path(destination), overwrite=overwrite, source=local)
-    stored = open_model(resolve(source), strict=strict)
+    folder = resolve(source)
     return save_parameters(
-        stored.parameters,
+        open_model(folder, strict=strict).parameters,
         destination,
-        like=stored.path,
+        like=folder,
         to=to,
         overwrite=overwrite,
         progress=progress,

@@ -37,8 +37,8 @@ class Watcher:
             told.append(f"NaN or infinite values in {len(self._bad)} tensors: {some(self._bad)}")
         if large := [name for name in self._too_large if name not in self._bad]:
             told.append(
-                f"values in {len(large)} tensors are infinite as float16, which ends at 65504; unless the checkpoint has "
-                f"them so, bfloat16 or float32 has room for them: {some(large)}"
+                f"values in {len(large)} tensors are infinite as float16, which ends at 65504; unless they are stored "
+                f"so, bfloat16 or float32 has room for them: {some(large)}"
             )
         if told:
             warnings.warn(f"{where}: {'; '.join(told)}", NonFiniteWarning, stacklevel=3)
