@@ -4,6 +4,7 @@ import dataclasses
 import json
 import numbers
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -17,6 +18,11 @@ KV_OFFLOADS = ("host", "nvme")
 PARALLELISMS = ("auto", "latency", "throughput")
 _PIPELINE = {"micro_batches": None, "prompt_pieces": 1}  # neutral values
 _DEGREES = ("tensor_parallel", "pipeline_parallel", "data_parallel")
+
+
+def number(value: Any) -> Any:
+    """An integer that came as text, as from an environment variable; anything else as it is."""
+    return int(value) if isinstance(value, str) and re.fullmatch(r"\s*-?[0-9]{1,18}\s*", value) else value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +99,7 @@ class InferenceConfig:
             object.__setattr__(self, "dtype", parse_dtype(self.dtype).name)
         counts = {"max_tokens", "max_batch_size", "batches_per_pass", "devices_per_link", *_DEGREES, *_PIPELINE}
         for field in sorted(counts):
-            value = getattr(self, field)
+            value = number(getattr(self, field))
             if field in ("max_tokens", "batches_per_pass", "micro_batches") and value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
@@ -103,6 +109,8 @@ class InferenceConfig:
             raise ConfigError(
                 f"offload={self.offload!r}{nearest(str(self.offload), OFFLOADS)} must be one of {OFFLOADS}"
             )
+        if not isinstance(self.checkpoint, str | os.PathLike | Mapping | None):
+            raise ConfigError(f"checkpoint={self.checkpoint!r} must be a folder, a hub id or a description of files")
         if self.memory_limit is not None:
             object.__setattr__(self, "memory_limit", parse_size(self.memory_limit))
             if self.offload is None and self.parallelism is None:
@@ -186,7 +194,7 @@ class InferenceConfig:
                 raise ConfigError(
                     f"unknown config key {key!r}{hint}; valid are {', '.join(sorted(own))}, and DeepSpeed's"
                 )
-            if name in settings and settings[name] != value:
+            if name in settings and number(settings[name]) != number(value):
                 raise ConfigError(f"config key {key!r}={value!r} contradicts {name}={settings[name]!r}")
             settings[name] = value
         return settings

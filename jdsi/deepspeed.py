@@ -65,15 +65,22 @@ def _tensor_parallel(key: str, value: Mapping[str, Any]) -> Any:
     return value.get("tp_size") if value.get("enabled", True) else 1
 
 
+def _is_one(value: Any) -> bool:
+    """Whether something is the number 1, also as text; True, which Python calls equal to it, is not."""
+    return not isinstance(value, bool) and value in (1, "1")
+
+
 def _one(key: str, value: Any) -> None:
     degrees = value if isinstance(value, Mapping) else {key: value}
     for name in (key, "ep_size", "replica_num", "moe_experts"):
-        if degrees.get(name, 1) not in (1, None, [1]) or isinstance(degrees.get(name), bool):
-            raise ConfigError(f"config key {key!r} asks for {name}={degrees[name]}; no supported family has experts")
+        degree = degrees.get(name)
+        several = isinstance(degree, list | tuple)
+        if not (all(map(_is_one, degree)) if several else degree is None or _is_one(degree)):
+            raise ConfigError(f"config key {key!r} asks for {name}={degree}; no supported family has experts")
 
 
 def _trained_whole(key: str, value: Any) -> None:
-    if value not in (1, None):
+    if not (value is None or _is_one(value)):
         raise ConfigError(
             f"config key {key!r}={value!r}: give a checkpoint in Hugging Face format; it is split while it is read"
         )
@@ -82,7 +89,11 @@ def _trained_whole(key: str, value: Any) -> None:
 def _no_experts(key: str, value: Any) -> None:
     if isinstance(value, Mapping):
         _one(key, value)
-    enabled = value.get("enabled") if isinstance(value, Mapping) else value not in (None, False, 1, [1])
+        enabled = value.get("enabled")
+    elif isinstance(value, bool):
+        enabled = value
+    else:
+        return _one(key, value)
     if enabled:
         raise ConfigError(f"config key {key!r}={value!r} asks for experts, and no supported family has them")
 
@@ -93,6 +104,20 @@ def _off(key: str, value: Any) -> None:
         raise ConfigError(
             f"config key {key!r}={value!r} cannot be honoured: this engine does not offer it; leave it out"
         )
+
+
+def _in_the_description(key: str, value: Any) -> None:
+    if value:
+        raise ConfigError(
+            f"config key {key!r}={value!r}: say 'base_dir' in what checkpoint= describes, beside its files"
+        )
+
+
+def _of_training(hint: str) -> Callable[[str, Any], None]:
+    def refuse(key: str, value: Any) -> None:
+        raise ConfigError(f"config key {key!r} is of DeepSpeed's training configuration; {hint}")
+
+    return refuse
 
 
 def _zero(value: Any) -> str | None:
@@ -132,7 +157,9 @@ def _aio(value: Any) -> bool | None:
 
 def _only(right: Any) -> Callable[[str, Any], None]:
     def check(key: str, value: Any) -> None:
-        if value is not None and value != right:
+        if not (value is None or value == right or (_is_one(right) and _is_one(value))) or (
+            isinstance(value, bool) and not isinstance(right, bool)
+        ):
             raise ConfigError(f"config key {key!r}={value!r} cannot be honoured; leave it out, or {right!r}")
 
     return check
@@ -181,9 +208,23 @@ _ONLY: Mapping[str, Callable[[str, Any], None]] = MappingProxyType(
         "ep_size": _one,
         "training_mp_size": _trained_whole,
         **dict.fromkeys(("moe", "moe_experts"), _no_experts),
+        "base_dir": _in_the_description,
+        "fp16": _of_training("here it is dtype='float16'"),
+        "bf16": _of_training("here it is dtype='bfloat16'"),
+        "zero_optimization": _of_training("here it is offload='host' or 'nvme', or zero with offload_param"),
         **dict.fromkeys(
             (
-                "base_dir",
+                "gradient_accumulation_steps",
+                "gradient_clipping",
+                "optimizer",
+                "scheduler",
+                "train_batch_size",
+                "train_micro_batch_size_per_gpu",
+            ),
+            _of_training("leave it out"),
+        ),
+        **dict.fromkeys(
+            (
                 "checkpoint_config",
                 "ckpt_config",
                 "ds_config",

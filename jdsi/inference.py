@@ -49,6 +49,8 @@ def init_inference(
     """
     parsed = _parse_config(config, overrides)
     source, weights = (model, parsed.checkpoint) if model is not None else (parsed.checkpoint, None)
+    if model is None and isinstance(source, Mapping):
+        raise ConfigError("checkpoint= lists files of weights; give the model that they are of as well")
     if not isinstance(source, str | os.PathLike | Transformer) and not is_module(source):
         what = "no model was given" if source is None else f"the model is a {type(source).__name__}"
         raise ConfigError(f"{what}; give a folder, a hub id, a transformers model or a jdsi Transformer")

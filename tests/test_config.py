@@ -73,6 +73,23 @@ def test_dtype_names(name: str, dtype: str) -> None:
         ({1: 2}, "unknown config key 1"),
         ({"kernels": "pallas"}, "kernels='pallas' must be true or false"),
         ({"mp_size": 1.5}, "tensor_parallel=1.5"),
+        ({"mp_size": "two"}, "tensor_parallel='two'"),
+        ({"mp_size": "-1"}, "tensor_parallel=-1"),
+        ({"mp_size": True}, "tensor_parallel=True"),
+        ({"moe": True}, "asks for experts"),
+        ({"moe_experts": True}, "asks for experts"),
+        ({"moe_experts": [True]}, "asks for"),
+        ({"moe_experts": 4}, "asks for moe_experts=4"),
+        ({"moe": {"enabled": True}}, "asks for experts"),
+        ({"training_mp_size": True}, "training_mp_size"),
+        ({"min_tokens": True}, "min_tokens"),
+        ({"fp16": {"enabled": True}}, "of DeepSpeed's training configuration; here it is dtype='float16'"),
+        ({"bf16": {"enabled": True}}, "here it is dtype='bfloat16'"),
+        ({"zero_optimization": {"stage": 3}}, "here it is offload='host' or 'nvme'"),
+        ({"train_batch_size": 8}, "leave it out"),
+        ({"checkpoint": 5}, "checkpoint=5 must be a folder"),
+        ({"base_dir": "/models"}, "'base_dir' in what checkpoint= describes"),
+        ({"strict": "yes"}, "strict='yes' must be true or false"),
         ({"moe": {"enabled": True}}, "moe"),
         ({"quant": {"enabled": True}}, "quant"),
         ({"zero": {"stage": 3, "offload_param": {"device": "tape"}}}, "offload_param.device='tape'"),
@@ -87,6 +104,14 @@ def test_dtype_names(name: str, dtype: str) -> None:
 def test_what_cannot_be_honoured_is_named(options: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         InferenceConfig.from_dict(options)
+
+
+def test_numbers_that_come_as_text() -> None:
+    """As from an environment: `mp_size=os.environ["WORLD_SIZE"]`."""
+    config = InferenceConfig.from_dict({"mp_size": "2", "tensor_parallel": 2, "max_tokens": " 64 ", "ep_size": "1"})
+    assert (config.tensor_parallel, config.max_tokens) == (2, 64)
+    assert InferenceConfig.from_dict({"mp_size": "1", "min_tokens": "1", "moe_experts": ["1"]}) == InferenceConfig()
+    assert InferenceConfig(max_batch_size="8").max_batch_size == 8  # type: ignore[arg-type]
 
 
 def test_kernel_injection_is_a_choice_of_ours() -> None:
