@@ -136,7 +136,7 @@ def load_family(folder: Path) -> tuple[Family, TransformerSpec]:
     """The family and the spec that a checkpoint folder's `config.json` describes; errors as `load_config`."""
     config = load_config(folder)
     family = family_of(_file(folder), config.model_type)
-    return family, family.spec(config)
+    return family, spec_of(_file(folder), family, config)
 
 
 def family_of(where: str | Path, model_type: str) -> Family:
@@ -145,6 +145,24 @@ def family_of(where: str | Path, model_type: str) -> Family:
         return family_for(model_type)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
+
+
+def spec_of(where: str | Path, family: Family, config: Any) -> TransformerSpec:
+    """The spec that a config describes.
+
+    Raises:
+        ConfigError: an option is not supported, or its values describe no model; names the place.
+    """
+    for name, value in sorted(vars(config).items()):
+        if name.endswith(("dropout", "pdrop")) and isinstance(value, int | float) and not 0 <= value <= 1:
+            raise ConfigError(f"{where}: {name}={value!r} must be from 0 to 1")
+    try:
+        return family.spec(config)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        # Values that transformers takes because nothing has been made of them yet.
+        raise ConfigError(f"{where}: its values describe no {family.model_type} model: {error!r}") from error
 
 
 def config_as_written(config: Mapping[str, Any], spec: TransformerSpec) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from jdsi.errors import ConfigError
 
-from .config import family_of, refuse_quantized
+from .config import refuse_quantized
 from .safetensors_file import TensorInfo
 from .torch_file import StateDict, as_numpy
 
@@ -30,7 +30,6 @@ class LiveModel(StateDict):
 
     Attributes:
         config: the model's, naming its class.
-        family: that its config names.
         label: its class's name.
 
     Raises:
@@ -43,7 +42,6 @@ class LiveModel(StateDict):
         _check_class(model, self.label)
         self.config = copy.deepcopy(model.config)
         self.config.architectures = [kind.__name__]
-        self.family = family_of(self.label, self.config.model_type)
         refuse_quantized(self.label, getattr(model.config, "quantization_config", None))
         self._state: Mapping[str, Any] = {} if weightless else model.state_dict()
         if empty := [name for name, tensor in self._state.items() if tensor.is_meta]:

@@ -42,7 +42,7 @@ def resolve_config(path_or_hub_id: str | Path) -> Path:
     if path.is_file() and path.suffix == ".json":
         return path
     if path.exists() or not _HUB_ID.fullmatch(str(path_or_hub_id)):
-        return resolve(path)
+        return resolve(path_or_hub_id)
     return _download(str(path_or_hub_id), weights=False)
 
 

@@ -11,7 +11,7 @@ from jdsi.models.families import Family
 from jdsi.models.weight_map import Shape
 
 from .checkpoint import AnyCheckpoint, Checkpoint, open_checkpoint
-from .config import family_of, load_config, load_family
+from .config import family_of, load_config, load_family, spec_of
 from .fitting import fit, fit_names
 from .live_model import LiveModel, is_module
 from .location import resolve, resolve_config
@@ -66,12 +66,12 @@ def open_model(source: Any, *, weights: Any = None, strict: bool = False) -> Sto
     """
     if is_module(source):
         live = LiveModel(source, weightless=weights is not None)
-        path, config, family = None, live.config, live.family
+        path, config, where = None, live.config, live.label
     else:
         live, path = None, resolve(source)
-        config = load_config(path)
-        family = family_of(path, config.model_type)
-    said = family.spec(config)
+        config, where = load_config(path), path / "config.json"
+    family = family_of(where, config.model_type)
+    said = spec_of(where, family, config)
     store = live or open_checkpoint(path or source) if weights is None else _elsewhere(weights, said)
     if isinstance(store, Checkpoint | LiveModel):
         spec, tensors = fit(family, said, store)

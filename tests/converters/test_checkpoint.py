@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -135,6 +136,37 @@ def test_bad_configs(hf_folder: Path, content: str, message: str) -> None:
     (hf_folder / "config.json").write_text(content)
     with pytest.raises(CheckpointError, match=message):
         open_checkpoint(hf_folder)
+
+
+def test_a_config_without_a_family_is_told_before_the_tokenizer(hf_folder: Path) -> None:
+    (hf_folder / "config.json").write_text("{}")
+    (hf_folder / "tokenizer.json").unlink()
+    (hf_folder / "vocab.txt").write_text("[UNK]\n[CLS]\n")
+    with pytest.raises(CheckpointError, match=r"config\.json: no 'model_type'"):
+        jdsi.init_inference(hf_folder)
+
+
+def test_a_tokenizer_path_that_does_not_exist(hf_folder: Path) -> None:
+    (hf_folder / "tokenizer.json").unlink()
+    for path in ("/nowhere/tokenizer", "./nowhere", hf_folder / "absent"):
+        with pytest.raises(CheckpointError, match=rf"^{re.escape(str(Path(path)))}: no such folder$"):
+            jdsi.init_inference(hf_folder, tokenizer=path)
+    with pytest.raises(CheckpointError, match=r"config\.json: a file; give the folder|has no tokenizer"):
+        jdsi.init_inference(hf_folder, tokenizer=hf_folder / "config.json")
+
+
+def test_values_that_describe_no_model(hf_folder: Path) -> None:
+    for change, message in {
+        "num_attention_heads": (0, "transformers refuses this llama: integer modulo by zero"),
+        "attention_dropout": (12, "attention_dropout=12 must be from 0 to 1"),
+        "architectures": ([48], "its values describe no llama model"),
+        "num_key_value_heads": (3, "is not a multiple of"),
+    }.items():
+        original = (hf_folder / "config.json").read_text()
+        edit_json(hf_folder / "config.json", **{change: message[0]})
+        with pytest.raises((ConfigError, CheckpointError), match=rf"config\.json: .*{message[1]}"):
+            load_model(hf_folder)
+        (hf_folder / "config.json").write_text(original)
 
 
 def test_unknown_families_and_values(hf_folder: Path) -> None:

@@ -1,5 +1,6 @@
 """Rotary parameters from a Hugging Face config."""
 
+import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -68,7 +69,9 @@ def rotary(config: Any, dim: int, layer_type: str | None = None) -> Rotary:
     required, make = _SCALINGS[kind]
     if missing := [key for key in ("rope_theta", *required) if parameters.get(key) is None]:
         raise ConfigError(f"rope_parameters of rope_type {kind!r} lacks {', '.join(missing)}")
-    return Rotary(dim=dim, theta=float(parameters["rope_theta"]), scaling=make(parameters, config, dim))
+    if not isinstance(theta := parameters["rope_theta"], int | float) or not 0 < theta < math.inf:
+        raise ConfigError(f"rope_theta={theta!r} must be a positive number")
+    return Rotary(dim=dim, theta=float(theta), scaling=make(parameters, config, dim))
 
 
 def _linear(parameters: Parameters, config: Any, dim: int) -> RotaryScaling:

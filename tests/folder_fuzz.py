@@ -1,0 +1,251 @@
+"""Random damage to the small files of a checkpoint folder, and what transformers and we make of it.
+
+    python tests/folder_fuzz.py COUNT [SEED]
+
+tries so many and prints every disagreement.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import functools
+import io
+import json
+import random
+import shutil
+import sys
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+import transformers
+
+import zoo
+from checkpoints import save_tokenizer
+from jdsi.converters import load_model
+from jdsi.errors import JdsiError, JdsiWarning
+from jdsi.generation.tokenizer import load_eos_token_ids, load_tokenizer
+from jdsi.models import Transformer, TransformerSpec, parameters
+
+FAMILIES = ("llama", "gpt2", "mistral", "qwen2", "phi3", "gemma2", "gpt_neox", "falcon", "opt", "bert")
+TOKENS = [[5, 9, 2, 7, 11, 4, 4, 60, 33, 21, 8, 9]]
+TEXT = "def f(x):\n    return naïve 🙂"
+SMALL = ("config.json", "generation_config.json", "tokenizer_config.json", "model.safetensors.index.json")
+
+_WRONG: tuple[Any, ...] = (
+    None, True, False, 0, 1, -1, 2, 3, 7, 2**31, 1e30, -0.5, 0.5, 1e-9, float("nan"), "", "1", "x", "auto", "linear",
+    [], [1], ["x"], {}, {"x": 1}, "5", 12, 40, 48, 64,
+)  # fmt: skip
+
+
+def paths(value: Any, above: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Where everything in a JSON value lies."""
+    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, child in children:
+        yield (*above, key)
+        yield from paths(child, (*above, key))
+
+
+def _at(value: Any, path: tuple[Any, ...]) -> Any:
+    for key in path:
+        value = value[key]
+    return value
+
+
+def mutate(content: Any, rng: random.Random) -> tuple[str, Any]:
+    """One change, in words and done."""
+    content = copy.deepcopy(content)
+    places = list(paths(content))
+    if not places:
+        return "nothing", content
+    # Long tables of the same kind (a vocabulary) count as much as one entry.
+    place = rng.choice([p for p in places if len(p) <= rng.randint(1, 4)] or places)
+    holder, key = _at(content, place[:-1]), place[-1]
+    dictionaries = [(), *(p for p in places if isinstance(_at(content, p), dict))]
+    kind = rng.choice(["remove", "wrong", "wrong", "wrong", "move", "copy", "add"])
+    if kind == "remove":
+        del holder[key]
+        return f"remove {place}", content
+    if kind == "wrong":
+        value = rng.choice(_WRONG)
+        if isinstance(holder[key], int | float) and rng.random() < 0.4:
+            own = holder[key]
+            value = rng.choice([own + 1, own * 2, own // 2, str(own), float(own)])
+        holder[key] = value
+        return f"{place} = {value!r}", content
+    target = rng.choice(dictionaries)
+    if kind == "add":
+        name = rng.choice(_KNOWN)
+        value = rng.choice(_WRONG)
+        _at(content, target)[name] = value
+        return f"add {(*target, name)} = {value!r}", content
+    value = copy.deepcopy(holder[key])
+    if kind == "move":
+        del holder[key]
+    with contextlib.suppress(KeyError, TypeError, IndexError):
+        _at(content, target)[str(key)] = value
+    return f"{kind} {place} to {target}", content
+
+
+_KNOWN = (
+    "rope_scaling", "rope_theta", "rope_parameters", "original_max_position_embeddings", "tie_word_embeddings",
+    "attention_bias", "mlp_bias", "head_dim", "sliding_window", "use_sliding_window", "layer_types",
+    "partial_rotary_factor", "hidden_act", "activation_function", "num_key_value_heads", "is_decoder",
+    "is_causal", "eos_token_id", "bos_token_id", "pad_token_id", "dtype", "torch_dtype", "architectures",
+    "auto_map", "quantization_config", "transformers_weights", "scale_attn_weights", "final_logit_softcapping",
+    "attn_logit_softcapping", "query_pre_attn_scalar", "attention_dropout", "max_position_embeddings",
+    "add_cross_attention", "tokenizer_class", "max_window_layers", "num_labels", "id2label",
+    "is_encoder_decoder", "pruned_heads", "chunk_size_feed_forward", "output_hidden_states", "return_dict",
+    "use_cache", "add_bos_token", "add_prefix_space", "model_max_length", "chat_template",
+    "clean_up_tokenization_spaces",
+)  # fmt: skip
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What came of a folder: `refused` says why there is nothing else."""
+
+    logits: np.ndarray | None = None
+    ids: list[int] | None = None
+    text: str | None = None
+    refused: str | None = None
+    crashed: bool = False
+
+
+def theirs(folder: Path, name: str) -> Outcome:
+    """Of transformers, in float32; weights that it would make up count as refused."""
+    out = Outcome()
+    try:
+        model, info = zoo.auto_class(name).from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True, attn_implementation="eager"
+        )
+        if missing := [key for key in info["missing_keys"] if "pooler" not in key]:
+            raise ValueError(f"missing {missing}")
+        with torch.no_grad():
+            out.logits = model.eval()(torch.tensor(TOKENS)).logits[0].numpy()
+    except BaseException as error:
+        out.refused = f"{type(error).__name__}: {str(error)[:200]}"
+    return out
+
+
+@functools.lru_cache(maxsize=64)
+def _program(spec: TransformerSpec) -> Callable[..., jax.Array]:
+    return jax.jit(lambda arrays, tokens: Transformer.from_parameters(spec, arrays)(tokens))
+
+
+def ours(folder: Path) -> Outcome:
+    """Of jdsi; anything but its own errors is a crash."""
+    out = Outcome()
+    try:
+        model = load_model(folder, dtype="float32")
+        out.logits = np.asarray(_program(model.spec)(parameters(model), np.array(TOKENS)))[0]
+    except JdsiError as error:
+        out.refused = str(error)
+    except BaseException:
+        out.refused, out.crashed = traceback.format_exc(limit=-3), True
+    return out
+
+
+def tokenizer_of(load: Callable[[], Any]) -> Outcome:
+    """A tokenizer's ids and text."""
+    out = Outcome()
+    try:
+        tokenizer = load()
+        if tokenizer is None:
+            raise JdsiError("none")
+        out.ids = list(tokenizer(TEXT)["input_ids"])
+        out.text = tokenizer.decode(out.ids[:9])
+    except JdsiError as error:
+        out.refused = str(error)
+    except BaseException as error:
+        out.refused, out.crashed = f"{type(error).__name__}: {str(error)[:300]}", True
+    return out
+
+
+def judge(folder: Path, name: str, change: str) -> str | None:
+    """What we do that we must not; `None` if all is well."""
+    found, right = ours(folder), theirs(folder, name)
+    if found.crashed:
+        return f"crash: {found.refused}"
+    # It reads a key of the index that nothing is made of.
+    if found.refused is None and right.refused is not None and "metadata" not in change:
+        return f"we answer, transformers refuses: {right.refused}"
+    if found.logits is not None and right.logits is not None:
+        if found.logits.shape != right.logits.shape:
+            return f"shapes {found.logits.shape} and {right.logits.shape}"
+        if not np.allclose(found.logits, right.logits, rtol=1e-3, atol=1e-4, equal_nan=True):
+            return f"another answer, by {np.abs(found.logits - right.logits).max()}"
+    if found.refused is not None and "\n" in found.refused and "does not fit the model" not in found.refused:
+        return f"more than a line: {found.refused}"
+    with contextlib.suppress(JdsiError):
+        load_eos_token_ids(folder)
+    token = tokenizer_of(lambda: load_tokenizer(folder))
+    right = tokenizer_of(lambda: transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
+    if token.crashed and not right.crashed:
+        return f"crash of the tokenizer: {token.refused}"
+    if token.refused is None and (token.ids, token.text) != (right.ids, right.text):
+        return f"other tokens: {token} {right}"
+    return None
+
+
+def folders(root: Path) -> dict[str, Path]:
+    """A valid checkpoint of each family; half of them sharded."""
+    made = {}
+    for i, name in enumerate(FAMILIES):
+        model = zoo.save(name, root / name, tie_word_embeddings=i % 3 == 1)
+        if i % 2:
+            (root / name / "model.safetensors").unlink()
+            model.save_pretrained(root / name, max_shard_size="20KB")
+        save_tokenizer(root / name)
+        made[name] = root / name
+    return made
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """A disagreement."""
+
+    seed: int
+    change: str
+    what: str
+
+
+def run(count: int, seed: int, root: Path) -> list[Finding]:
+    """Tries `count` mutations."""
+    valid, found = folders(root / "valid"), []
+    for i in range(count):
+        rng = random.Random(f"{seed}-{i}")
+        name = rng.choice(FAMILIES)
+        folder = root / "mutated"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(valid[name], folder)
+        file = folder / rng.choice([f for f in SMALL if (folder / f).exists()])
+        change, content = mutate(json.loads(file.read_text()), rng)
+        if rng.random() < 0.2:
+            more, content = mutate(content, rng)
+            change += f"; {more}"
+        text = json.dumps(content)
+        if rng.random() < 0.03:
+            change, text = "cut", text[: rng.randrange(len(text))]
+        file.write_text(text)
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("ignore", JdsiWarning)
+            what = judge(folder, name, change)
+        if what is not None:
+            found.append(Finding(i, f"{name} {file.name}: {change}", what))
+            print(found[-1], flush=True)
+    return found
+
+
+if __name__ == "__main__":
+    transformers.logging.set_verbosity_error()
+    with tempfile.TemporaryDirectory() as place:
+        result = run(int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0, Path(place))
+    print(f"{len(result)} disagreements")
