@@ -11,7 +11,7 @@ from jdsi.config import InferenceConfig
 from jdsi.converters import load_model
 from jdsi.engine import InferenceEngine
 from jdsi.errors import CapacityError, CheckpointError, ConfigError, JdsiError, PeerError, PromptError
-from jdsi.generation import Completion, SamplingParams, TokenLogprob
+from jdsi.generation import Classification, Completion, SamplingParams, TokenLogprob
 from jdsi.generation.stream_events import StreamEvent
 from jdsi.inference import init_inference
 from jdsi.models import Transformer, TransformerSpec
@@ -20,6 +20,7 @@ from jdsi.runtime import GenerationStats
 __all__ = [
     "CapacityError",
     "CheckpointError",
+    "Classification",
     "Completion",
     "ConfigError",
     "GenerationStats",
