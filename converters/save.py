@@ -12,6 +12,7 @@ import numpy as np
 
 from jdsi.errors import ConfigError
 from jdsi.models import abstract_parameters
+from jdsi.models.families.architecture import exported_config
 from jdsi.pallas_kernels.quantized_linear import WeightFormat
 
 from .checkpoint import resolve_config
@@ -168,7 +169,7 @@ def save_parameters(
                 write_huggingface(
                     source,
                     family.weight_map(spec),
-                    read_config(config),
+                    exported_config(read_config(config), spec),
                     partial,
                     dtype=form.dtype,
                     max_shard_size=form.max_shard_size,

@@ -2,6 +2,7 @@
 
 import contextlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -63,14 +64,15 @@ PROMPTS = [[5, 9, 2, 7], [11, 4, 4, 60, 33, 21, 8, 9, 10, 70, 71, 72], [3]]
 _DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
 
-def three_layers(name: str, folder: Path) -> Path:
-    """A random model of three layers, saved."""
+def three_layers(name: str, folder: Path, auto: Any = None) -> Path:
+    """A random model of three layers, saved; a language model, if `auto` makes no other of its config."""
     settings = CONFIGS[name] | {key: 3 for key in _DEPTHS if key in CONFIGS[name]}
     if not any(key in settings for key in _DEPTHS):
         settings["num_hidden_layers"] = 3
     if name == "gpt_neo":
         settings["attention_types"] = [[["global", "local", "global"], 1]]
-    auto = transformers.AutoModelForMaskedLM if name in ENCODERS else transformers.AutoModelForCausalLM
+    if auto is None:
+        auto = transformers.AutoModelForMaskedLM if name in ENCODERS else transformers.AutoModelForCausalLM
     random_torch_model(transformers.AutoConfig.for_model(name, **settings), auto).save_pretrained(folder)
     return folder
 

@@ -8,6 +8,7 @@ import typer
 from jdsi.errors import JdsiError
 
 from .bench import bench
+from .classify import classify
 from .convert import convert
 from .generate import generate
 from .inspect import inspect
@@ -22,6 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(generate)
+app.command()(classify)
 app.command()(convert)
 app.command()(inspect)
 app.command()(plan)
