@@ -225,8 +225,13 @@ class TransformerSpec:
 
     @property
     def causal(self) -> bool:
-        """Whether the model can generate: every layer looks only backwards."""
+        """Whether every layer looks only backwards."""
         return all(layer.attention.causal for layer in self.layers)
+
+    @property
+    def generates(self) -> bool:
+        """Whether the model continues texts, and so keeps keys and values: neither encoder nor classifier, nor bare."""
+        return self.causal and self.head is not None
 
     @property
     def classifier_outputs(self) -> int:
@@ -239,7 +244,7 @@ class TransformerSpec:
         """The method of an engine that a model of this kind is made for, as messages name it."""
         if self.head is None and self.classifier is not None:
             return "pool()" if self.classifier.labels is None else "classify()"
-        return "generate()" if self.causal and self.head is not None else "forward()"
+        return "generate()" if self.generates else "forward()"
 
     @property
     def position_table(self) -> int | None:
