@@ -185,7 +185,8 @@ def test_warmup_leaves_nothing_to_compile(folder: Path, torch_model: Any) -> Non
         ([[5, 6]], [[0]], jdsi.ConfigError, "token_types has 1 ids for the 2 tokens of text"),
         ([[5, 6]], [[0, 2]], jdsi.ConfigError, "token types from 0 to 2; this model has types 0 to 1"),
         ([[5, 6]], [[0, 0], [0, 0]], jdsi.ConfigError, "token_types has 2 rows for 1 rows"),
-        ([[5, 6]], "x", jdsi.ConfigError, "token_types must have a row of integers"),
+        ([[5, 6]], [[0.5, 1.0]], jdsi.ConfigError, "token_types must have a row of integers"),
+        ([[5, 6]], "xy", jdsi.ConfigError, "token_types must have a row of integers"),
         ([{"role": "user", "content": "a"}], None, jdsi.PromptError, "no chat template"),
     ],
 )

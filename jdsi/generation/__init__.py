@@ -1,4 +1,4 @@
-"""From logits to tokens and from tokens to text: sampling, beam search, stopping and detokenisation; to labels too."""
+"""From logits to tokens, and from tokens to text: sampling, beam search, stopping, detokenisation; and to labels."""
 
 from jdsi.generation import beam
 from jdsi.generation.classification import Classification

@@ -102,7 +102,7 @@ class TextIntake:
                 )
         return rows
 
-    def _row(self, index: int, text: Text, types: list[int] | None, name: str) -> TokenRow:
+    def _row(self, index: int, text: Any, types: list[int] | None, name: str) -> TokenRow:
         vocabulary = self.spec.vocab_size
         if parts := _parts(text, name):
             if types is not None:
@@ -125,14 +125,13 @@ class TextIntake:
         return types if types is not None and any(types) else None
 
     def _given_types(self, token_types: Any, items: list[Any]) -> list[list[int]]:
-        try:
-            rows = as_list(token_types)
-            types = [[int(kind) for kind in np.asarray(row)] for row in rows]
-        except (PromptError, TypeError, ValueError) as error:
-            raise ConfigError(f"token_types must have a row of integers for each row of token ids: {error}") from error
-        if len(types) != len(items):
-            raise ConfigError(f"token_types has {len(types)} rows for {len(items)} rows of token ids")
-        return types
+        rows = as_list(token_types)
+        if len(rows) != len(items):
+            raise ConfigError(f"token_types has {len(rows)} rows for {len(items)} rows of token ids")
+        types = [np.asarray(row) for row in rows]
+        if not all(row.ndim == 1 and np.issubdtype(row.dtype, np.integer) for row in types):
+            raise ConfigError("token_types must have a row of integers for each row of token ids")
+        return [row.tolist() for row in types]
 
 
 def _items(texts: Any) -> list[Any]:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
@@ -61,7 +62,7 @@ def _step(executor: Executor, batch: Sequence[TokenRow], max_rows: int) -> Step:
     places = np.asarray(classified_tokens(spec, padded.tokens.reshape(rows, -1), padded.lengths))
     wanted = np.arange(rows, dtype=np.int32) * padded.width + places
     # On the host, for it goes to the devices of every stage.
-    context = jax.device_get(PackedContext.from_dense(rows, padded.width, padded.lengths))
+    context = jax.device_get(PackedContext.from_dense(rows, padded.width, jnp.asarray(padded.lengths)))
     types = None
     if executor.spec.embedding.token_types:  # also where all are 0, so that no second program is compiled
         given = [row.token_types or [] for row in batch]
