@@ -10,6 +10,7 @@ import numpy as np
 from jdsi.errors import JdsiWarning
 from jdsi.models import TransformerSpec
 from jdsi.models.families import Family
+from jdsi.models.families.architecture import with_stored_heads
 
 from .buffers import BLOCK_BYTES
 from .matching import by_table_name
@@ -32,6 +33,8 @@ def fit(family: Family, spec: TransformerSpec, store: TensorStore) -> tuple[Tran
     """
     table = family.weight_map(spec)
     stored = by_table_name(store.tensors, table)
+    sources = {entry.ours: [source.name for source in entry.sources] for entry in table.entries}
+    spec = with_stored_heads(spec, lambda ours: all(name in stored for name in sources[ours]))
     for copy, original in table.tied:
         if copy not in stored:
             continue
@@ -62,6 +65,7 @@ def fit(family: Family, spec: TransformerSpec, store: TensorStore) -> tuple[Tran
 
 def fit_names(spec: TransformerSpec, names: Collection[str]) -> TransformerSpec:
     """The spec of a model that has the parameters `names`, of our layout, and `spec` according to its config."""
+    spec = with_stored_heads(spec, names.__contains__)
     if spec.head is not None and spec.head.tied and "head.weight" in names:
         return dataclasses.replace(spec, head=dataclasses.replace(spec.head, tied=False))
     return spec

@@ -13,6 +13,7 @@ import numpy as np
 from jdsi.errors import ConfigError
 from jdsi.models import Transformer, parameters
 from jdsi.models.families import family_for
+from jdsi.models.families.architecture import exported_config
 from jdsi.models.weight_map import Entry, Shape, WeightMap
 
 from .config import config_as_written, copy_companions, parse_dtype, read_config, read_json
@@ -90,7 +91,7 @@ def write_huggingface(
     Args:
         source: the parameters.
         weight_map: the family's table.
-        config: `config.json`; its `dtype` is set to the type that most bytes have, the rest stays.
+        config: `config.json` of these parameters; its `dtype` is set to the type that most bytes have.
         dtype: cast every parameter; `None` keeps each as it is.
         max_shard_size: in bytes.
         watch: sees every block read.
@@ -150,7 +151,8 @@ def export_huggingface(
         The folder.
 
     Raises:
-        ConfigError: the config is of another family than the model, or an option is invalid.
+        ConfigError: the config is of another family than the model, or names a class without one of its heads; or an
+            option is invalid.
         CheckpointError: the destination exists, cannot be written, or the disk is full.
     """
     folder = None if isinstance(config, Mapping) else Path(config)
@@ -165,6 +167,7 @@ def export_huggingface(
     size = parse_size(max_shard_size)
     source = MemoryParameters(parameters(model))
     weight_map = family_for(model.spec.family).weight_map(model.spec)
+    config = exported_config(config, model.spec)
     target = Path(destination)
     progress = progress or Silent()
     watcher = Watcher(progress)

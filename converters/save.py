@@ -13,6 +13,7 @@ import numpy as np
 
 from jdsi.errors import ConfigError
 from jdsi.models import abstract_parameters
+from jdsi.models.families.architecture import exported_config
 from jdsi.pallas_kernels.quantized_linear import WeightFormat
 
 from .config import config_as_written, copy_companions, load_family, parse_dtype, read_config
@@ -155,7 +156,7 @@ def save_parameters(
     spec = fit_names(said, source.shapes)
     shapes = {name: tuple(leaf.shape) for name, leaf in abstract_parameters(spec).items()}
     check_shapes(f"what is to be saved like {origin}", source.shapes, shapes)
-    written = config_as_written(read_config(config), spec)
+    written = exported_config(config_as_written(read_config(config), spec), spec)
     formats = _formats(source, form)
     needed = _bytes_read(source, form.dtype, formats)
     progress = progress or Silent()

@@ -1,4 +1,4 @@
-"""The inference engine: a model, its tokenizer, and `generate`."""
+"""The inference engine: a model, its tokenizer, `generate` and `classify`."""
 
 import time
 from collections.abc import Collection, Iterator, Sequence
@@ -13,7 +13,16 @@ from jdsi.config import InferenceConfig
 from jdsi.converters import ParameterSource, Progress, load_spec, save_parameters
 from jdsi.converters.save import Layout
 from jdsi.errors import CapacityError, ConfigError
-from jdsi.generation import Completion, CompletionBuilder, FinishCode, SampledTokens, SamplingParams, pad_rows
+from jdsi.generation import (
+    Classification,
+    Completion,
+    CompletionBuilder,
+    FinishCode,
+    SampledTokens,
+    SamplingParams,
+    pad_rows,
+)
+from jdsi.generation.classification import Text, TextIntake, TokenRow, check_finite
 from jdsi.generation.prompts import Prompt, encode_rows
 from jdsi.generation.requests import Intake, Request
 from jdsi.generation.stream_events import StreamEvent, events_of
@@ -21,13 +30,14 @@ from jdsi.models import TransformerSpec
 from jdsi.runtime import Executor, GenerationStats, token_bucket
 from jdsi.runtime.batching import batches_of, most_requests, passes_of
 from jdsi.runtime.beam_decoding import beam_search
+from jdsi.runtime.classification import classify
 from jdsi.runtime.decoding import Batch, decode
 from jdsi.runtime.memory import peak_device_memory, peak_memory
 from jdsi.runtime.weight_stream import StreamReport
 
 
 class InferenceEngine:
-    """Generates with a model. Make one with `jdsi.init_inference`.
+    """Generates, or classifies, with a model. Make one with `jdsi.init_inference`.
 
     Attributes:
         config: as given.
@@ -35,7 +45,7 @@ class InferenceEngine:
         max_tokens: prompt plus generated tokens a sequence may have.
         eos_token_ids: ids that end a sequence.
         checkpoint: the folder that the model was loaded from, if it was.
-        stats: of the last generation.
+        stats: of the last generation or classification.
     """
 
     def __init__(
@@ -176,13 +186,68 @@ class InferenceEngine:
         self._streamed_before = self._executor.stream_report()
         return self._sample(requests)
 
+    def classify(
+        self, texts: Text | Sequence[Text], token_types: Sequence[Any] | Int[np.ndarray, "B S"] | None = None
+    ) -> list[Classification]:
+        """Labels of texts by a sequence classifier, and their scores.
+
+        The scores are the softmax of the logits; with the config's `problem_type` "multi_label_classification", where
+        labels do not exclude each other, the sigmoid; of "regression", or with a single label, the logits themselves.
+
+        Args:
+            texts: one or several, each text, a pair of texts as a tuple, token ids or chat messages. A tuple of two
+                texts is a pair, a list of two texts are two.
+            token_types: segment ids of texts that are given as token ids, a row for each; by default 0. The tokenizer
+                tells those of text.
+
+        Returns:
+            What is said of each text, in order. It does not depend on what the text is batched with.
+
+        Raises:
+            ConfigError: the model is no sequence classifier, or the token types do not fit.
+            PromptError: a text is empty, not understood, or has ids outside the vocabulary.
+            CapacityError: a text has more than `max_tokens` tokens.
+        """
+        classifier = self.spec.classifier
+        if classifier is None or classifier.labels is None:
+            call = self.spec.main_call
+            raise ConfigError(f"this {self.spec.family} model is not a sequence classifier; use {call}")
+        return [Classification.of(classifier, logits) for logits in self._outputs_of(texts, token_types)]
+
+    def pool(
+        self, texts: Text | Sequence[Text], token_types: Sequence[Any] | Int[np.ndarray, "B S"] | None = None
+    ) -> Float[np.ndarray, "B E"]:
+        """A float32 vector for each text, by the pooler of a bare encoder: `pooler_output` of `transformers`.
+
+        Args:
+            texts, token_types: as for `classify`, which also has the errors.
+        """
+        classifier = self.spec.classifier
+        if classifier is None or classifier.labels is not None:
+            raise ConfigError(f"this {self.spec.family} model has no pooler alone; use {self.spec.main_call}")
+        return np.stack(self._outputs_of(texts, token_types))
+
+    def _outputs_of(self, texts: Any, token_types: Any) -> list[np.ndarray]:
+        rows = TextIntake(self.spec, self.tokenizer, self.max_tokens).rows(texts, token_types)
+        self.stats = GenerationStats(prompt_tokens=sum(len(row.tokens) for row in rows))
+        self._streamed_before = self._executor.stream_report()
+        start = time.perf_counter()
+        outputs = dict(classify(self._executor, rows, max_rows=self.config.max_batch_size))
+        self.stats.first_token_seconds = time.perf_counter() - start
+        self._note_memory()
+        check_finite(rows, outputs)
+        return [outputs[row.index] for row in rows]
+
     def forward(
         self,
         tokens: Int[Array, "B S"] | Sequence[Sequence[int]],
         lengths: Int[Array, " B"] | Sequence[int] | None = None,
         token_types: Int[Array, "B S"] | None = None,
     ) -> Float[Array, "B S V"]:
-        """Float32 logits of every token of a right-padded batch (hidden states if the model has no head).
+        """Float32 logits of every token of a right-padded batch.
+
+        Models without a language-model head give hidden states `[B, S, E]`, sequence classifiers too: what those say of
+        whole sequences is `classify`'s to give.
 
         Args:
             tokens: ids; rows of unequal length are padded here.
@@ -232,6 +297,8 @@ class InferenceEngine:
         """
         from rich.progress import track
 
+        if self.spec.main_call in ("classify()", "pool()"):
+            return self._warmup_classifier(batch_sizes, prompt_lengths, progress=progress)
         params = sampling or self._intake.default_params(min(prompt_lengths, default=1))
         longest = max(1, self.max_tokens - params.max_new_tokens)
         most = most_requests(self.config.max_batch_size, params)
@@ -246,6 +313,16 @@ class InferenceEngine:
             for _ in zip(range(2), self._decode([requests]), strict=False):
                 pass
         return len(by_bucket)
+
+    def _warmup_classifier(self, batch_sizes: Sequence[int], lengths: Sequence[int], *, progress: bool) -> int:
+        from rich.progress import track
+
+        most = self.config.max_batch_size
+        shapes = sorted({(min(b, most), min(token_bucket(n), self.max_tokens)) for b in batch_sizes for n in lengths})
+        for batch, length in track(shapes, description="compiling", disable=not progress):
+            rows = [TokenRow(i, [0] * length) for i in range(batch)]
+            dict(classify(self._executor, rows, max_rows=most))
+        return len(shapes)
 
     def _batches(self, requests: list[Request]) -> Iterator[list[Request]]:
         return batches_of(requests, self._executor, self.config.max_batch_size)

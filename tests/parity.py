@@ -4,6 +4,7 @@ import re
 import tempfile
 import warnings
 from collections.abc import Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +23,15 @@ RTOL, ATOL = 5e-4, 5e-5
 
 
 def random_torch_model(
-    config: transformers.PretrainedConfig, auto_class: type, seed: int = 0, *, attention: str = "eager"
+    config: transformers.PretrainedConfig, auto_class: Any, seed: int = 0, *, attention: str = "eager"
 ) -> torch.nn.Module:
-    """A model with every parameter random, biases and norms included, so that a forgotten one shows."""
+    """A model with every parameter random, biases and norms included, so that a forgotten one shows.
+
+    Its class is `auto_class`, or what that makes of the config.
+    """
     torch.manual_seed(seed)
-    model = auto_class.from_config(config, attn_implementation=attention).eval().float()
+    create = getattr(auto_class, "from_config", None) or auto_class._from_config
+    model = create(config, attn_implementation=attention).eval().float()
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn_like(parameter)
@@ -153,8 +158,8 @@ def check_encoder(
 ) -> None:
     """What an encoder gives for a batch of unequal lengths agrees with transformers run one row at a time.
 
-    Logits, label scores or hidden states, whichever the class has. Padding holds random ids that must not matter, and
-    the same sequences laid end to end on one axis must give the same.
+    Logits or hidden states of every token, label scores or the pooler's vector of every row, whichever the class has.
+    Padding holds random ids that must not matter, and the same sequences, end to end on one axis, must give the same.
     """
     torch_model = random_torch_model(config, auto_class, seed)
     torch_model.config.architectures = [type(torch_model).__name__]
@@ -166,33 +171,64 @@ def check_encoder(
     real = np.arange(shape[1]) < np.asarray(lengths)[:, None]
 
     @jax.jit
-    def dense(tokens: jax.Array, types: jax.Array) -> jax.Array:
-        run = model if model.classifier is None else model.classify
-        return run(tokens, jnp.asarray(lengths), types)
+    def dense(tokens: jax.Array, types: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        by_row = None
+        if model.spec.classifier is not None:
+            run = model.pool if model.spec.classifier.labels is None else model.classify
+            by_row = run(tokens, jnp.asarray(lengths), types)
+        return model(tokens, jnp.asarray(lengths), types), by_row
 
     @jax.jit
-    def packed(tokens: jax.Array, types: jax.Array) -> jax.Array:
+    def packed(tokens: jax.Array, types: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         context = PackedContext.from_lengths(jnp.asarray(lengths), tokens.size)
         hidden, _ = model.forward(tokens, context, types)
-        if model.classifier is not None:
-            return model.classifier(hidden[np.cumsum([0, *lengths[:-1]])])
-        return hidden if model.head is None else model.logits(hidden)
+        by_row = None if model.classifier is None else model.classifier(hidden[np.cumsum([0, *lengths[:-1]])])
+        return hidden if model.head is None else model.logits(hidden), by_row
 
     with few_optimizations():
-        out = np.asarray(dense(tokens, types))
-        garbage = dense(np.where(real, tokens, rng.permuted(tokens)), np.where(real, types, 0))
-        flat = np.asarray(packed(np.append(tokens[real], [5, 7]), np.append(types[real], [0, 0])))
-    if model.classifier is None:
-        out, garbage, flat = out[real], np.asarray(garbage)[real], flat[:-2]
-    np.testing.assert_array_equal(out, garbage)
-    np.testing.assert_allclose(flat, out, rtol=RTOL, atol=ATOL)
-    expected = []
+        by_token, by_row = dense(tokens, types)
+        garbage, row_garbage = dense(np.where(real, tokens, rng.permuted(tokens)), np.where(real, types, 0))
+        flat, row_flat = packed(np.append(tokens[real], [5, 7]), np.append(types[real], [0, 0]))
+    np.testing.assert_array_equal(np.asarray(by_token)[real], np.asarray(garbage)[real])
+    np.testing.assert_allclose(flat[:-2], np.asarray(by_token)[real], rtol=RTOL, atol=ATOL)
+    if by_row is not None:
+        np.testing.assert_array_equal(by_row, row_garbage)
+        np.testing.assert_allclose(row_flat, by_row, rtol=RTOL, atol=ATOL)
     for row, length in enumerate(lengths):
         arguments = {"input_ids": torch.tensor(tokens[row : row + 1, :length])}
         if model.spec.embedding.token_types:
             arguments["token_type_ids"] = torch.tensor(types[row : row + 1, :length])
         with torch.no_grad():
-            result = torch_model(**arguments)
-        key = next(k for k in ("logits", "prediction_logits", "last_hidden_state") if k in result)
-        expected.append(result[key].numpy().reshape(-1, result[key].shape[-1]))
-    np.testing.assert_allclose(out, np.concatenate(expected), rtol=RTOL, atol=ATOL)
+            result = torch_model(**arguments, output_hidden_states=True)
+        found = {"pooler_output": by_row, "seq_relationship_logits": by_row, "logits": by_row}
+        if model.head is not None:
+            found |= {"logits": by_token, "prediction_logits": by_token}
+        else:
+            np.testing.assert_allclose(by_token[row, :length], result.hidden_states[-1][0], rtol=RTOL, atol=ATOL)
+        for key in found.keys() & result.keys():
+            own = found[key]
+            assert own is not None, key
+            own = own[row, :length] if own is by_token else own[row]
+            np.testing.assert_allclose(own, result[key][0].numpy(), rtol=RTOL, atol=ATOL, err_msg=key)
+
+
+def check_decoder_classifier(config: transformers.PretrainedConfig, *, seed: int = 0) -> None:
+    """Label scores of a decoder for a batch of unequal lengths agree with transformers run one row at a time.
+
+    One row ends in tokens that are padding by their id, which are not its last ones.
+    """
+    torch_model = random_torch_model(config, transformers.AutoModelForSequenceClassification, seed)
+    torch_model.config.architectures = [type(torch_model).__name__]
+    model = ours(torch_model)
+    rng = np.random.default_rng(seed)
+    lengths = (3, 13, 8, 5)
+    tokens = rng.integers(3, config.vocab_size, (len(lengths), max(lengths)))
+    if config.pad_token_id is not None:
+        tokens[2, 6:8] = config.pad_token_id
+        tokens[3, :] = config.pad_token_id
+    with few_optimizations():
+        scores = jax.jit(model.classify)(tokens, jnp.asarray(lengths))
+    for row, length in enumerate(lengths):
+        with torch.no_grad():
+            expected = torch_model(torch.tensor(tokens[row : row + 1, :length])).logits[0].numpy()
+        np.testing.assert_allclose(scores[row], expected, rtol=RTOL, atol=ATOL)

@@ -35,6 +35,8 @@ def model_at(path: str | Path) -> Any:
 def answers(engine: jdsi.InferenceEngine, samplings: list[str]) -> dict[str, Any]:
     """Everything that must not depend on the mesh or the number of processes."""
     found: dict[str, Any] = {"logits": np.asarray(engine.forward(PROMPTS)).tolist()}
+    if engine.spec.classifier is not None:
+        found["classified"] = [one.logits.tolist() for one in engine.classify(PROMPTS)]
     for name in samplings:
         found[name] = [c.token_ids for c in engine.generate(PROMPTS, SAMPLINGS[name])]
     return found

@@ -10,9 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForSequenceClassification
 
 from checkpoints import save_llama
 from jdsi.cli import main
+from test_classify import save
 from without_torch import WITHOUT_TORCH
 
 TINY = Path(__file__).resolve().parent.parent / "examples" / "tiny-python-lm"
@@ -69,6 +71,31 @@ def test_convert_then_generate_gives_the_same(jdsi: Command, folder: Path, tmp_p
     assert answer["stats"]["stream"]["blocks"] >= 2 * answer["stats"]["new_tokens"] / 2
     assert completions[0][0].keys() >= {"text", "token_ids", "finish_reason"}
     assert json.loads(answers[0].stdout)["stats"]["new_tokens"] == sum(len(c["token_ids"]) for c in completions[0])
+
+
+def test_classify(jdsi: Command, tmp_path: Path, folder: Path) -> None:
+    save(tmp_path, "bert", AutoModelForSequenceClassification, id2label={0: "bad", 1: "good"})
+    texts = ("--text", "a film", "--text", "bad", "--pair", "good .", "--pair", "b", "--prompt-ids", "5,6,7")
+    shown, answer = jdsi("classify", tmp_path, *texts), jdsi("classify", tmp_path, *texts, "--json")
+    assert shown.returncode == answer.returncode == 0, shown.stderr + answer.stderr
+    found = json.loads(answer.stdout)
+    assert found["stats"]["prompt_tokens"] == 7 + 5 + 3
+    assert [one["labels"] for one in found["classifications"]] == [["bad", "good"]] * 3
+    lines = [line.split("\t") for line in shown.stdout.splitlines()]
+    assert [label for label, _ in lines] == [one["label"] for one in found["classifications"]]
+    assert [float(score) for _, score in lines] == pytest.approx([one["score"] for one in found["classifications"]])
+    spread = jdsi("classify", tmp_path, *texts, "--tensor-parallel", 2, "--pipeline-parallel", 2)
+    assert [line.split("\t")[0] for line in spread.stdout.splitlines()] == [label for label, _ in lines]
+    assert "classifier:" in jdsi("inspect", tmp_path).stdout
+    for arguments, message in (
+        ((tmp_path, "--text", "a", "--pair", "b", "--pair", "c"), "2 --pair for 1 --text"),
+        ((tmp_path,), "at least one --text or --prompt-ids"),
+        ((folder, "--text", "a"), "this llama model is not a sequence classifier; use generate()"),
+    ):
+        failed = jdsi("classify", *arguments)
+        assert failed.returncode in (1, 2)
+        assert message in " ".join(failed.stderr.replace("│", " ").split())
+        assert "Traceback" not in failed.stderr
 
 
 def test_stream_prints_what_generate_prints(jdsi: Command, folder: Path) -> None:

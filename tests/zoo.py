@@ -64,13 +64,13 @@ def save(name: str, folder: Path, **changes: Any) -> torch.nn.Module:
 _DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
 
-def three_layers(name: str, folder: Path) -> Path:
+def three_layers(name: str, folder: Path, auto: Any = None) -> Path:
     """A random model of three layers, saved."""
     settings = CONFIGS[name] | {key: 3 for key in _DEPTHS if key in CONFIGS[name]}
     if not any(key in settings for key in _DEPTHS):
         settings["num_hidden_layers"] = 3
     if name == "gpt_neo":
         settings["attention_types"] = [[["global", "local", "global"], 1]]
-    auto = transformers.AutoModelForMaskedLM if name in ENCODERS else transformers.AutoModelForCausalLM
+    auto = auto or auto_class(name)
     random_torch_model(transformers.AutoConfig.for_model(name, **settings), auto).save_pretrained(folder)
     return folder

@@ -221,8 +221,8 @@ class _StageRuns:
             tokens = rows * length
             hidden = jnp.ones((tokens, executor.spec.width), executor.dtype)
             x = jax.device_put(hidden, program.sharding(program.hidden_spec(tokens)))
-        last, carry = (step.last, step.carry) if program.last else (None, ())
-        return StageInput(x, step.context.stages[stage], last=last, carry=carry), step.epilogue
+        wanted, carry = (step.wanted, step.carry) if program.last else (None, ())
+        return StageInput(x, step.context.stages[stage], wanted=wanted, carry=carry), step.epilogue
 
     def issue(self) -> None:
         given, epilogue = self.given.pop()

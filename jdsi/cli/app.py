@@ -12,6 +12,7 @@ import typer
 from jdsi.errors import JdsiError, JdsiWarning
 
 from .bench import bench
+from .classify import classify
 from .convert import convert
 from .generate import generate
 from .inspect import inspect
@@ -26,6 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(generate)
+app.command()(classify)
 app.command()(convert)
 app.command()(inspect)
 app.command()(plan)

@@ -3,9 +3,7 @@
 import contextlib
 import dataclasses
 import json
-import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,10 +11,26 @@ import typer
 
 from jdsi.errors import PromptError
 
+from .engine_options import (
+    PARALLELISM,
+    Coordinator,
+    DataParallel,
+    Distributed,
+    GpuDirect,
+    Kernels,
+    NumProcesses,
+    Offload,
+    PipelineParallel,
+    ProcessId,
+    TensorParallel,
+    Tokenizer,
+    join_others,
+    silence,
+    token_ids,
+)
 from .progress import progress_line
 
 _SAMPLING = "Sampling"
-_PARALLELISM = "Parallelism"
 _PROMPTS = "Prompts (each may be repeated)"
 
 
@@ -54,17 +68,12 @@ def generate(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.", rich_help_panel=_SAMPLING)] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    offload: Annotated[
-        str | None, typer.Option(help="host, nvme or auto: weights that need not stay on the device.")
-    ] = None,
+    offload: Offload = None,
     memory_limit: Annotated[
         str | None,
         typer.Option(help="With --offload or --parallelism: memory to keep to, as 2GiB; by default what is free."),
     ] = None,
-    gpu_direct: Annotated[
-        bool,
-        typer.Option("--gpu-direct", help="With --offload nvme: read straight into the memory of GPUs; needs kvikio."),
-    ] = False,
+    gpu_direct: GpuDirect = False,
     kv_offload: Annotated[
         str | None, typer.Option(help="With --offload: host or nvme, where keys and values live as well.")
     ] = None,
@@ -74,35 +83,19 @@ def generate(
     devices_per_link: Annotated[
         int, typer.Option(help="With --kv-offload: devices that share a link to the host.")
     ] = 1,
-    tensor_parallel: Annotated[
-        int, typer.Option(help="Devices that share every layer.", rich_help_panel=_PARALLELISM)
-    ] = 1,
-    pipeline_parallel: Annotated[int, typer.Option(help="Stages of layers.", rich_help_panel=_PARALLELISM)] = 1,
-    data_parallel: Annotated[
-        int, typer.Option(help="Groups of devices that share the prompts.", rich_help_panel=_PARALLELISM)
-    ] = 1,
+    tensor_parallel: TensorParallel = 1,
+    pipeline_parallel: PipelineParallel = 1,
+    data_parallel: DataParallel = 1,
     parallelism: Annotated[
         str | None,
-        typer.Option(help="auto, latency or throughput: choose the degrees.", rich_help_panel=_PARALLELISM),
+        typer.Option(help="auto, latency or throughput: choose the degrees.", rich_help_panel=PARALLELISM),
     ] = None,
-    distributed: Annotated[
-        bool,
-        typer.Option(
-            "--distributed",
-            help="Several processes run this command; SLURM, Open MPI or Kubernetes says which.",
-            rich_help_panel=_PARALLELISM,
-        ),
-    ] = False,
-    coordinator: Annotated[
-        str | None,
-        typer.Option(help="HOST:PORT of process 0, where nothing says which.", rich_help_panel=_PARALLELISM),
-    ] = None,
-    num_processes: Annotated[int | None, typer.Option(help="How many do.", rich_help_panel=_PARALLELISM)] = None,
-    process_id: Annotated[
-        int | None, typer.Option(help="Which of them this is; 0 prints.", rich_help_panel=_PARALLELISM)
-    ] = None,
-    kernels: Annotated[bool, typer.Option(help="Use hand-written GPU kernels.")] = True,
-    tokenizer: Annotated[str | None, typer.Option(help="Folder or hub id, if not the model's own.")] = None,
+    distributed: Distributed = False,
+    coordinator: Coordinator = None,
+    num_processes: NumProcesses = None,
+    process_id: ProcessId = None,
+    kernels: Kernels = True,
+    tokenizer: Tokenizer = None,
     stream: Annotated[bool, typer.Option("--stream", help="Print text as it comes (one prompt).")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -131,9 +124,7 @@ def generate(
         logprobs=logprobs,
         seed=seed,
     )
-    first = True
-    if distributed or (coordinator, num_processes, process_id) != (None, None, None):
-        first = _join_others(coordinator, num_processes, process_id)
+    first = join_others(distributed, coordinator, num_processes, process_id)
     engine = init_inference(
         model,
         dtype=dtype,
@@ -154,27 +145,8 @@ def generate(
         choice = engine.executor.choice
         if choice is not None and first:
             sys.stderr.write(f"{choice.explain()}\n")
-        with contextlib.nullcontext() if first else _silence():
+        with contextlib.nullcontext() if first else silence():
             _run(engine, prompts, sampling, stream=stream, as_json=as_json)
-
-
-def _join_others(coordinator: str | None, num_processes: int | None, process_id: int | None) -> bool:
-    """Makes this one of several processes; whether it is the one that shows what all of them find."""
-    import jax
-
-    from jdsi.sharding import initialize
-
-    # What carries data between CPUs reports its connections on standard output, which is for what the model says.
-    sys.stdout = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    initialize(coordinator, num_processes, process_id)
-    return jax.process_index() == 0
-
-
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-        yield
 
 
 def _run(engine: Any, prompts: list[Any], sampling: Any, *, stream: bool, as_json: bool) -> None:
@@ -207,11 +179,7 @@ def _prompts(texts: list[str], files: list[str], ids: list[str], chat: bool) -> 
             raise PromptError(f"the prompt file {name} cannot be read: {error}") from error
     if chat:
         found = [[{"role": "user", "content": text}] for text in found]
-    for line in ids:
-        try:
-            found.append([int(part) for part in line.split(",")])
-        except ValueError:
-            raise PromptError(f"--prompt-ids {line!r} must be numbers with commas between them, as 5,6,7") from None
+    found += map(token_ids, ids)
     if not found:
         raise typer.BadParameter("give at least one --prompt, --prompt-file or --prompt-ids")
     return found

@@ -101,7 +101,7 @@ def _show(report: dict[str, Any], every_parameter: bool) -> None:
             console.print(f"quantised: {count} matrices in {form}")
     for first, last, layer in _runs(spec["layers"]):
         console.print(f"layers {first} to {last}:" if last > first else f"layer {first}:", layer)
-    for key in ("embedding", "norm", "head"):
+    for key in ("embedding", "norm", "head", "classifier"):
         console.print(f"{key}:", spec[key])
     if every_parameter:
         formats = report["quantization"]

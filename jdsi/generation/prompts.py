@@ -31,12 +31,13 @@ def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return items
 
 
-def encode(prompt: Prompt, tokenizer: Any, vocab_size: int, *, name: str = "prompt") -> list[int]:
+def encode(prompt: Prompt, tokenizer: Any, vocab_size: int, *, name: str = "prompt", answer: bool = True) -> list[int]:
     """Token ids of one prompt.
 
     Args:
         prompt: text gets the tokenizer's special tokens; messages go through its chat template, with the opening of the
             assistant's turn appended; ids are taken as they are.
+        answer: whether that opening is appended.
         tokenizer: a `transformers` tokenizer, or `None`.
         vocab_size: ids must be below it.
         name: what error messages call the prompt.
@@ -51,7 +52,7 @@ def encode(prompt: Prompt, tokenizer: Any, vocab_size: int, *, name: str = "prom
     if items is None:
         raise PromptError(f"{name} is {_kind(prompt)}; {_PROMPT}")
     if items and all(isinstance(item, Mapping) for item in items):
-        text = _render(items, tokenizer, name)
+        text = _render(items, tokenizer, name, answer=answer)
         return _checked(_tokenize(text, tokenizer, name, add_special_tokens=False), vocab_size, name)
     for item in items:
         if not _is_id(item):
@@ -92,19 +93,29 @@ def _checked(ids: Sequence[Any], vocab_size: int, name: str) -> list[int]:
     return [int(token) for token in ids]
 
 
-def _tokenize(text: str, tokenizer: Any, name: str, **options: Any) -> list[int]:
+def encoding(texts: Sequence[str], tokenizer: Any, name: str, **options: Any) -> Mapping[str, list[int]]:
+    """What a tokenizer makes of a text or of a pair of texts, for instance their `input_ids` and `token_type_ids`.
+
+    Raises:
+        PromptError: there is no tokenizer, or it cannot encode them.
+    """
     if tokenizer is None:
         raise PromptError(f"{name} is text, and the model came without a tokenizer; give token ids or `tokenizer=`")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        code = f"U+{ord(text[error.start]):04X}"
-        raise PromptError(f"{name} has half a surrogate pair, {code}, at character {error.start}") from error
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            code = f"U+{ord(text[error.start]):04X}"
+            raise PromptError(f"{name} has half a surrogate pair, {code}, at character {error.start}") from error
     with _refusals(f"{name} cannot be encoded by the tokenizer"):
-        return tokenizer(text, **options)["input_ids"]
+        return tokenizer(*texts, **options)
 
 
-def _render(messages: list[Any], tokenizer: Any, name: str) -> str:
+def _tokenize(text: str, tokenizer: Any, name: str, **options: Any) -> list[int]:
+    return encoding([text], tokenizer, name, **options)["input_ids"]
+
+
+def _render(messages: list[Any], tokenizer: Any, name: str, *, answer: bool) -> str:
     if tokenizer is None:
         raise PromptError(f"{name} is a chat, and the model came without a tokenizer; give token ids or `tokenizer=`")
     if not getattr(tokenizer, "chat_template", None):
@@ -114,7 +125,7 @@ def _render(messages: list[Any], tokenizer: Any, name: str) -> str:
             keys = sorted(map(str, message))
             raise PromptError(f"{name} has a message with keys {keys}; each needs 'role' and 'content'")
     with _refusals(f"{name} is a chat that the model's chat template refuses"):
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=answer, tokenize=False)
 
 
 @contextlib.contextmanager

@@ -50,7 +50,8 @@ class Intake:
         """A request for each of the prompts, see `InferenceEngine.generate`, which also has the errors."""
         if not self.spec.causal or self.spec.head is None:
             what = "is an encoder" if not self.spec.causal else "has no language-model head"
-            raise ConfigError(f"this {self.spec.family} model {what} and cannot generate; use forward()")
+            call = self.spec.main_call
+            raise ConfigError(f"this {self.spec.family} model {what} and cannot generate; use {call}")
         items = as_list(prompts)
         if not items:
             raise PromptError("no prompt was given")

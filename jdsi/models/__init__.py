@@ -2,6 +2,14 @@
 
 from .logical_axes import logical_axes, place
 from .spec import TransformerSpec
-from .transformer import Transformer, abstract_parameters, parameters
+from .transformer import Transformer, abstract_parameters, classified_tokens, parameters
 
-__all__ = ["Transformer", "TransformerSpec", "abstract_parameters", "logical_axes", "parameters", "place"]
+__all__ = [
+    "Transformer",
+    "TransformerSpec",
+    "abstract_parameters",
+    "classified_tokens",
+    "logical_axes",
+    "parameters",
+    "place",
+]

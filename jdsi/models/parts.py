@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from .block import BLOCKS, make_norm
 from .spec import LayerSpec, TransformerSpec
-from .transformer import Head, InputEmbedding
+from .transformer import Classifier, Head, InputEmbedding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,21 +55,33 @@ def layer_part(spec: TransformerSpec, layer: LayerSpec, dtype: DTypeLike) -> Par
 
 
 class Top(nnx.Module):
-    """What comes behind the layers: the last norm and the head, which may share the embedding's table."""
+    """What comes behind the layers: the last norm, the head, which may share the embedding's table, the classifier."""
 
     def __init__(self, spec: TransformerSpec, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         table = spec.embedding.width or spec.width
         self.norm = make_norm(spec.norm, spec.width, dtype) if spec.norm else None
         self.head = Head(spec.head, spec.vocab_size, spec.width, table, dtype=dtype, rngs=rngs) if spec.head else None
+        self.classifier = Classifier(spec.classifier, spec.width, dtype=dtype, rngs=rngs) if spec.classifier else None
 
     def __call__(
-        self, hidden: Float[Array, "T E"], last: Int[Array, " B"] | None, table: Float[Array, "V W"] | None
-    ) -> Float[Array, "B V"]:
-        """Logits of the tokens `last`, or of all; hidden states where there is no head."""
-        if last is not None:
-            hidden = hidden[last]
+        self,
+        hidden: Float[Array, "T E"],
+        wanted: Int[Array, " B"] | None,
+        table: Float[Array, "V W"] | None,
+        *,
+        classify: bool = False,
+    ) -> Float[Array, "B outputs"]:
+        """Logits of the tokens `wanted`, or of all; hidden states where there is no head.
+
+        To `classify` is to apply the classifier to these tokens in place of the head.
+        """
+        if wanted is not None:
+            hidden = hidden[wanted]
         if self.norm is not None:
             hidden = self.norm(hidden)
+        if classify:
+            assert self.classifier is not None
+            return self.classifier(hidden)
         if self.head is None:
             return hidden
         return self.head(hidden, jnp.zeros((0, 0), hidden.dtype) if table is None else table)

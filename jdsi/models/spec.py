@@ -1,6 +1,7 @@
 """What a model is, as data: one frozen description per layer, so that heterogeneous stacks need no flags."""
 
 import dataclasses
+from typing import Literal
 
 from jdsi.pallas_kernels import Alibi, Rotary
 from jdsi.pallas_kernels.activations import known_activation
@@ -173,18 +174,30 @@ class HeadSpec:
 
 @dataclasses.dataclass(frozen=True)
 class ClassifierSpec:
-    """Scores of a whole sequence from its first token: `linear(act(linear(hidden)))`.
+    """What is said of a whole sequence from the hidden state of one of its tokens: `out(act(dense(hidden)))`.
 
     Attributes:
-        num_labels: how many scores.
-        activation: between the two.
+        labels: names of the scores, one for each row of `out`; `None` where there is no `out`, and what the dense layer
+            gives is a vector for the sequence (BERT's pooler).
+        activation: behind the dense layer; `None` where there is none, and `out` reads the hidden state.
+        token: which token's hidden state.
+        padding_id: tokens at the end of a sequence that have this id are not its last one.
+        bias: `out` has a bias.
+        scores: what makes scores of the outputs, its logits: "identity" for regression.
     """
 
-    num_labels: int
-    activation: str
+    labels: tuple[str, ...] | None
+    activation: str | None
+    token: Literal["first", "last"] = "first"
+    padding_id: int | None = None
+    bias: bool = True
+    scores: Literal["softmax", "sigmoid", "identity"] = "softmax"
 
     def __post_init__(self) -> None:
-        known_activation(self.activation)
+        if self.activation is not None:
+            known_activation(self.activation)
+        if (self.labels is None and self.activation is None) or self.labels == ():
+            raise ValueError("a classifier needs labels, a dense layer with an activation, or both")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,7 +210,7 @@ class TransformerSpec:
         width: E.
         max_positions: longest sequence the model takes.
         embedding, layers, norm, head: the parts in order; no `norm` or no `head` leaves that part out.
-        classifier: head of a sequence classifier.
+        classifier: head of a sequence classifier, or the pooler of a bare encoder.
     """
 
     family: str
@@ -212,8 +225,26 @@ class TransformerSpec:
 
     @property
     def causal(self) -> bool:
-        """Whether the model can generate: every layer looks only backwards."""
+        """Whether every layer looks only backwards."""
         return all(layer.attention.causal for layer in self.layers)
+
+    @property
+    def generates(self) -> bool:
+        """Whether the model continues texts, and so keeps keys and values: neither encoder nor classifier, nor bare."""
+        return self.causal and self.head is not None
+
+    @property
+    def classifier_outputs(self) -> int:
+        """Numbers that the classifier gives for a sequence."""
+        labels = None if self.classifier is None else self.classifier.labels
+        return self.width if labels is None else len(labels)
+
+    @property
+    def main_call(self) -> str:
+        """The method of an engine that a model of this kind is made for, as messages name it."""
+        if self.head is None and self.classifier is not None:
+            return "pool()" if self.classifier.labels is None else "classify()"
+        return "generate()" if self.generates else "forward()"
 
     @property
     def position_table(self) -> int | None:

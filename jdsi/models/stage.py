@@ -17,7 +17,7 @@ from .transformer import InputEmbedding
 
 
 class Stage(nnx.Module):
-    """Layers `layers` of a model, the embedding in front of the first, norm and head behind the last.
+    """Layers `layers` of a model, the embedding in front of the first, norm and heads behind the last.
 
     They attend as layers 0, 1, ... of the context they are given.
     """
@@ -53,11 +53,13 @@ class Stage(nnx.Module):
             hidden, context = layer(hidden, context)
         return hidden, context.commit()
 
-    def finish(self, hidden: Float[Array, "T E"], last: Int[Array, " B"] | None) -> Float[Array, "B V"]:
-        """Logits of the tokens `last`, or of all, by the last stage; hidden states where the model has no head."""
+    def finish(
+        self, hidden: Float[Array, "T E"], wanted: Int[Array, " B"] | None, *, classify: bool = False
+    ) -> Float[Array, "B outputs"]:
+        """What the last stage gives of the tokens `wanted`, or of all, see `Top`."""
         assert self.top is not None
         table = self.table or (self.embedding.tokens if self.embedding is not None else None)
-        return self.top(hidden, last, None if table is None else table.weight[...])
+        return self.top(hidden, wanted, None if table is None else table.weight[...], classify=classify)
 
 
 def stage_part(spec: TransformerSpec, layers: range, dtype: DTypeLike) -> Part:

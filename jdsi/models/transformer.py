@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
@@ -83,16 +84,35 @@ class Head(nnx.Module):
 
 
 class Classifier(nnx.Module):
-    """Scores of sequences from the hidden states of their first tokens, see `ClassifierSpec`."""
+    """Scores, or vectors, of sequences from the hidden states of one token of each, see `ClassifierSpec`."""
 
     def __init__(self, spec: ClassifierSpec, width: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
-        self.activation = spec.activation
-        self.dense = Linear(width, width, bias=True, dtype=dtype, rngs=rngs)
-        self.out = Linear(width, spec.num_labels, bias=True, dtype=dtype, rngs=rngs)
+        self.spec = spec
+        self.dense = Linear(width, width, bias=True, dtype=dtype, rngs=rngs) if spec.activation else None
+        labels = 0 if spec.labels is None else len(spec.labels)
+        self.out = Linear(width, labels, bias=spec.bias, dtype=dtype, rngs=rngs) if labels else None
 
-    def __call__(self, first: Float[Array, "B E"]) -> Float[Array, "B labels"]:
-        """Scores in float32, before any softmax or sigmoid."""
-        return self.out(ACTIVATIONS[self.activation](self.dense(first)), out_dtype=jnp.float32)
+    def __call__(self, hidden: Float[Array, "B E"]) -> Float[Array, "B outputs"]:
+        """Scores before any softmax or sigmoid, or where there are no labels the dense layer's outputs; float32."""
+        if self.dense is not None and self.spec.activation is not None:
+            hidden = ACTIVATIONS[self.spec.activation](self.dense(hidden))
+        return hidden.astype(jnp.float32) if self.out is None else self.out(hidden, out_dtype=jnp.float32)
+
+
+def classified_tokens(
+    spec: ClassifierSpec, tokens: Int[Array | np.ndarray, "B S"], lengths: Int[Array | np.ndarray, " B"]
+) -> Int[Array, " B"]:
+    """Index in its row of the token whose hidden state a classifier reads, for right-padded rows.
+
+    A last token is the last one that is not padding by its id either, as in `transformers`; where all are, the first.
+    """
+    if spec.token == "first":
+        return jnp.zeros(len(tokens), jnp.int32)
+    index = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    counts = index < jnp.asarray(lengths)[:, None]
+    if spec.padding_id is not None:
+        counts &= jnp.asarray(tokens) != spec.padding_id
+    return jnp.where(counts, index, 0).max(axis=1)
 
 
 class Transformer(nnx.Module):
@@ -181,7 +201,7 @@ class Transformer(nnx.Module):
     ) -> Float[Array, "B labels"]:
         """Scores of each sequence of a dense batch by a sequence classifier, float32, before any softmax or sigmoid.
 
-        For packed sequences call `classifier` with the hidden states that `forward` returns for their first tokens.
+        For packed sequences call `classifier` with the hidden states that `forward` returns for one token of each.
 
         Args:
             tokens, lengths, token_types: as in a call of the model.
@@ -189,10 +209,37 @@ class Transformer(nnx.Module):
         Raises:
             ValueError: the model is no sequence classifier.
         """
-        if self.classifier is None:
-            raise ValueError(f"this {self.spec.family} checkpoint is not a sequence classifier")
+        if self.spec.classifier is None or self.spec.classifier.labels is None:
+            raise ValueError(f"this {self.spec.family} checkpoint is not a sequence classifier; {_instead(self.spec)}")
+        return self._classified(tokens, lengths, token_types)
+
+    def pool(
+        self,
+        tokens: Int[Array, "B S"],
+        lengths: Int[Array, " B"] | None = None,
+        token_types: Int[Array, "B S"] | None = None,
+    ) -> Float[Array, "B E"]:
+        """The vector that a bare encoder's pooler makes of each sequence of a dense batch, float32 (`pooler_output`).
+
+        Args:
+            tokens, lengths, token_types: as in a call of the model.
+
+        Raises:
+            ValueError: the model has no pooler, or one in front of labels.
+        """
+        if self.spec.classifier is None or self.spec.classifier.labels is not None:
+            raise ValueError(f"this {self.spec.family} checkpoint is no encoder with a pooler; {_instead(self.spec)}")
+        return self._classified(tokens, lengths, token_types)
+
+    def _classified(
+        self, tokens: Int[Array, "B S"], lengths: Int[Array, " B"] | None, token_types: Int[Array, "B S"] | None
+    ) -> Float[Array, "B outputs"]:
+        assert self.classifier is not None
         hidden = self._dense(tokens, lengths, token_types)
-        return self.classifier(hidden.reshape(*tokens.shape, -1)[:, 0])
+        rows, length = tokens.shape
+        real = jnp.full(rows, length) if lengths is None else lengths
+        places = classified_tokens(self.classifier.spec, tokens, real)
+        return self.classifier(hidden[jnp.arange(rows) * length + places])
 
     def _dense(
         self, tokens: Int[Array, "B S"], lengths: Int[Array, " B"] | None, token_types: Int[Array, "B S"] | None
@@ -205,6 +252,12 @@ class Transformer(nnx.Module):
         context = PackedContext.from_dense(batch, length, lengths)
         flat_types = None if token_types is None else token_types.reshape(-1)
         return self.forward(tokens.reshape(-1), context, flat_types)[0]
+
+
+def _instead(spec: TransformerSpec) -> str:
+    """What to do with a model that has not the head which was asked for."""
+    call = spec.main_call
+    return f"use {call}" if call in ("classify()", "pool()") else "call it for logits or hidden states"
 
 
 def parameters(model: Transformer) -> dict[str, jax.Array]:

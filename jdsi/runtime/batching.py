@@ -18,8 +18,7 @@ def batches_of(requests: Sequence[Request], executor: Executor, max_rows: int) -
 
     Where several run at a time, as in a pipeline, they have `max_rows` rows together.
     """
-    share = -(-min(len(requests), max_rows) // executor.micro_batches)
-    share = -(-share // executor.row_multiple) * executor.row_multiple
+    share = batch_share(len(requests), executor, max_rows)
     left = sorted(requests, key=lambda r: (r.params.num_beams, len(r.prompt)))
     while left:
         most = most_requests(max_rows, left[0].params)
@@ -30,10 +29,16 @@ def batches_of(requests: Sequence[Request], executor: Executor, max_rows: int) -
         left = left[len(batch) :]
 
 
-def passes_of(batches: Iterable[list[Request]], executor: Executor, max_rows: int) -> Iterator[list[list[Request]]]:
+def batch_share(rows: int, executor: Executor, max_rows: int) -> int:
+    """Rows of each batch, where as many run at a time as the executor wants, with `max_rows` rows together."""
+    share = -(-min(rows, max_rows) // executor.micro_batches)
+    return -(-share // executor.row_multiple) * executor.row_multiple
+
+
+def passes_of[Item](batches: Iterable[list[Item]], executor: Executor, max_rows: int) -> Iterator[list[list[Item]]]:
     """Batches that share their passes, as many as the executor wants."""
     most = max_rows * executor.batches_per_pass // executor.micro_batches
-    together: list[list[Request]] = []
+    together: list[list[Item]] = []
     for batch in batches:
         rows = sum(map(len, together)) + len(batch)
         if together and (rows > most or len(together) == executor.batches_per_pass):

@@ -183,7 +183,7 @@ class _Running:
     def advance(self, outcomes: Sequence[tuple[SampledTokens, Any, SamplerState]]) -> None:
         step = self.steps[0]
         sampled, context, state = outcomes[0] if len(outcomes) == 1 else _joined(outcomes)
-        if step.last is not None:
+        if step.wanted is not None:
             context = context.extend(np.ones(context.batch, np.int32), 1)
         self.steps = [Step(sampled.tokens, context, None, step.epilogue, state)]
         self.steps_left -= 1

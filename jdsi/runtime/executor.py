@@ -18,6 +18,11 @@ Epilogue = Callable[[Float[Array, "B V"], Any], tuple[Any, Any]]
 """`(logits, carry) -> (result, carry)`: pure, hashable by value, traced behind the model so that it costs no launch."""
 
 
+def unchanged(outputs: Float[Array, "B V"], carry: Any) -> tuple[Float[Array, "B V"], Any]:
+    """The `Epilogue` that gives what it is given."""
+    return outputs, carry
+
+
 @dataclasses.dataclass(frozen=True)
 class Step:
     """One batch's forward pass and what is done with its logits.
@@ -25,18 +30,20 @@ class Step:
     Attributes:
         tokens: packed ids.
         context: which token belongs where. Donated: use the one returned from here on.
-        last: index in `tokens` of each row whose logits are wanted; `None` for all tokens.
+        wanted: index in `tokens` of those whose logits are wanted, one of each row; `None` for all tokens.
         epilogue: applied to the logits in the same program.
         carry: its state. Donated.
         token_types: segment ids of families that have them.
+        classify: the classifier is applied to the wanted tokens in place of the head.
     """
 
     tokens: Int[Array | np.ndarray, " T"]
     context: Any
-    last: Int[Array | np.ndarray, " B"] | None
+    wanted: Int[Array | np.ndarray, " B"] | None
     epilogue: Epilogue
     carry: Any
     token_types: Int[Array | np.ndarray, " T"] | None = None
+    classify: bool = False
 
 
 class Executor(Protocol):

@@ -93,8 +93,8 @@ class KVDemand:
             ConfigError: the model has no keys and values to keep, or there are not so many devices on a link.
         """
         spec, devices = footprint.store.spec, footprint.tensor * footprint.data
-        if place.where != "device" and not spec.causal:
-            raise ConfigError(f"kv_offload is for models that generate; this {spec.family} model is an encoder")
+        if place.where != "device" and not spec.generates:
+            raise ConfigError(f"kv_offload is for models that generate; this {spec.family} model does not")
         if place.devices_per_link > devices:
             raise ConfigError(f"devices_per_link={place.devices_per_link} exceeds the {devices} devices there are")
         whole = mesh_kv_bytes(footprint, slots, rows)
@@ -149,7 +149,7 @@ def mesh_kv_bytes(footprint: Footprint, slots: int, rows: int) -> int:
 
 
 def kv_bytes(spec: TransformerSpec, tokens: int, dtype: np.dtype) -> int:
-    """Bytes of the KV cache of one sequence; encoders have none."""
-    if not spec.causal:
+    """Bytes of the KV cache of one sequence; models that do not generate have none."""
+    if not spec.generates:
         return 0
     return sum(heads * (k + v) for heads, k, v in spec.kv_heads) * tokens * np.dtype(dtype).itemsize

@@ -100,31 +100,33 @@ class LayerPrograms:
         return self._made.setdefault((weights, layer), run)
 
     def top(self, weights: Sequence[Weights]) -> Any:
-        """`(arrays, hidden, last, epilogue, carry) -> (result, carry, done)`: norm, head and epilogue.
+        """`(arrays, hidden, wanted, epilogue, carry, classify) -> (result, carry, done)`: norm, heads and epilogue.
 
         Args:
             weights: of the blocks that have them; `arrays` has an item for each.
         """
 
-        def run(arrays: Any, hidden: Array, last: Array | None, epilogue: Epilogue, carry: Any) -> Any:
-            def body(arrays: Any, hidden: Array, last: Array | None, carry: Any) -> Any:
-                if last is not None:
-                    last = last - axis_index(DATA) * hidden.shape[0]
-                logits = self._logits(weights, arrays, hidden, last)
-                return *epilogue(logits, carry), logits[:1, 0]
+        def run(
+            arrays: Any, hidden: Array, wanted: Array | None, epilogue: Epilogue, carry: Any, classify: bool
+        ) -> Any:
+            def body(arrays: Any, hidden: Array, wanted: Array | None, carry: Any) -> Any:
+                if wanted is not None:
+                    wanted = wanted - axis_index(DATA) * hidden.shape[0]
+                outputs = self._outputs(weights, arrays, hidden, wanted, classify=classify)
+                return *epilogue(outputs, carry), outputs[:1, 0]
 
             specs = ([w.specs for w in weights], _ROWS, _ROWS, _ROWS)
-            result, carry, done = self._mapped(body, specs, (_ROWS, _ROWS, _EACH))(arrays, hidden, last, carry)
+            result, carry, done = self._mapped(body, specs, (_ROWS, _ROWS, _EACH))(arrays, hidden, wanted, carry)
             return lax.with_sharding_constraint(result, NamedSharding(self._mesh, _WHOLE)), carry, done
 
-        return jax.jit(run, static_argnames="epilogue", donate_argnames="carry")
+        return jax.jit(run, static_argnames=("epilogue", "classify"), donate_argnames="carry")
 
     def logits(self, weights: Sequence[Weights]) -> Any:
         """`(arrays, hidden) -> (logits, done)`: those of every token, or hidden states where there is no head."""
 
         def run(arrays: Any, hidden: Array) -> Any:
             def body(arrays: Any, hidden: Array) -> Any:
-                logits = self._logits(weights, arrays, hidden, None)
+                logits = self._outputs(weights, arrays, hidden, None)
                 return logits, logits[:1, 0]
 
             vocabulary = PartitionSpec(DATA, TENSOR) if self._spec.head else _ROWS
@@ -134,14 +136,17 @@ class LayerPrograms:
 
         return jax.jit(run)
 
-    def _logits(self, weights: Sequence[Weights], arrays: Any, hidden: Array, last: Array | None) -> Array:
+    def _outputs(
+        self, weights: Sequence[Weights], arrays: Any, hidden: Array, wanted: Array | None, *, classify: bool = False
+    ) -> Array:
         part, table = top_part(self._local, self.dtype), tied_table(self._spec)
         parameters: Mapping[str, Array] = {}
         for one, own in zip(weights, arrays, strict=True):
             parameters = {**parameters, **one.parameters(own, self.dtype)}
+        tied = None if table is None else parameters[table]
         with default_implementation(self._implementation):
-            logits = part.build(part.pick(parameters, ""))(hidden, last, None if table is None else parameters[table])
-        return logits if self._spec.head is None else without_padding(logits, self._spec.vocab_size)
+            outputs = part.build(part.pick(parameters, ""))(hidden, wanted, tied, classify=classify)
+        return outputs if classify or self._spec.head is None else without_padding(outputs, self._spec.vocab_size)
 
     def _mapped(self, body: Any, in_specs: Any, out_specs: Any) -> Any:
         return jax.shard_map(body, mesh=self._mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)

@@ -273,7 +273,8 @@ class _Pass:
     def __init__(self, executor: MeshExecutor, step: Step) -> None:
         self._executor, self._step = executor, step
         staged = isinstance(step.context, StagedContext)
-        self._contexts = list(step.context.stages) if staged else [step.context]
+        # One that has no memory is the same for all stages.
+        self._contexts = list(step.context.stages) if staged else [step.context] * len(executor.programs)
         self._staged = staged
         self._tokens = len(step.tokens)
         self._x: Any = executor._on_first(step.tokens)
@@ -289,10 +290,12 @@ class _Pass:
                 self._x,
                 self._contexts[stage],
                 token_types=self._step.token_types if program.first else None,
-                last=self._step.last if program.last else None,
+                wanted=self._step.wanted if program.last else None,
                 carry=self._carry if program.last else (),
             )
-            out, self._contexts[stage], carry = program.step(executor._leaves[stage], given, self._step.epilogue)
+            out, self._contexts[stage], carry = program.step(
+                executor._leaves[stage], given, self._step.epilogue, classify=self._step.classify
+            )
             if program.last:
                 self._carry = carry
         if not program.last:
@@ -308,9 +311,11 @@ class _Pass:
     def _abstract_result(self) -> Any:
         if self._executor._one_process:
             return None
-        rows = self._tokens if self._step.last is None else len(self._step.last)
+        rows = self._tokens if self._step.wanted is None else len(self._step.wanted)
         leaves, structure = jax.tree.flatten(self._carry)
-        logits = jax.ShapeDtypeStruct((rows, self._executor.spec.vocab_size), jnp.float32)
+        spec = self._executor.spec
+        columns = spec.classifier_outputs if self._step.classify else spec.vocab_size
+        logits = jax.ShapeDtypeStruct((rows, columns), jnp.float32)
         return _result_shapes(self._step.epilogue, logits, tuple(map(_abstract, leaves)), structure)
 
 

@@ -134,7 +134,7 @@ def _edge_choices(footprint: Footprint) -> list[tuple[list[str], list[str]]]:
     names = list(footprint.store.blocks)
     layers = [name for name in names if name.startswith("layers.")]
     edges = [name for name in names if name in EDGES]
-    small = [name for name in names if name not in layers and name not in edges]  # the last norm
+    small = [name for name in names if name not in layers and name not in edges]  # the last norm, a classifier
     return [
         ([*small, *(name for name in edges if name not in streamed)], [*layers, *streamed])
         for streamed in ([], edges[:1], edges[1:], edges)

@@ -35,22 +35,28 @@ class ResidentExecutor(OneProcess):
         def rebuild(leaves: list[Array]) -> Transformer:
             return nnx.merge(graph, jax.tree.unflatten(structure, leaves))
 
-        @partial(jax.jit, static_argnames=("epilogue",), donate_argnames=("context", "carry"))
+        @partial(jax.jit, static_argnames=("epilogue", "classify"), donate_argnames=("context", "carry"))
         def step(
             leaves: list[Array],
             tokens: Array,
             context: AttentionContext,
             token_types: Array | None,
-            last: Array | None,
+            wanted: Array | None,
             epilogue: Epilogue,
             carry: Any,
+            classify: bool,
         ) -> tuple[Any, AttentionContext, Any]:
             model = rebuild(leaves)
             with default_implementation(implementation):
                 hidden, context = model.forward(tokens, context, token_types)
-                if last is not None:
-                    hidden = hidden[last]
-                result, carry = epilogue(model.logits(hidden), carry)
+                if wanted is not None:
+                    hidden = hidden[wanted]
+                if classify:
+                    assert model.classifier is not None
+                    outputs = model.classifier(hidden)
+                else:
+                    outputs = model.logits(hidden)
+                result, carry = epilogue(outputs, carry)
             return result, context, carry
 
         @jax.jit
@@ -83,7 +89,8 @@ class ResidentExecutor(OneProcess):
     def steps(self, batches: Sequence[Step]) -> list[tuple[Any, Any, Any]]:
         """See `Executor.steps`."""
         return [
-            self._step(self._leaves, b.tokens, b.context, b.token_types, b.last, b.epilogue, b.carry) for b in batches
+            self._step(self._leaves, b.tokens, b.context, b.token_types, b.wanted, b.epilogue, b.carry, b.classify)
+            for b in batches
         ]
 
     def logits(

@@ -33,14 +33,14 @@ class StageInput:
         x: token ids `[T]` for the first stage, hidden states for others.
         context: which token belongs where, with the memory of this stage's layers.
         token_types: segment ids, for the first stage.
-        last: for the last stage, index in the batch's tokens of each row whose logits are wanted; `None` for all.
+        wanted: for the last stage, index in the batch's tokens of those whose logits are wanted; `None` for all.
         carry: the epilogue's state, for the last stage.
     """
 
     x: Any
     context: Any
     token_types: Any = None
-    last: Any = None
+    wanted: Any = None
     carry: Any = ()
 
 
@@ -82,7 +82,7 @@ class StageProgram:
         self._leaf_specs = [_WHOLE if s is None else PartitionSpec(*[None] * s.dim, TENSOR) for s in splits]
         passed_on = () if self.first or self.last else ("hidden",)
         self._jitted = jax.jit(
-            self._step, static_argnames=("epilogue",), donate_argnames=("context", "carry", *passed_on)
+            self._step, static_argnames=("epilogue", "classify"), donate_argnames=("context", "carry", *passed_on)
         )
         self._forward_jitted = jax.jit(self._forward, static_argnames=("length",), donate_argnames=passed_on)
         create = partial(ContiguousContext.create, self._kv_heads, dtype=self.dtype)
@@ -138,32 +138,34 @@ class StageProgram:
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self.sharding(spec))
 
         hidden = jax.ShapeDtypeStruct((tokens, self.spec.width), self.dtype)
-        ids, last = (jax.ShapeDtypeStruct((n,), jnp.int32) for n in (tokens, rows))
+        ids, wanted = (jax.ShapeDtypeStruct((n,), jnp.int32) for n in (tokens, rows))
         given = StageInput(
             placed(ids, _ROWS) if self.first else placed(hidden, self.hidden_spec(tokens)),
             jax.tree.map(placed, context, context.partition()),
-            last=placed(last, _ROWS) if self.last and prompt else None,
+            wanted=placed(wanted, _ROWS) if self.last and prompt else None,
             carry=jax.tree.map(lambda leaf: placed(leaf, _ROWS), carry) if self.last else (),
         )
         return self._jitted.lower(self.abstract_parameters(), *self._arguments(given), epilogue=epilogue)
 
-    def step(self, leaves: list[Array], given: StageInput, epilogue: Epilogue) -> tuple[Any, AttentionContext, Any]:
-        """The stage's forward pass.
+    def step(
+        self, leaves: list[Array], given: StageInput, epilogue: Epilogue, *, classify: bool = False
+    ) -> tuple[Any, AttentionContext, Any]:
+        """The stage's forward pass; to `classify`, see `Step`.
 
         Returns:
             Hidden states, or from the last stage the epilogue's result, the same on every device; the context that has
             seen the tokens; the epilogue's new state.
         """
-        lengths = given.context.new_lengths
-        if not isinstance(lengths, jax.Array):
+        lengths = given.context.new_lengths if isinstance(given.context, ContiguousContext) else None
+        if isinstance(lengths, np.ndarray):
             # As a step returns it, or the first step behind a prompt would be a program of its own to compile.
             placed = jax.make_array_from_callback(lengths.shape, self.sharding(_ROWS), lambda rows: lengths[rows])
             given = dataclasses.replace(given, context=dataclasses.replace(given.context, new_lengths=placed))
-        return self._jitted(leaves, *self._arguments(given), epilogue=epilogue)
+        return self._jitted(leaves, *self._arguments(given), epilogue=epilogue, classify=classify)
 
     def _arguments(self, given: StageInput) -> tuple[Any, ...]:
         tokens, hidden = (given.x, None) if self.first else (None, given.x)
-        return tokens, hidden, given.context, given.token_types, given.last, given.carry
+        return tokens, hidden, given.context, given.token_types, given.wanted, given.carry
 
     def _step(
         self,
@@ -172,22 +174,25 @@ class StageProgram:
         hidden: Array | None,
         context: AttentionContext,
         token_types: Array | None,
-        last: Array | None,
+        wanted: Array | None,
         carry: Any,
         *,
         epilogue: Epilogue,
+        classify: bool = False,
     ) -> tuple[Any, AttentionContext, Any]:
         total = context.positions.shape[0]
         memory, seen = context.partition(), jax.eval_shape(lambda: context.commit()).partition()
 
-        def body(leaves, tokens, hidden, context, token_types, last, carry):
+        def body(leaves, tokens, hidden, context, token_types, wanted, carry):
             stage = self._part.build(leaves)
             hidden, context = self._layers(stage, tokens, hidden, context, token_types)
             if not self.last:
                 return hidden, context, carry
-            if last is not None:
-                last = last - axis_index(DATA) * context.positions.shape[0]
-            result, carry = epilogue(self._logits(stage, hidden, last, context.positions.shape[0]), carry)
+            count = context.positions.shape[0]
+            if wanted is not None:
+                wanted = wanted - axis_index(DATA) * count
+            outputs = self._outputs(stage, hidden, wanted, count, classify=classify)
+            result, carry = epilogue(outputs, carry)
             return result, context, carry
 
         result, context, carry = jax.shard_map(
@@ -196,7 +201,7 @@ class StageProgram:
             in_specs=(self._leaf_specs, _ROWS, self.hidden_spec(total), memory, _ROWS, _ROWS, _ROWS),
             out_specs=(_ROWS if self.last else self.hidden_spec(total), seen, _ROWS),
             check_vma=False,
-        )(leaves, tokens, hidden, context, token_types, last, carry)
+        )(leaves, tokens, hidden, context, token_types, wanted, carry)
         if self.last:  # what is read by the host, and by every device of the first stage
             result = lax.with_sharding_constraint(result, self.sharding())
         return result, context, carry
@@ -235,7 +240,7 @@ class StageProgram:
             context = PackedContext.from_dense(rows, length, lengths)
             context = dataclasses.replace(context, rows=rows * axis_size(DATA))
             hidden, _ = self._layers(stage, tokens, hidden, context, token_types)
-            return self._logits(stage, hidden, None, rows * length) if self.last else hidden
+            return self._outputs(stage, hidden, None, rows * length) if self.last else hidden
 
         vocabulary = PartitionSpec(DATA, TENSOR) if self.spec.head else _ROWS
         out = jax.shard_map(
@@ -263,11 +268,13 @@ class StageProgram:
                 embedded = own_part(embedded, TENSOR)
             return stage.run(embedded, context)
 
-    def _logits(self, stage: Any, hidden: Array, last: Array | None, tokens: int) -> Array:
-        """One rank's share of the logits, with the padding of the vocabulary at minus infinity."""
+    def _outputs(
+        self, stage: Any, hidden: Array, wanted: Array | None, tokens: int, *, classify: bool = False
+    ) -> Array:
+        """What the classifier gives, or one rank's share of the logits, with padding at minus infinity."""
         if hidden.shape[0] != tokens:
-            hidden = all_gather(hidden, TENSOR) if last is None else rows_of_parts(hidden, last)
-            last = None
+            hidden = all_gather(hidden, TENSOR) if wanted is None else rows_of_parts(hidden, wanted)
+            wanted = None
         with default_implementation(self._implementation):
-            logits = stage.finish(hidden, last)
-        return logits if self.spec.head is None else without_padding(logits, self.spec.vocab_size)
+            outputs = stage.finish(hidden, wanted, classify=classify)
+        return outputs if classify or self.spec.head is None else without_padding(outputs, self.spec.vocab_size)

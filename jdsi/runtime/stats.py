@@ -1,4 +1,4 @@
-"""What a generation took."""
+"""What a generation or classification took."""
 
 import dataclasses
 from typing import Any
@@ -9,6 +9,8 @@ from .weight_stream import StreamReport
 @dataclasses.dataclass
 class GenerationStats:
     """Counts and times of one `generate` or `stream`. Seconds, compilation included, the consumer's own time not.
+
+    Of a `classify` or `pool` too, all of whose time is that to the first tokens.
 
     Attributes:
         prompt_tokens, new_tokens: over all requests.

@@ -20,7 +20,7 @@ from jdsi.models.tensor_parallel import local_spec
 from jdsi.pallas_kernels.operator import Implementation
 from jdsi.sharding import DATA, TENSOR, Parallelism, make_mesh
 
-from .executor import Step
+from .executor import Step, unchanged
 from .kv_demand import kv_bytes
 from .kv_offload import OffloadedContext, OffloadedKV, SlabStore
 from .layer_programs import LayerPrograms
@@ -148,7 +148,9 @@ class StreamedExecutor(OneProcess):
                 arrays = [block.arrays for block in blocks]
                 for i, batch in enumerate(batches):
                     x = hidden.take(i)
-                    result, carry, done = self._weights.top(arrays, x, batch.last, batch.epilogue, batch.carry)
+                    result, carry, done = self._weights.top(
+                        arrays, x, batch.wanted, batch.epilogue, batch.carry, batch.classify
+                    )
                     results.append((result, contexts[i].commit(), carry))
                     for block in blocks:
                         block.used_by(done)
@@ -166,7 +168,7 @@ class StreamedExecutor(OneProcess):
 
         context = PackedContext.from_dense(padded, length, jnp.asarray(fill(lengths)))
         types = None if token_types is None else fill(token_types).reshape(-1)
-        step = Step(fill(tokens).reshape(-1), context, None, _unused, (), types)
+        step = Step(fill(tokens).reshape(-1), context, None, unchanged, (), types)
         with self._turn:
             hidden, _ = self._through_layers([step])
             with self._weights.top_weights() as blocks:
@@ -231,7 +233,3 @@ class StreamedExecutor(OneProcess):
         self._weights.close()
         if self._kv is not None:
             self._kv.close()
-
-
-def _unused(logits: Float[Array, "T V"], carry: Any) -> tuple[Float[Array, "T V"], Any]:
-    return logits, carry

@@ -62,7 +62,8 @@ class WeightSupply:
         used = {name: kept_weights(own) if name in residency.resident else own for name, own in weights.items()}
         # In the order in which they arrive.
         self._top_blocks = ["norm"] * ("norm" in used)
-        self._top_blocks += ["embedding"] * (tied_table(store.spec) is not None) + ["head"] * ("head" in used)
+        self._top_blocks += ["embedding"] * (tied_table(store.spec) is not None)
+        self._top_blocks += [name for name in ("head", "classifier") if name in used]
         top = [used[name] for name in self._top_blocks]
         self.embed, self.top, self.logits = programs.embed(used["embedding"]), programs.top(top), programs.logits(top)
         self._layers = [_Layer.of(programs, used[f"layers.{i}"], layer) for i, layer in enumerate(store.spec.layers)]

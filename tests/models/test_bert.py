@@ -53,12 +53,16 @@ def test_decoder_parity() -> None:
 def test_published_names() -> None:
     # As in bert-base-uncased, whose norms have the names of TensorFlow.
     names = ["bert.embeddings.LayerNorm.gamma", "bert.encoder.layer.1.attention.output.LayerNorm.beta"]
-    names += ["bert.pooler.dense.weight", "bert.pooler.dense.bias", "bert.embeddings.position_ids"]
+    names += ["bert.embeddings.position_ids"]
     names += ["cls.predictions.bias", "cls.predictions.transform.LayerNorm.gamma", "cls.predictions.decoder.weight"]
-    names += ["cls.seq_relationship.weight", "cls.seq_relationship.bias", "cls.predictions.decoder.bias"]
+    names += ["cls.predictions.decoder.bias"]
     check_names(BertConfig(**SMALL, architectures=["BertForMaskedLM"]), names)
+    names += ["bert.pooler.dense.weight", "bert.pooler.dense.bias"]
+    names += ["cls.seq_relationship.weight", "cls.seq_relationship.bias"]
+    check_names(BertConfig(**SMALL, architectures=["BertForPreTraining"]), names)
     bare = BertConfig(**SMALL, architectures=["BertModel"])
-    check_names(bare, ["embeddings.token_type_embeddings.weight", "encoder.layer.0.output.dense.bias"], bare=True)
+    names = ["embeddings.token_type_embeddings.weight", "encoder.layer.0.output.dense.bias", "pooler.dense.weight"]
+    check_names(bare, names, bare=True)
 
 
 def test_loads_the_old_names_of_norms(tmp_path: Path) -> None:
@@ -80,7 +84,15 @@ def test_loads_the_old_names_of_norms(tmp_path: Path) -> None:
     [
         ({"is_decoder": True, "add_cross_attention": True}, "add_cross_attention"),
         ({"architectures": ["BertLMHeadModel"]}, "is_decoder"),
-        ({"architectures": ["BertForTokenClassification"]}, "BertForTokenClassification.*BertForMaskedLM.*BertModel"),
+        (
+            {"architectures": ["BertForTokenClassification"]},
+            "'BertForTokenClassification' labels every token, which is not supported; .*BertForMaskedLM.*BertModel",
+        ),
+        (
+            {"architectures": ["BertForMaskdLM"]},
+            "unknown architecture 'BertForMaskdLM' .*did you mean 'BertForMaskedLM'",
+        ),
+        ({"architectures": ["BertForSequenceClassification"], "num_labels": 0}, "id2label names no label"),
         ({"position_embedding_type": "relative_key"}, "relative_key"),
     ],
 )
@@ -91,10 +103,16 @@ def test_what_it_cannot_honour(change: dict, message: str) -> None:
 
 def test_a_head_that_is_not_there() -> None:
     tokens = jnp.ones((1, 3), jnp.int32)
-    masked = Transformer(family_for("bert").spec(BertConfig(**SMALL)))
-    with pytest.raises(ValueError, match="not a sequence classifier"):
+
+    def model(architecture: str) -> Transformer:
+        return Transformer(family_for("bert").spec(BertConfig(**SMALL, architectures=[architecture])))
+
+    masked, classifier, bare = map(model, ("BertForMaskedLM", "BertForSequenceClassification", "BertModel"))
+    with pytest.raises(ValueError, match="not a sequence classifier; call it for logits"):
         masked.classify(tokens)
-    config = BertConfig(**SMALL, architectures=["BertForSequenceClassification"])
-    classifier = Transformer(family_for("bert").spec(config))
+    with pytest.raises(ValueError, match=r"not a sequence classifier; use pool\(\)"):
+        bare.classify(tokens)
+    with pytest.raises(ValueError, match=r"no encoder with a pooler; use classify\(\)"):
+        classifier.pool(tokens)
     with pytest.raises(ValueError, match="no language-model head"):
         classifier.logits(jnp.zeros((3, 60)))

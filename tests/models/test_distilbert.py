@@ -38,5 +38,5 @@ def test_published_names() -> None:
 
 def test_unknown_architecture_is_an_error() -> None:
     config = DistilBertConfig(**SMALL, architectures=["DistilBertForQuestionAnswering"])
-    with pytest.raises(ConfigError, match="DistilBertForQuestionAnswering"):
+    with pytest.raises(ConfigError, match="DistilBertForQuestionAnswering' marks answers in a text"):
         family_for("distilbert").spec(config)

@@ -50,9 +50,10 @@ def test_positions_start_behind_the_padding_id() -> None:
 
 
 def test_published_names() -> None:
-    names = ["roberta.embeddings.position_ids", "roberta.pooler.dense.weight", "lm_head.decoder.weight"]
+    names = ["roberta.embeddings.position_ids", "lm_head.decoder.weight"]
     names += ["lm_head.bias", "lm_head.decoder.bias", "lm_head.layer_norm.weight", "lm_head.dense.bias"]
     check_names(RobertaConfig(**SMALL), names)
+    check_names(RobertaConfig(**SMALL, architectures=["RobertaModel"]), ["roberta.pooler.dense.weight"])
 
 
 @pytest.mark.parametrize(
@@ -60,7 +61,7 @@ def test_published_names() -> None:
     [
         ({"pad_token_id": None}, "pad_token_id"),
         ({"architectures": ["RobertaForCausalLM"]}, "is_decoder"),
-        ({"architectures": ["RobertaForMultipleChoice"]}, "RobertaForMultipleChoice"),
+        ({"architectures": ["RobertaForMultipleChoice"]}, "RobertaForMultipleChoice' chooses between texts"),
     ],
 )
 def test_what_it_cannot_honour(change: dict, message: str) -> None:

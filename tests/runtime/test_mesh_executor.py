@@ -109,10 +109,10 @@ def test_the_order_of_issue_is_the_schedules(model: Transformer, monkeypatch: py
     issued: list[tuple[int, int, int]] = []
     step = StageProgram.step
 
-    def recorded(program: StageProgram, leaves: Any, given: Any, epilogue: Any) -> Any:
+    def recorded(program: StageProgram, leaves: Any, given: Any, epilogue: Any, **options: Any) -> Any:
         rows, new_tokens = given.context.batch, given.context.new_tokens
         issued.append((spread.programs.index(program), rows, new_tokens))
-        return step(program, leaves, given, epilogue)
+        return step(program, leaves, given, epilogue, **options)
 
     monkeypatch.setattr(StageProgram, "step", recorded)
     params = jdsi.SamplingParams(max_new_tokens=4, ignore_eos=True)

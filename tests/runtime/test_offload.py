@@ -298,7 +298,7 @@ def test_an_encoder_is_streamed_by_name(tmp_path: Path) -> None:
         assert engine.executor.residency.streamed
         np.testing.assert_allclose(engine.forward(PROMPTS), expected, rtol=1e-4, atol=1e-5)
         engine.close()
-    with pytest.raises(ConfigError, match="this bert model is an encoder"):
+    with pytest.raises(ConfigError, match="this bert model does not"):
         jdsi.init_inference(folder, offload="nvme", kv_offload="host")
 
 

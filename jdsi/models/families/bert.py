@@ -1,4 +1,4 @@
-"""BERT (Devlin et al. 2018), as masked or causal language model, sequence classifier or bare encoder."""
+"""BERT (Devlin et al. 2018), as masked or causal language model, sequence classifier, for pre-training, or bare."""
 
 from typing import Any
 
@@ -23,13 +23,14 @@ NAMES = EncoderNames(
     projection="cls.predictions.decoder",
     tied_bias="cls.predictions.bias",
     classifier=("bert.pooler.dense", "classifier"),
-    ignored=(r"cls\.seq_relationship\.(weight|bias)",),  # next-sentence prediction, of pre-training only
+    pooler="bert.pooler.dense",
+    next_sentence="cls.seq_relationship",
 )
 
 
 def spec(config: Any) -> TransformerSpec:
     """The spec of a `BertConfig`."""
-    heads = EncoderHeads(("ForMaskedLM", "ForPreTraining", "LMHeadModel"), config.hidden_act, "tanh")
+    heads = EncoderHeads(("ForMaskedLM", "ForPreTraining", "LMHeadModel"), config.hidden_act, "tanh", pooler="tanh")
     return bert_like_spec(
         config,
         MlpSpec(config.intermediate_size, config.hidden_act, bias=True),
@@ -41,7 +42,7 @@ def spec(config: Any) -> TransformerSpec:
 
 
 def weight_map(spec: TransformerSpec) -> WeightMap:
-    """Names of BERT's classes; the pooler counts only in a sequence classifier."""
+    """Names of BERT's classes."""
     return bert_like_weight_map(spec, NAMES)
 
 

@@ -7,7 +7,6 @@ from typing import Any
 from jdsi.errors import ConfigError
 from jdsi.models.spec import (
     AttentionSpec,
-    ClassifierSpec,
     EmbeddingSpec,
     HeadSpec,
     HeadTransform,
@@ -48,8 +47,7 @@ def bert_like_spec(
         raise ConfigError(f"position_embedding_type {kind!r} is unknown; known: absolute")
     head_dim, entries = even_head_dim(config), config.max_position_embeddings
     head = HeadSpec(config.tie_word_embeddings, bias=True, transform=HeadTransform(heads.transform, norm))
-    classifier = ClassifierSpec(config.num_labels, heads.classifier)
-    language_model, sequence_classifier = encoder_heads(config, heads, head, classifier, causal=causal)
+    language_model, classifier = encoder_heads(config, heads, head, causal=causal)
     layer = LayerSpec(
         attention=AttentionSpec(
             num_heads=config.num_attention_heads,
@@ -72,7 +70,7 @@ def bert_like_spec(
         layers=(layer,) * config.num_hidden_layers,
         norm=None,
         head=language_model,
-        classifier=sequence_classifier,
+        classifier=classifier,
     )
 
 
@@ -87,7 +85,8 @@ class EncoderNames:
         transform, transform_norm, projection: of the language-model head.
         tied_bias: the head's bias where the projection is tied; an untied one has its own, `{projection}.bias`.
         classifier: its two linear layers.
-        ignored: see `WeightMap`.
+        pooler: of the bare model.
+        next_sentence: what stands behind the pooler in pre-training.
     """
 
     model: str
@@ -103,7 +102,8 @@ class EncoderNames:
     projection: str
     tied_bias: str
     classifier: tuple[str, str]
-    ignored: tuple[str, ...] = ()
+    pooler: str = ""
+    next_sentence: str = ""
 
 
 def bert_like_weight_map(spec: TransformerSpec, names: EncoderNames) -> WeightMap:
@@ -125,7 +125,7 @@ def bert_like_weight_map(spec: TransformerSpec, names: EncoderNames) -> WeightMa
         entries += linear(f"{ours}.feed_forward.up", f"{theirs}.{names.up}", bias=True)
         entries += linear(f"{ours}.feed_forward.down", f"{theirs}.{names.down}", bias=True)
         entries += linear(f"{ours}.feed_forward_norm", f"{theirs}.{names.feed_forward_norm}", bias=True)
-    ignored = (rf"{names.model}\.embeddings\.(position_ids|token_type_ids)", *names.ignored)
+    ignored: tuple[str, ...] = (rf"{names.model}\.embeddings\.(position_ids|token_type_ids)",)
     tied: tuple[tuple[str, str], ...] = ()
     if spec.head is not None:
         entries += linear("head.transform.dense", names.transform, bias=True)
@@ -141,9 +141,10 @@ def bert_like_weight_map(spec: TransformerSpec, names: EncoderNames) -> WeightMa
             if bias != names.tied_bias:
                 ignored += (re.escape(names.tied_bias),)  # a parameter of the class that nothing is computed with
     if spec.classifier is not None:
-        for our_name, name in zip(("dense", "out"), names.classifier, strict=True):
-            entries += linear(f"classifier.{our_name}", name, bias=True)
-    else:
-        ignored += (rf"{names.model}\.pooler\.dense\.(weight|bias)",)
+        pooled = spec.head is not None or spec.classifier.labels is None
+        dense, out = (names.pooler, names.next_sentence) if pooled else names.classifier
+        entries += linear("classifier.dense", dense, bias=True)
+        if spec.classifier.labels is not None:
+            entries += linear("classifier.out", out, bias=True)
     renamed = ((r"(.*)LayerNorm\.gamma", r"\1LayerNorm.weight"), (r"(.*)LayerNorm\.beta", r"\1LayerNorm.bias"))
     return WeightMap(tuple(entries), f"{names.model}.", ignored, renamed, tied)

@@ -20,7 +20,7 @@ from jdsi.models.weight_map import Entry, WeightMap, linear, norm, split_heads_l
 from jdsi.pallas_kernels import Alibi
 
 from .alibi import UNBOUNDED, alibi_slopes
-from .architecture import decoder_head, head_weight
+from .architecture import decoder_classifier, decoder_head, head_weight
 from .family import Family
 from .heads import even_head_dim
 
@@ -51,6 +51,7 @@ def spec(config: Any) -> TransformerSpec:
         layers=(layer,) * config.num_hidden_layers,
         norm=layer_norm,
         head=decoder_head(config, HeadSpec(tied=config.tie_word_embeddings)),
+        classifier=decoder_classifier(config),
     )
 
 

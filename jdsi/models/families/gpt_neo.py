@@ -16,7 +16,7 @@ from jdsi.models.spec import (
 )
 from jdsi.models.weight_map import Entry, WeightMap, fused_linear, linear, tensor
 
-from .architecture import decoder_head, head_weight
+from .architecture import decoder_classifier, decoder_head, head_weight
 from .family import Family
 from .heads import even_head_dim
 
@@ -56,6 +56,7 @@ def spec(config: Any) -> TransformerSpec:
         layers=tuple(layer(windows[kind]) for kind in kinds),
         norm=norm,
         head=decoder_head(config, HeadSpec(tied=config.tie_word_embeddings)),
+        classifier=decoder_classifier(config),
     )
 
 

@@ -15,7 +15,7 @@ from jdsi.models.spec import (
 )
 from jdsi.models.weight_map import Entry, WeightMap, linear, split_heads_last, tensor
 
-from .architecture import decoder_head, head_weight
+from .architecture import decoder_classifier, decoder_head, head_weight
 from .family import Family
 from .heads import even_head_dim
 from .rope import rotary, rotary_dim
@@ -46,6 +46,7 @@ def spec(config: Any) -> TransformerSpec:
         layers=(layer,) * config.num_hidden_layers,
         norm=norm,
         head=decoder_head(config, HeadSpec(tied=config.tie_word_embeddings)),
+        classifier=decoder_classifier(config),
     )
 
 

@@ -19,7 +19,7 @@ from jdsi.models.spec import (
 from jdsi.models.weight_map import Entry, WeightMap, fused_linear, linear, tensor
 from jdsi.pallas_kernels.activations import known_activation
 
-from .architecture import decoder_head, head_weight
+from .architecture import decoder_classifier, decoder_head, head_weight
 from .rope import rotary, rotary_dim
 
 NORMS = MappingProxyType({"attention_norm": "input_layernorm", "feed_forward_norm": "post_attention_layernorm"})
@@ -91,6 +91,7 @@ def decoder_spec(
         layers=layers,
         norm=norm,
         head=decoder_head(config, HeadSpec(tied=config.tie_word_embeddings, softcap=softcap)),
+        classifier=decoder_classifier(config),
     )
 
 

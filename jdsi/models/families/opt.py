@@ -17,7 +17,7 @@ from jdsi.models.spec import (
 )
 from jdsi.models.weight_map import Entry, WeightMap, fused_linear, linear, norm, tensor
 
-from .architecture import decoder_head, head_weight
+from .architecture import decoder_classifier, decoder_head, head_weight
 from .family import Family
 from .heads import even_head_dim
 
@@ -45,8 +45,8 @@ def spec(config: Any) -> TransformerSpec:
     head = decoder_head(config, HeadSpec(tied=config.tie_word_embeddings))
     if head is None and table != config.hidden_size:
         raise ConfigError(
-            f"word_embed_proj_dim {table} differs from hidden_size {config.hidden_size} in a bare OPTModel, whose "
-            "projection back belongs to the head; load the OPTForCausalLM checkpoint"
+            f"word_embed_proj_dim {table} differs from hidden_size {config.hidden_size} in an "
+            f"{config.architectures[0]}; the projection back belongs to the language-model head of an OPTForCausalLM"
         )
     return TransformerSpec(
         family=config.model_type,
@@ -59,6 +59,7 @@ def spec(config: Any) -> TransformerSpec:
         layers=(layer,) * config.num_hidden_layers,
         norm=layer_norm if config.do_layer_norm_before and not config._remove_final_layer_norm else None,
         head=head,
+        classifier=decoder_classifier(config),
     )
 
 

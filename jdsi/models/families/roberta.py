@@ -20,7 +20,8 @@ _NAMES = dataclasses.replace(
     projection="lm_head.decoder",
     tied_bias="lm_head.bias",
     classifier=("classifier.dense", "classifier.out_proj"),
-    ignored=(),
+    pooler="roberta.pooler.dense",
+    next_sentence="",
 )
 
 
@@ -36,7 +37,7 @@ def spec(config: Any) -> TransformerSpec:
         config,
         MlpSpec(config.intermediate_size, config.hidden_act, bias=True),
         LayerNormSpec(config.layer_norm_eps),
-        EncoderHeads(("ForMaskedLM", "ForCausalLM"), transform="gelu", classifier="tanh"),
+        EncoderHeads(("ForMaskedLM", "ForCausalLM"), transform="gelu", classifier="tanh", pooler="tanh"),
         causal=config.is_decoder,
         first_position=config.pad_token_id + 1,
         token_types=config.type_vocab_size,

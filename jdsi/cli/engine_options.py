@@ -1,0 +1,71 @@
+"""Options that every command with an engine has, and what several processes that run one command do first."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from typing import Annotated
+
+import typer
+
+from jdsi.errors import PromptError
+
+PARALLELISM = "Parallelism"
+
+Offload = Annotated[str | None, typer.Option(help="host, nvme or auto: weights that need not stay on the device.")]
+GpuDirect = Annotated[
+    bool,
+    typer.Option("--gpu-direct", help="With --offload nvme: read straight into the memory of GPUs; needs kvikio."),
+]
+TensorParallel = Annotated[int, typer.Option(help="Devices that share every layer.", rich_help_panel=PARALLELISM)]
+PipelineParallel = Annotated[int, typer.Option(help="Stages of layers.", rich_help_panel=PARALLELISM)]
+DataParallel = Annotated[int, typer.Option(help="Groups of devices that share a batch.", rich_help_panel=PARALLELISM)]
+Distributed = Annotated[
+    bool,
+    typer.Option(
+        "--distributed",
+        help="Several processes run this command; SLURM, Open MPI or Kubernetes says which.",
+        rich_help_panel=PARALLELISM,
+    ),
+]
+Coordinator = Annotated[
+    str | None, typer.Option(help="HOST:PORT of process 0, where nothing says which.", rich_help_panel=PARALLELISM)
+]
+NumProcesses = Annotated[int | None, typer.Option(help="How many do.", rich_help_panel=PARALLELISM)]
+ProcessId = Annotated[int | None, typer.Option(help="Which of them this is; 0 prints.", rich_help_panel=PARALLELISM)]
+Kernels = Annotated[bool, typer.Option(help="Use hand-written GPU kernels.")]
+Tokenizer = Annotated[str | None, typer.Option(help="Folder or hub id, if not the model's own.")]
+
+
+def join_others(distributed: bool, coordinator: str | None, num_processes: int | None, process_id: int | None) -> bool:
+    """Makes this one of several processes, if told to; whether it is the one that shows what all of them find."""
+    if not distributed and (coordinator, num_processes, process_id) == (None, None, None):
+        return True
+    import jax
+
+    from jdsi.sharding import initialize
+
+    # What carries data between CPUs reports its connections on standard output, which is for what the model says.
+    sys.stdout = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    initialize(coordinator, num_processes, process_id)
+    return jax.process_index() == 0
+
+
+@contextlib.contextmanager
+def silence() -> Iterator[None]:
+    """Around what another process shows."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        yield
+
+
+def token_ids(line: str) -> list[int]:
+    """Ids of --prompt-ids.
+
+    Raises:
+        PromptError: they are not numbers with commas between them.
+    """
+    try:
+        return [int(part) for part in line.split(",")]
+    except ValueError:
+        raise PromptError(f"--prompt-ids {line!r} must be numbers with commas between them, as 5,6,7") from None
