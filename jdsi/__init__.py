@@ -11,7 +11,7 @@ from jdsi.config import InferenceConfig
 from jdsi.converters import load_model
 from jdsi.engine import InferenceEngine
 from jdsi.errors import CapacityError, CheckpointError, ConfigError, JdsiError, PeerError, PromptError
-from jdsi.generation import Completion, SamplingParams, TokenLogprob
+from jdsi.generation import Chat, Completion, SamplingParams, TokenLogprob
 from jdsi.generation.stream_events import StreamEvent
 from jdsi.inference import init_inference
 from jdsi.models import Transformer, TransformerSpec
@@ -19,6 +19,7 @@ from jdsi.runtime import GenerationStats
 
 __all__ = [
     "CapacityError",
+    "Chat",
     "CheckpointError",
     "Completion",
     "ConfigError",

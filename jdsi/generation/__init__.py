@@ -1,6 +1,7 @@
 """From logits to tokens and from tokens to text: sampling, beam search, stopping and detokenisation."""
 
 from jdsi.generation import beam
+from jdsi.generation.chat import Chat
 from jdsi.generation.completion import Completion, CompletionBuilder, FinishReason, TokenLogprob
 from jdsi.generation.detokenizer import Detokenizer
 from jdsi.generation.padding import pad_rows
@@ -15,6 +16,7 @@ from jdsi.generation.sampling_params import SamplingParams, check_vocabulary
 from jdsi.generation.stopping import StopStrings
 
 __all__ = [
+    "Chat",
     "Completion",
     "CompletionBuilder",
     "Detokenizer",
