@@ -189,6 +189,14 @@ def test_characters_of_byte_tokens_come_one_by_one():
         assert [delta for delta in stream(name, ids) if delta] == list("ଓଡ଼ିଆ ଲିପି\n\n😀")
 
 
+def test_a_prompt_of_special_tokens_is_none_and_no_tokens_are_no_text():
+    for name in NAMES:
+        special, ids = make(name).all_special_ids, [make(name).convert_tokens_to_ids("o")] * 2
+        assert "".join(stream(name, ids, special)) == "".join(stream(name, ids)) == decode(name, ids) != ""
+        assert stream(name, [], special) == stream(name, [], ids) == [""]
+        assert run(SamplingParams(), special[:1], name=name)[0] == Completion("", special[:1], "length")
+
+
 def test_tokens_without_text_of_their_own_are_not_all_the_context():
     """Spaces are none where a decoder strips them at both ends, as those of transformers without Rust do."""
 
