@@ -19,7 +19,7 @@ from jdsi.errors import (
     PeerError,
     PromptError,
 )
-from jdsi.generation import Classification, Completion, SamplingParams, TokenLogprob
+from jdsi.generation import Chat, Classification, Completion, SamplingParams, TokenLogprob
 from jdsi.generation.stream_events import StreamEvent
 from jdsi.inference import init_inference
 from jdsi.models import Transformer, TransformerSpec
@@ -27,6 +27,7 @@ from jdsi.runtime import GenerationStats
 
 __all__ = [
     "CapacityError",
+    "Chat",
     "CheckpointError",
     "Classification",
     "Completion",

@@ -1,7 +1,7 @@
 """The inference engine: a model, its tokenizer, `generate` and `classify`."""
 
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from jdsi.runtime import Executor, GenerationStats, token_bucket
 from jdsi.runtime.batching import batches_of, most_requests, passes_of
 from jdsi.runtime.beam_decoding import beam_search
 from jdsi.runtime.classification import classify
+from jdsi.runtime.closing import closed_at_exit
 from jdsi.runtime.decoding import Batch, decode
 from jdsi.runtime.memory import peak_device_memory, peak_memory
 from jdsi.runtime.weight_stream import StreamReport
@@ -144,7 +145,7 @@ class InferenceEngine:
         """Continues prompts.
 
         Args:
-            prompts: one or several, each text, token ids or chat messages.
+            prompts: one or several, each text, token ids, chat messages or a `Chat`.
             sampling: for all, or one for each; greedy by default.
 
         Returns:
@@ -184,7 +185,7 @@ class InferenceEngine:
             raise ConfigError("stream cannot run a beam search, which knows its text only at the end; use generate")
         self.stats = GenerationStats(prompt_tokens=sum(len(r.prompt) for r in requests))
         self._streamed_before = self._executor.stream_report()
-        return self._sample(requests)
+        return closed_at_exit(self._sample(requests))
 
     def classify(
         self, texts: Text | Sequence[Text], token_types: Sequence[Any] | Int[np.ndarray, "B S"] | None = None
@@ -361,7 +362,7 @@ class InferenceEngine:
         self.stats.first_token_seconds += time.perf_counter() - start
         return done
 
-    def _sample(self, requests: list[Request]) -> Iterator[StreamEvent]:
+    def _sample(self, requests: list[Request]) -> Generator[StreamEvent]:
         try:
             most = self.config.max_batch_size
             for batches in passes_of(self._batches(requests), self._executor, most):

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -10,9 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import transformers
 from transformers import AutoModelForSequenceClassification
 
-from checkpoints import save_llama
+from checkpoints import save_llama, save_script, save_tokenizer
 from jdsi.cli import main
 from test_classify import save
 from without_torch import WITHOUT_TORCH
@@ -22,24 +24,26 @@ TINY = Path(__file__).resolve().parent.parent / "examples" / "tiny-python-lm"
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def process(*arguments: object, stdin: str = "") -> subprocess.CompletedProcess[str]:
+def process(*arguments: object, stdin: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
     code = WITHOUT_TORCH + "from jdsi.cli import main; main()"
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=300, check=False)
+    env = os.environ | environment
+    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=300, check=False, env=env)
 
 
 @pytest.fixture
 def jdsi(monkeypatch: pytest.MonkeyPatch) -> Command:
     """The entry point of the command, called in this process."""
 
-    def run(*arguments: object, stdin: str = "") -> subprocess.CompletedProcess[str]:
-        out, err = io.StringIO(), io.StringIO()
+    def run(*arguments: object, stdin: str = "", encoding: str = "utf-8") -> subprocess.CompletedProcess[str]:
+        out, err = (io.TextIOWrapper(io.BytesIO(), encoding=encoding, write_through=True) for _ in range(2))
         with monkeypatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             patch.setattr(sys, "argv", ["jdsi", *map(str, arguments)])
             patch.setattr(sys, "stdin", io.StringIO(stdin))
             with pytest.raises(SystemExit) as ended:
                 main()
-        return subprocess.CompletedProcess(arguments, int(ended.value.code or 0), out.getvalue(), err.getvalue())
+        stdout, stderr = (stream.buffer.getvalue().decode(encoding) for stream in (out, err))
+        return subprocess.CompletedProcess(arguments, int(ended.value.code or 0), stdout, stderr)
 
     return run
 
@@ -103,6 +107,83 @@ def test_stream_prints_what_generate_prints(jdsi: Command, folder: Path) -> None
     streamed = process("generate", folder, *options, "--stream", stdin="The quick")
     whole = jdsi("generate", folder, *options, "--json", stdin="The quick")
     assert streamed.stdout == json.loads(whole.stdout)["completions"][0]["text"] + "\n"
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
+    """A model that says "🙂é", `</s>`, "!×" and `</s>`, and the token to start it with."""
+    path = tmp_path_factory.mktemp("script")
+    save_tokenizer(path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    tokens = [*tokenizer.encode("x🙂é"), tokenizer.eos_token_id, *tokenizer.encode("!×")]
+    save_script(path, tokens)
+    return path, tokens[0]
+
+
+def test_stop_strings_may_have_special_tokens_in_them(jdsi: Command, script: tuple[Path, int]) -> None:
+    model, start = script
+    options = ("generate", model, "--prompt-ids", start, "--ignore-eos", "--max-new-tokens", 30, "--json")
+    for stop, text in (("</s>", "🙂é"), ("é</s>!", "🙂"), ("×</s>", "🙂é!"), ("</s>é", None)):
+        (answer,) = json.loads(jdsi(*options, "--stop", stop).stdout)["completions"]
+        assert answer["finish_reason"] == ("length" if text is None else "stop")
+        assert text is None or answer["text"] == text
+
+
+def test_what_standard_output_cannot_show_is_escaped(jdsi: Command, script: tuple[Path, int], folder: Path) -> None:
+    model, start = script
+    options = ("generate", model, "--prompt-ids", start)
+    for more, encoding, shown in (
+        (("--stream",), "ascii", "\\U0001f642\\xe9"),
+        ((), "ascii", "\\U0001f642\\xe9"),
+        ((), "latin-1", "\\U0001f642é"),
+        ((), "utf-8", "🙂é"),
+    ):
+        answer = jdsi(*options, *more, encoding=encoding)
+        assert (answer.returncode, answer.stdout.rstrip("\n")) == (0, shown)
+    inspected = jdsi("inspect", folder, "--parameters", encoding="ascii")
+    assert (inspected.returncode, "300 \\xd7 48" in inspected.stdout) == (0, True)
+    assert jdsi("--help", encoding="ascii").returncode == 0
+    mistake = jdsi("generate", "nowhere-é/", "--prompt", "x", encoding="ascii")
+    assert (mistake.returncode, "nowhere-\\xe9" in mistake.stderr) == (1, True)
+    # A terminal without UTF-8, and a variable that says so; what it asks for besides is kept.
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    for environment, shown in ((plain, "\\U0001f642\\xe9\n"), ({"PYTHONIOENCODING": "ascii:replace"}, "??\n")):
+        found = process(*options, "--stream", **environment)
+        assert (found.returncode, found.stdout, found.stderr) == (0, shown, "")
+
+
+def test_chats_from_files(jdsi: Command, folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "chat.json"
+    options = ("generate", folder, "--max-new-tokens", 4, "--json")
+
+    def answers(chat: object, *more: object) -> list[dict[str, object]]:
+        file.write_text(json.dumps(chat))
+        found = jdsi(*options, "--chat-file", file, *more)
+        assert found.returncode == 0, found.stderr
+        return json.loads(found.stdout)["completions"]
+
+    messages = [{"role": "user", "content": "naïve"}]
+    (expected,) = json.loads(jdsi(*options, "--chat", "--prompt", "naïve").stdout)["completions"]
+    assert answers(messages) == answers({"messages": messages}) == [expected]
+    assert answers(messages, "--chat", "--prompt", "naïve") == [expected, expected]
+    file.write_text(json.dumps(messages, ensure_ascii=False), encoding="utf-8")
+    found = jdsi(*options, "--chat-file", file, "--chat-file", "-", stdin=json.dumps(messages))
+    assert json.loads(found.stdout)["completions"] == [expected, expected]
+    template = "{{ tools[0].name }}{{ x }}{{ messages[0].content }}"
+    more = {"tools": [{"name": "def "}], "variables": {"x": "f("}, "chat_template": template}
+    (expected,) = json.loads(jdsi(*options, "--prompt", "def f(naïve").stdout)["completions"]
+    assert answers({"messages": messages} | more) == [expected]
+    for text, message in (
+        ("[{", f"the chat file {file} cannot be read"),
+        ("3", f"the chat file {file} must hold a list of messages"),
+        ('{"mesages": []}', f"the chat file {file}: a chat has no 'mesages' (did you mean 'messages'?)"),
+        ('{"tools": []}', f"the chat file {file}: a chat has no messages"),
+        ('[{"content": "a"}]', "prompt has a message with keys ['content']"),
+    ):
+        file.write_text(text)
+        found = jdsi(*options, "--chat-file", file)
+        assert (found.returncode, found.stdout) == (1, "")
+        assert message in found.stderr
 
 
 def test_inspect(jdsi: Command, folder: Path) -> None:

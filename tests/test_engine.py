@@ -1,5 +1,8 @@
 """The engine against transformers, and against itself in other configurations."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -8,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from tokenizers import Tokenizer, decoders, models
 
 import jdsi
-from checkpoints import save_llama
+from checkpoints import save_llama, save_script
 from jdsi import CapacityError, ConfigError, PromptError, SamplingParams
 from jdsi.runtime import enable_compilation_cache
+from without_torch import WITHOUT_TORCH
 
 PROMPTS = ["def f(", "The quick brown fox jumps over the lazy", "x", "return café"]
 
@@ -105,6 +110,24 @@ def test_a_stop_string_ends_the_text_before_it(engine: jdsi.InferenceEngine) -> 
     assert len(cut.token_ids) < 24
 
 
+def test_text_goes_on_inside_a_character_and_stops_at_a_byte(tmp_path: Path) -> None:
+    vocabulary = {"</s>": 0} | {f"<0x{byte:02X}>": byte + 1 for byte in range(256)}
+    inner = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True))
+    inner.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    text = "x€é😀\n!"
+    tokens = [byte + 1 for byte in text.encode()]
+    save_script(tmp_path, tokens)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>")
+    engine = jdsi.init_inference(tmp_path, tokenizer=tokenizer)
+    events = list(engine.stream(tokens[:2], SamplingParams(max_new_tokens=20, stop="\n")))
+    assert [event.text for event in events if event.text] == list("€é😀")
+    completion = events[-1].completion
+    assert completion == jdsi.Completion("€é😀", tokens[2 : tokens.index(ord("\n") + 1) + 1], "stop")
+    assert engine.generate(tokens[:2], SamplingParams(max_new_tokens=20)) == [
+        jdsi.Completion("€é😀\n!", [*tokens[2:], 0], "stop")
+    ]
+
+
 def test_stop_ids_and_min_new_tokens(engine: jdsi.InferenceEngine) -> None:
     free = engine.generate("x", SamplingParams(max_new_tokens=8, ignore_eos=True))[0].token_ids
     stopped = engine.generate("x", SamplingParams(max_new_tokens=8, ignore_eos=True, stop_token_ids=(free[2],)))[0]
@@ -135,6 +158,8 @@ def test_prompts_may_be_text_ids_arrays_or_chat(engine: jdsi.InferenceEngine) ->
     rendered = "<|user|>hi</s><|assistant|>"
     assert engine.generate(chat, params) == engine.generate(rendered, params)
     assert engine.generate([chat, chat], params) == engine.generate(rendered, params) * 2
+    both = engine.generate([jdsi.Chat(chat), jdsi.Chat(chat, add_generation_prompt=False)], params)
+    assert both == engine.generate([rendered, "<|user|>hi</s>"], params)
 
 
 def test_forward_equals_transformers(engine: jdsi.InferenceEngine, torch_model: transformers.PreTrainedModel) -> None:
@@ -249,6 +274,25 @@ def test_abandoned_stream_leaves_the_engine_usable(engine: jdsi.InferenceEngine)
     next(stream)
     stream.close()
     assert engine.generate(PROMPTS, params) == expected
+
+
+def test_a_stream_that_is_left_at_exit_ends_without_a_word(folder: Path) -> None:
+    """Kept by a module that outlives those of JAX."""
+    code = f"""
+import threading
+import jdsi
+
+params = jdsi.SamplingParams(max_new_tokens=200, ignore_eos=True)
+streamed = dict(offload="nvme", memory_limit="400.4MiB")
+engines = [jdsi.init_inference({str(folder)!r}, **more) for more in ({{}}, streamed)]
+assert engines[1].executor.stream_report() is not None
+threading.kept = [engine.stream("x", params) for engine in engines]
+for stream in threading.kept:
+    next(stream), next(stream)
+"""
+    command, env = [sys.executable, "-c", WITHOUT_TORCH + code], os.environ | {"TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"}
+    done = subprocess.run(command, capture_output=True, timeout=300, check=False, env=env)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_stream_checks_its_arguments_at_the_call(engine: jdsi.InferenceEngine) -> None:

@@ -1,6 +1,7 @@
 """The command's root: subcommands, and how errors reach the user."""
 
 import contextlib
+import io
 import os
 import sys
 import warnings
@@ -39,6 +40,7 @@ def main() -> None:
     """Runs the command; a mistake of the user's ends in one line on stderr and exit code 1, never in a traceback."""
     # transformers would advise on every start to install PyTorch, which only its own models need.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    _escape_what_cannot_be_shown()
     try:
         with _warnings_in_a_line():
             app()
@@ -75,6 +77,14 @@ def _warnings_in_a_line() -> Iterator[None]:
         warnings.simplefilter("always", JdsiWarning)
         warnings.showwarning = show
         yield
+
+
+def _escape_what_cannot_be_shown() -> None:
+    """A model writes any character, and a terminal or a file may not be UTF-8: better a `\\xe9` than no answer."""
+    for stream in (sys.stdout, sys.stderr):
+        # Who names another way, as PYTHONIOENCODING=ascii:replace does, gets that.
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _interrupted(error: BaseException | None) -> bool:

@@ -21,9 +21,9 @@ from .engine_options import (
     Tokenizer,
     join_others,
     silence,
-    token_ids,
 )
 from .progress import progress_line
+from .prompts import token_ids
 
 _TEXTS = "Texts (each may be repeated)"
 

@@ -8,8 +8,6 @@ from typing import Annotated
 
 import typer
 
-from jdsi.errors import PromptError
-
 PARALLELISM = "Parallelism"
 
 Offload = Annotated[str | None, typer.Option(help="host, nvme or auto: weights that need not stay on the device.")]
@@ -46,7 +44,7 @@ def join_others(distributed: bool, coordinator: str | None, num_processes: int |
     from jdsi.sharding import initialize
 
     # What carries data between CPUs reports its connections on standard output, which is for what the model says.
-    sys.stdout = os.fdopen(os.dup(1), "w")
+    sys.stdout = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)
     os.dup2(2, 1)
     initialize(coordinator, num_processes, process_id)
     return jax.process_index() == 0
@@ -55,17 +53,9 @@ def join_others(distributed: bool, coordinator: str | None, num_processes: int |
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
     """Around what another process shows."""
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+    with (
+        open(os.devnull, "w", errors="replace") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
         yield
-
-
-def token_ids(line: str) -> list[int]:
-    """Ids of --prompt-ids.
-
-    Raises:
-        PromptError: they are not numbers with commas between them.
-    """
-    try:
-        return [int(part) for part in line.split(",")]
-    except ValueError:
-        raise PromptError(f"--prompt-ids {line!r} must be numbers with commas between them, as 5,6,7") from None

@@ -9,8 +9,6 @@ from typing import Annotated, Any
 
 import typer
 
-from jdsi.errors import PromptError
-
 from .engine_options import (
     PARALLELISM,
     Coordinator,
@@ -26,9 +24,9 @@ from .engine_options import (
     Tokenizer,
     join_others,
     silence,
-    token_ids,
 )
 from .progress import progress_line
+from .prompts import read_prompts
 
 _SAMPLING = "Sampling"
 _PROMPTS = "Prompts (each may be repeated)"
@@ -39,7 +37,7 @@ def generate(
     prompt: Annotated[list[str] | None, typer.Option(help="Text to continue.", rich_help_panel=_PROMPTS)] = None,
     prompt_file: Annotated[
         list[str] | None,
-        typer.Option(help="File with text to continue; - is standard input.", rich_help_panel=_PROMPTS),
+        typer.Option(help="UTF-8 file with text to continue; - is standard input.", rich_help_panel=_PROMPTS),
     ] = None,
     prompt_ids: Annotated[
         list[str] | None, typer.Option(help="Token ids to continue, as 5,6,7.", rich_help_panel=_PROMPTS)
@@ -48,6 +46,14 @@ def generate(
         bool,
         typer.Option("--chat", help="Texts are a user's messages: apply the chat template.", rich_help_panel=_PROMPTS),
     ] = False,
+    chat_file: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="JSON file with a list of messages, or an object of messages, tools, documents, ... as jdsi.Chat has; "
+            "- is standard input.",
+            rich_help_panel=_PROMPTS,
+        ),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.", rich_help_panel=_SAMPLING)] = 128,
     min_new_tokens: Annotated[int, typer.Option(help="Do not stop before.", rich_help_panel=_SAMPLING)] = 0,
     temperature: Annotated[float, typer.Option(help="0 is greedy.", rich_help_panel=_SAMPLING)] = 0.0,
@@ -102,7 +108,9 @@ def generate(
     """Continue prompts with a model."""
     from jdsi import SamplingParams, init_inference
 
-    prompts = _prompts(prompt or [], prompt_file or [], prompt_ids or [], chat)
+    prompts = read_prompts(prompt or [], prompt_file or [], prompt_ids or [], chat_file or [], chat=chat)
+    if not prompts:
+        raise typer.BadParameter("give at least one --prompt, --prompt-file, --prompt-ids or --chat-file")
     if stream and (as_json or len(prompts) > 1):
         raise typer.BadParameter("--stream prints one prompt's text as it comes; leave out --json and further prompts")
     if logprobs is not None and not as_json:
@@ -168,18 +176,3 @@ def _run(engine: Any, prompts: list[Any], sampling: Any, *, stream: bool, as_jso
         text = completion.text if engine.tokenizer is not None else ",".join(map(str, completion.token_ids))
         sys.stdout.write(f"{lead}{text}\n")
     sys.stderr.write(f"{engine.stats.summary()}\n")
-
-
-def _prompts(texts: list[str], files: list[str], ids: list[str], chat: bool) -> list[Any]:
-    found: list[Any] = list(texts)
-    for name in files:
-        try:
-            found.append(sys.stdin.read() if name == "-" else Path(name).read_text())
-        except (OSError, UnicodeDecodeError) as error:
-            raise PromptError(f"the prompt file {name} cannot be read: {error}") from error
-    if chat:
-        found = [[{"role": "user", "content": text}] for text in found]
-    found += map(token_ids, ids)
-    if not found:
-        raise typer.BadParameter("give at least one --prompt, --prompt-file or --prompt-ids")
-    return found

@@ -1,6 +1,7 @@
 """From logits to tokens, and from tokens to text: sampling, beam search, stopping, detokenisation; and to labels."""
 
 from jdsi.generation import beam
+from jdsi.generation.chat import Chat
 from jdsi.generation.classification import Classification
 from jdsi.generation.completion import Completion, CompletionBuilder, FinishReason, TokenLogprob
 from jdsi.generation.detokenizer import Detokenizer
@@ -16,6 +17,7 @@ from jdsi.generation.sampling_params import SamplingParams, check_vocabulary
 from jdsi.generation.stopping import StopStrings
 
 __all__ = [
+    "Chat",
     "Classification",
     "Completion",
     "CompletionBuilder",

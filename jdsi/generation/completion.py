@@ -28,7 +28,7 @@ class Completion:
 
     Attributes:
         text: the generated text, without special tokens, without what ended it: the stop string and what the same token
-            put after it, or the text of a stop token.
+            put after it, or the text of a stop token. Stop strings are looked for in the text with those tokens.
         token_ids: every generated token, the one that ended the request included; where a stop string ended it, the
             last one completes that string, so the tokens decode to more than `text`.
         finish_reason: `"stop"` (end of sequence, stop token or stop string) or `"length"`.
@@ -92,9 +92,7 @@ class CompletionBuilder:
         self._token_ids.append(int(token_id))
         if logprob is not None and self._params.logprobs is not None:
             self._logprobs.append(dataclasses.replace(logprob, top=logprob.top[: self._params.logprobs]))
-        delta = ""
-        if finish != FinishCode.STOP:
-            delta = self._pass_on(self._detokenizer.add(int(token_id)) if self._detokenizer else "")
+        delta = self._text_of(int(token_id), ends=finish == FinishCode.STOP)
         if self._stop.matched is not None:
             self.finish_reason = "stop"
         elif finish != FinishCode.RUNNING:
@@ -112,15 +110,22 @@ class CompletionBuilder:
             logprobs=None if self._params.logprobs is None else list(self._logprobs),
         )
 
+    def _text_of(self, token_id: int, *, ends: bool) -> str:
+        """What became certain with a token; one that ends the request is no more shown than a special one."""
+        text = self._detokenizer
+        if text is None:
+            return ""
+        before = self._pass_on(text.flush()) if ends else ""  # not that token's, so it is shown
+        own = text.special.get(token_id, "") + text.add(token_id) + (text.flush() if ends else "")
+        return before + self._pass_on(own, shown=not ends and token_id not in text.special)
+
     def _end(self, reason: FinishReason) -> str:
         delta = self._pass_on(self._detokenizer.flush() if self._detokenizer else "")
         self.finish_reason = "stop" if self._stop.matched is not None else reason
         return delta + self._stop.flush()
 
-    def _pass_on(self, text: str) -> str:
-        if len(self._token_ids) < self._params.min_new_tokens:
-            return self._stop.flush() + text
-        return self._stop.feed(text)
+    def _pass_on(self, text: str, *, shown: bool = True) -> str:
+        return self._stop.feed(text, shown=shown, counts=len(self._token_ids) >= self._params.min_new_tokens)
 
     def _record(self, delta: str) -> str:
         self._text.append(delta)

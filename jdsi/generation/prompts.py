@@ -6,10 +6,12 @@ from typing import Any
 
 from jdsi.errors import PromptError
 
-Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
-"""Text; token ids; or chat messages `{"role": ..., "content": ...}`."""
+from .chat import Chat
 
-_PROMPT = "it must be text, a list of token ids or a list of chat messages"
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]] | Chat
+"""Text; token ids; chat messages `{"role": ..., "content": ...}`; or those with more for the chat template."""
+
+_PROMPT = "it must be text, a list of token ids, a list of chat messages or a Chat"
 _ROWS = "forward takes rows of token ids, such as [[5, 9, 2]]"
 
 
@@ -21,7 +23,7 @@ def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     Raises:
         PromptError: `prompts` is neither text nor a sequence.
     """
-    if isinstance(prompts, str):
+    if isinstance(prompts, str | Chat):
         return [prompts]
     items = _items(prompts)
     if items is None:
@@ -35,25 +37,28 @@ def encode(prompt: Prompt, tokenizer: Any, vocab_size: int, *, name: str = "prom
     """Token ids of one prompt.
 
     Args:
-        prompt: text gets the tokenizer's special tokens; messages go through its chat template, with the opening of the
-            assistant's turn appended; ids are taken as they are.
-        answer: whether that opening is appended.
+        prompt: text gets the tokenizer's special tokens; a chat goes through its chat template, a list of messages with
+            the opening of the assistant's turn appended; ids are taken as they are.
+        answer: whether a list of messages gets that opening.
         tokenizer: a `transformers` tokenizer, or `None`.
         vocab_size: ids must be below it.
         name: what error messages call the prompt.
 
     Raises:
-        PromptError: empty prompt, ids out of range, text without a tokenizer or that it cannot encode, messages without
-            a chat template or that it refuses.
+        PromptError: empty prompt, ids out of range, text without a tokenizer or that it cannot encode, a chat without a
+            chat template, or that is incomplete or refused by it.
     """
     if isinstance(prompt, str):
         return _checked(_tokenize(prompt, tokenizer, name), vocab_size, name)
+    if isinstance(prompt, Chat):
+        text = _render(prompt, tokenizer, name)
+        return _checked(_tokenize(text, tokenizer, name, add_special_tokens=False), vocab_size, name)
     items = _items(prompt)
     if items is None:
         raise PromptError(f"{name} is {_kind(prompt)}; {_PROMPT}")
     if items and all(isinstance(item, Mapping) for item in items):
-        text = _render(items, tokenizer, name, answer=answer)
-        return _checked(_tokenize(text, tokenizer, name, add_special_tokens=False), vocab_size, name)
+        chat = Chat(items, add_generation_prompt=None if answer else False)
+        return encode(chat, tokenizer, vocab_size, name=name)
     for item in items:
         if not _is_id(item):
             raise PromptError(f"{name} is {_kind(prompt)} with {_kind(item)} in it; {_PROMPT}")
@@ -115,17 +120,11 @@ def _tokenize(text: str, tokenizer: Any, name: str, **options: Any) -> list[int]
     return encoding([text], tokenizer, name, **options)["input_ids"]
 
 
-def _render(messages: list[Any], tokenizer: Any, name: str, *, answer: bool) -> str:
+def _render(chat: Chat, tokenizer: Any, name: str) -> str:
     if tokenizer is None:
         raise PromptError(f"{name} is a chat, and the model came without a tokenizer; give token ids or `tokenizer=`")
-    if not getattr(tokenizer, "chat_template", None):
-        raise PromptError(f"{name} is a chat, and this model's tokenizer has no chat template; give text instead")
-    for message in messages:
-        if "role" not in message or "content" not in message:
-            keys = sorted(map(str, message))
-            raise PromptError(f"{name} has a message with keys {keys}; each needs 'role' and 'content'")
     with _refusals(f"{name} is a chat that the model's chat template refuses"):
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=answer, tokenize=False)
+        return chat.render(tokenizer, name)
 
 
 @contextlib.contextmanager
@@ -133,7 +132,7 @@ def _refusals(what: str) -> Iterator[None]:
     """Turns what a tokenizer or a template raises, which is of any type, into a `PromptError`."""
     try:
         yield
-    except ImportError:  # says what to install
+    except (ImportError, PromptError):  # say what to install, and what to change
         raise
     except Exception as error:  # tokenizers and templates raise types of their own
         raise PromptError(f"{what}: {error}") from error

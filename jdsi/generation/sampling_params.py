@@ -20,8 +20,8 @@ class SamplingParams:
 
     Attributes:
         max_new_tokens: the request ends with `"length"` after this many tokens.
-        min_new_tokens: end-of-sequence and `stop_token_ids` have probability zero, and `stop` is not looked for, before
-            this many tokens.
+        min_new_tokens: end-of-sequence and `stop_token_ids` have probability zero, and a `stop` string that is whole
+            does not count, before this many tokens.
         temperature: divides the logits; 0 takes the most probable token (lowest id of equals).
         top_k: keep the `top_k` most probable tokens and those tied with the last of them; 0 keeps all.
         top_p: keep the most probable tokens up to and including the one whose cumulative probability reaches `top_p`,
@@ -32,7 +32,8 @@ class SamplingParams:
         presence_penalty: subtracted once from the logit of every token already generated.
         frequency_penalty: subtracted from a token's logit as many times as it was generated.
         no_repeat_ngram: no sequence of this many tokens occurs twice in prompt plus output; 0 is off.
-        stop: a string or strings that end the request; the text ends before the first of them. Kept as a tuple.
+        stop: a string or strings that end the request; the text ends before the one that is whole first. They may have
+            the content of special tokens in them. Kept as a tuple.
         stop_token_ids: ids that end the request as end-of-sequence does. Kept as a tuple.
         ignore_eos: the model's end-of-sequence ids neither end the request nor are they held back.
         logprobs: `None` for none, else how many of the most probable tokens to report beside the chosen one. They are
