@@ -20,7 +20,8 @@ from jdsi.pallas_kernels.device import Device, current_device
 from jdsi.pallas_kernels.operator import IMPLEMENTATIONS, ArgumentSpec, Config, Implementation, Operator
 
 from .contest import Function, Outcome, contest, reason
-from .kernels import Selection, check_implementations, memory_budget, too_large
+from .kernel_results import memory_budget, too_large
+from .kernels import Selection, check_implementations
 from .report import warn, warn_if_busy
 from .rounds import Ratio
 

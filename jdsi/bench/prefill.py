@@ -57,7 +57,7 @@ def bench_prefill(
     check_peers(peers, ("transformers",))
     warn_if_busy()
     with checkpoint(model, shape, dtype) as folder:
-        peer = Transformers(folder, dtype) if peers else None
+        peer = Transformers.load(folder, dtype) if peers else None
         loaded = jdsi.load_model(folder, dtype=dtype)
     engine = jdsi.init_inference(loaded)
     prompt = np.random.default_rng(0).integers(0, engine.spec.vocab_size, tokens).tolist()
