@@ -49,6 +49,8 @@ class Measuring:
     def results(self, cases: Sequence[Case]) -> Iterator[dict[str, Any]]:
         """A record for each case, in order: figures, or why there are none.
 
+        `left_out` says why contenders have none; `faults` names those among them that failed, or were wrong.
+
         Several cases at a time are compiled side by side before the first of them is timed.
         """
         if len(cases) == 1:  # in this thread, which an interrupt reaches
@@ -64,7 +66,8 @@ class Measuring:
                     yield result | {"skipped": found}
                     continue
                 outcome = found.measure(self._rounds, self._beside)
-                yield result | _figures(spec, outcome, self._limits) | {"left_out": left_out | outcome.left_out}
+                figures = _figures(spec, outcome, self._limits)
+                yield result | figures | {"left_out": left_out | outcome.left_out, "faults": list(outcome.left_out)}
             except Exception as error:  # the next one may do better
                 yield result | {"failed": reason(error)}
 

@@ -9,7 +9,7 @@ import json
 import math
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -99,7 +99,7 @@ Contest = Callable[..., Outcome]
 
 
 def tune_kernels(
-    selection: Selection | None = None,
+    selection: Iterable[tuple[Operator, ArgumentSpec]] | None = None,
     *,
     implementations: Sequence[str] = (),
     rounds: int = 5,
@@ -109,7 +109,7 @@ def tune_kernels(
     """Times every implementation and configuration; writes the fastest of each bucket as soon as it is known.
 
     Args:
-        selection: by default all arguments of all operators.
+        selection: operators and their arguments, as a `Selection` gives them; by default all.
         implementations: names of the kernels whose configurations are tried; by default all. What runs so far and XLA
             are always measured beside them.
         rounds: of measuring.

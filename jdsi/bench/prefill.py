@@ -74,7 +74,7 @@ def bench_prefill(
     }
     figures = interleave({name: (lambda run=run: seconds(run)) for name, run in runs.items()}, rounds)
     linear = 2 * tokens * sum(w.size for w in weights[:-1])
-    total = linear + 2 * weights[-1].size + _attention_flops(engine.spec, tokens)
+    total = linear + 2 * weights[-1].size + attention_flops(engine.spec, tokens)
     flops = dict.fromkeys(figures, total) | {"chain": linear, "matmul": large.flops}
     result = _result(figures, flops, tokens, found)
     settings = {
@@ -88,7 +88,8 @@ def bench_prefill(
     return Report("prefill", settings, [result], _table(result), _NOTES)
 
 
-def _attention_flops(spec: TransformerSpec, tokens: int) -> int:
+def attention_flops(spec: TransformerSpec, tokens: int) -> int:
+    """Floating-point operations of causal attention to a prompt, in all layers."""
     pairs = tokens * (tokens + 1) // 2
     heads = [
         (layer.attention.num_heads, key, value)

@@ -7,6 +7,8 @@ from .operator_cases import PROVEN
 from .stage import Stage
 
 _BESIDE_PEERS = 0.4  # of the GPU's memory, where PyTorch has a model of its own there
+_MANY = 0.08  # where many processes share it
+_UNTIMED = "untimed"
 
 
 def _stage(name: str, title: str, function: str, weight: float, *, memory: float = 0.75, **settings: Any) -> Stage:
@@ -20,10 +22,14 @@ def _proof(operator: str) -> Stage:
         f"{__package__}.proofs:prove",
         40,
         {"operator": operator},
-        memory=0.08,  # so many of them at a time
-        group="right",
+        memory=_MANY,
+        group=_UNTIMED,
         operator=operator,
     )
+
+
+def _preparation(name: str, title: str, function: str, **settings: Any) -> Stage:
+    return Stage(f"prepare/{name}", title, f"{__package__}.{function}", 40, settings, memory=_MANY, group=_UNTIMED)
 
 
 def _decode(model: str, weight: float, peers: Sequence[str] = ()) -> Stage:
@@ -48,14 +54,13 @@ STAGES: tuple[Stage, ...] = (
         "limits", "what the GPU and its link give to programs that only copy, multiply, launch", "limits:measure", 18
     ),
     *(_proof(operator) for operator in PROVEN),
-    Stage(
-        "right/torch.compile",
-        "PyTorch compiles a peer, which is then found in its cache",
-        f"{__package__}.torch_peer:compile_ahead",
-        40,
-        {"model": "llama-8b"},
-        group="right",
+    _preparation(
+        "torch.compile",
+        "PyTorch compiles a peer, which is then found in a cache",
+        "torch_peer:compile_ahead",
+        model="llama-8b",
     ),
+    _preparation("streaming", "the weights that are streamed are written", "streaming:write"),
     _stage("speed/linear", "products of 1 to 64 tokens beside cuBLAS", "operators:measure", 38, operators=["linear"]),
     _decode("llama-8b", 60, ["transformers", "torch.compile"]),
     _stage(
@@ -74,7 +79,11 @@ STAGES: tuple[Stage, ...] = (
     ),
     _stage("quantized", "all products of a decoding step in int8 and int4", "quantized:measure", 22, model="llama-8b"),
     _stage(
-        "streaming", "weights from host memory to a GPU without room for them", "streaming:measure", 26, memory=0.15
+        "streaming",
+        "weights that stay in host memory, through a few buffers on the GPU",
+        "streaming:measure",
+        26,
+        memory=0.15,
     ),
     _stage("profile", "where the time of a decoding step goes", "step_profile:measure", 26, model="llama-8b"),
     _prefill("llama-8b", 28, [(1, 2048), (8, 512), (1, 8192), (64, 128)], ["transformers"]),
