@@ -99,7 +99,7 @@ class Transformers:
     def _compile_config(self) -> Any:
         from transformers.generation.configuration_utils import CompileConfig
 
-        config = CompileConfig()
+        config: Any = CompileConfig()
         config._compile_all_devices = True  # else a CPU would compile nothing, without a word
         return config
 

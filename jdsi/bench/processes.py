@@ -85,6 +85,7 @@ class PeerProcess:
         Raises:
             ConfigError: it failed, or answered that it cannot.
         """
+        assert self._process.stdout is not None
         # Nothing of an answer can have been read ahead: it is one line, and comes after it was asked for.
         if not select.select([self._process.stdout], [], [], max(0.0, within))[0]:
             return None

@@ -42,11 +42,11 @@ def gpu(
     """
     from jdsi.bench.gpu.journal import read_report
     from jdsi.bench.gpu.run import bench_gpu
-    from jdsi.bench.gpu.show import is_measured
+    from jdsi.bench.gpu.show import is_measured, markdown, summary
 
     if show is not None:
         report = read_report(show)
-        _print(report, as_json=as_json)
+        sys.stdout.write(json.dumps(report) + "\n" if as_json else markdown(report))
         _draw(report, picture or show.with_suffix(".png"), asked=picture is not None)
         return
     if picture is not None:
@@ -54,18 +54,13 @@ def gpu(
     report = bench_gpu(
         output, minutes=minutes, rehearse=rehearse, stages=stage or (), tests=tests, tune=tune, overwrite=overwrite
     )
-    _print(report, as_json=as_json)
+    # Short, for the end of an output is what is read first; --show has the rest.
+    sys.stdout.write(json.dumps(report) + "\n" if as_json else summary(report))
     if report["interrupted"]:
         raise typer.Exit(130)
     whole = all(one["state"] == "done" for one in report["stages"])
     if not (whole if rehearse else is_measured(report)):
         raise typer.Exit(1)
-
-
-def _print(report: dict[str, Any], *, as_json: bool) -> None:
-    from jdsi.bench.gpu.show import markdown
-
-    sys.stdout.write(json.dumps(report) + "\n" if as_json else markdown(report))
 
 
 def _draw(report: dict[str, Any], path: Path, *, asked: bool) -> None:

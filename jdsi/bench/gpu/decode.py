@@ -1,6 +1,7 @@
 """Decoding through the engine, kernels on and off, at shapes of well-known models, beside a copy and PyTorch."""
 
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,7 +24,7 @@ from .model_shapes import model_spec, random_model
 from .stage_worker import Task
 
 _ROUNDS, _TINY_ROUNDS = 5, 2
-_MEASURING = 12.0  # seconds that the rounds take at most, to be kept from peers that are not ready
+_MEASURING = 10.0  # seconds that a case takes at most, compiled or not
 
 
 def measure(task: Task, model: str, batches: Sequence[int], peers: Sequence[str] = ()) -> None:
@@ -42,24 +43,51 @@ def measure(task: Task, model: str, batches: Sequence[int], peers: Sequence[str]
     with torch_peers.open_decoders(task, peers, model) as opened:
         task.doing("random weights")
         loaded = random_model(model_spec(model, tiny=tiny))
-        limits = DeviceLimits(2**20, 128, "float32") if tiny else DeviceLimits.of(device.platform)
-        copy = limits.contenders()["copy"]
         engines = {
             "kernels": jdsi.init_inference(loaded, max_batch_size=max(batches)),
             "xla": jdsi.init_inference(loaded, max_batch_size=max(batches), kernels=False),
         }
-        for batch in task.cases(batches, lambda batch: f"{model}, batch {batch}"):
-            what = f"{model} batch {batch}"
-            request = torch_peers.decode_request(batch, tiny=tiny)
-            ours, agree = _contenders(task, what, engines, request)
-            others = torch_peers.contenders(task, what, opened, request, reserve=_MEASURING)
-            figures = take_turns(task, what, {"copy": copy, **ours, **others}, _TINY_ROUNDS if tiny else _ROUNDS)
-            bandwidths = limits.bandwidths(figures.pop("copy", []))
-            _report(task, what, figures, bandwidths, _work(loaded, request), agree)
+        limits = DeviceLimits(2**20, 128, "float32") if tiny else DeviceLimits.of(device.platform)
+        decoding = _Decoding(task, loaded, engines, limits, limits.contenders()["copy"])
+        late: dict[str, torch_peers.TorchPeer] = {}
+        for i, batch in enumerate(task.cases(batches, lambda batch: f"{model}, batch {batch}", need=_MEASURING)):
+            # What compiles for every batch anew is worth it for the first one only.
+            wanted = {name: peer for name, peer in opened.items() if i == 0 or not torch_peers.DECODERS[name]}
+            reserve = _MEASURING * (len(batches) - i)  # those that are not ready must not take the others' time
+            took_part = decoding.measure(f"{model} batch {batch}", batch, wanted, reserve)
+            late |= {name: peer for name, peer in wanted.items() if i == 0 and name not in took_part}
+        ready = {name: peer for name, peer in late.items() if peer.ready(task.left - _MEASURING) is None}
+        if ready and task.left > _MEASURING:
+            decoding.measure(f"{model} batch {batches[0]}, again", batches[0], ready, _MEASURING)
     if tiny and not task.short:
         from .step_profile import compile_for_h200
 
         compile_for_h200(task, model)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Decoding:
+    """What takes part in every case: the model, its engines, and a copy with the device's limits."""
+
+    task: Task
+    model: Transformer
+    engines: Mapping[str, jdsi.InferenceEngine]
+    limits: DeviceLimits
+    copy: Callable[[], float]
+
+    def measure(
+        self, what: str, batch: int, peers: Mapping[str, torch_peers.TorchPeer], reserve: float
+    ) -> Collection[str]:
+        """Adds a case to the report and gives the names of those that took part."""
+        task, tiny = self.task, self.task.rehearsal
+        request = torch_peers.decode_request(batch, tiny=tiny)
+        ours, agree = _contenders(task, what, self.engines, request)
+        others = torch_peers.contenders(task, what, peers, request, reserve=reserve)
+        runs = {"copy": self.copy, **ours, **others}
+        figures = take_turns(task, what, runs, _TINY_ROUNDS if tiny else _ROUNDS)
+        bandwidths = self.limits.bandwidths(figures.pop("copy", []))
+        _report(task, what, figures, bandwidths, _work(self.model, request), agree)
+        return figures.keys()
 
 
 def _contenders(

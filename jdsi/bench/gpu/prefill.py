@@ -22,7 +22,7 @@ from .stage_worker import Task
 
 _ROUNDS, _TINY_ROUNDS = 5, 2
 _TINY_CASES = ((1, 16), (2, 8))
-_MEASURING = 8.0  # seconds that the rounds take at most, to be kept from peers that are not ready
+_MEASURING = 6.0  # seconds that a case takes at most, compiled or not
 
 
 def measure(task: Task, model: str, cases: Sequence[tuple[int, int]], peers: Sequence[str] = ()) -> None:
@@ -47,13 +47,14 @@ def measure(task: Task, model: str, cases: Sequence[tuple[int, int]], peers: Seq
         }
         limits = DeviceLimits(2**20, 128, "float32") if tiny else DeviceLimits.of(device.platform)
         product = limits.contenders()["matmul"]
-        for batch, length in task.cases(cases, lambda case: f"{model}, batch {case[0]}, {case[1]} tokens"):
+        named = task.cases(cases, lambda case: f"{model}, batch {case[0]}, {case[1]} tokens", need=_MEASURING)
+        for i, (batch, length) in enumerate(named):
             what = f"{model} batch {batch}, {length} tokens"
             prompts = np.random.default_rng(batch).integers(0, loaded.spec.vocab_size, (batch, length)).tolist()
             first = {name: partial(_first_tokens, engine, prompts) for name, engine in engines.items()}
             ours = {name: partial(seconds, first[name]) for name in prepared(task, what, first)}
             request = {"do": "prefill", "batch": batch, "length": length}
-            others = torch_peers.contenders(task, what, opened, request, reserve=_MEASURING)
+            others = torch_peers.contenders(task, what, opened, request, reserve=_MEASURING * (len(cases) - i))
             figures = take_turns(task, what, {"matmul": product, **ours, **others}, _TINY_ROUNDS if tiny else _ROUNDS)
             rates = limits.rates(figures.pop("matmul", []))
             flops = prompt_flops(loaded, batch, length)

@@ -52,27 +52,28 @@ def _prove(
     task: Task, operator: Operator, spec: ArgumentSpec, kernel: Implementation, device: Device, repeats: int
 ) -> None:
     static = dict(spec.static)
+    if why := operator.why_not(kernel, *spec.abstract(), device=device, **static):
+        task.emit(spec.name, kernel, skipped=why)
+        return
+    run = jax.jit(partial(operator, implementation=kernel, **static))
+    reference, make = jax.jit(partial(operator.reference, **static)), jax.jit(spec.make)
+    largest, others = 0.0, 0
     with contextlib.suppress(_Unproven):
-        if why := operator.why_not(kernel, *spec.abstract(), device=device, **static):
-            task.emit(spec.name, kernel, skipped=why)
-            return
-        task.doing(f"{kernel}, {spec.name}", kernel)
-        run = jax.jit(partial(operator, implementation=kernel, **static))
-        reference, make = jax.jit(partial(operator.reference, **static)), jax.jit(spec.make)
-        largest = 0.0
         for seed in _SEEDS:
-            arrays = make(jax.random.key(seed))
-            expected = reference(*arrays)
-            with _named(task, spec, kernel):
+            with _named(task, spec, "", "its reference"):  # no fault of the kernel's
+                arrays = make(jax.random.key(seed))
+                expected = jax.block_until_ready(reference(*arrays))
+            with _named(task, spec, kernel, kernel):
                 results = jax.block_until_ready(run(*arrays))
-            error, allowed = difference(results, expected), tolerance(expected)
-            largest = max(largest, error)
-            if not error <= allowed:
-                text = f"its results differ from the reference's by {error:.1e}, where {allowed:.1e} is rounding"
-                task.emit(spec.name, kernel, wrong=text, error=error)
-                return
-        with _named(task, spec, kernel):
-            others = _different(lambda: run(*arrays), results, repeats)
+                error, allowed = difference(results, expected), tolerance(expected)
+                largest = max(largest, error)
+                if not error <= allowed:
+                    text = f"its results differ from the reference's by {error:.1e}, where {allowed:.1e} is rounding"
+                    task.emit(spec.name, kernel, wrong=text, error=error)
+                    return
+                if seed == _SEEDS[-1]:
+                    others = _different(lambda arrays=arrays: run(*arrays), results, repeats)
+            del arrays, expected, results  # before others take their place
         if others:
             task.emit(spec.name, kernel, wrong=f"{others} of {repeats} runs on the same values give other bits")
             return
@@ -80,16 +81,19 @@ def _prove(
 
 
 class _Unproven(Exception):
-    """A kernel failed, which is in the report."""
+    """Something failed, which is in the report."""
 
 
 @contextlib.contextmanager
-def _named(task: Task, spec: ArgumentSpec, kernel: str) -> Iterator[None]:
+def _named(task: Task, spec: ArgumentSpec, kernel: str, doing: str) -> Iterator[None]:
+    """Work on a kernel, or for "" on something else; where it fails or does not come back, that is the one to blame."""
+    task.doing(f"{doing}, {spec.name}", kernel or None)
     try:
         yield
     except Exception as error:
-        task.emit(spec.name, kernel, failed=reason(error))
+        task.emit(spec.name, kernel, failed=reason(error) if kernel else f"{doing}: {reason(error)}")
         raise _Unproven from error
+    task.doing(spec.name)
 
 
 def _different(run: Callable[[], Any], first: Any, repeats: int) -> int:
@@ -125,7 +129,7 @@ def _compile(task: Task, operator: Operator, specs: list[ArgumentSpec]) -> None:
             if why := operator.why_not(kernel, *spec.abstract(), device=H200, **spec.static):
                 task.emit(spec.name, kernel, skipped=why)
                 continue
-            with contextlib.suppress(_Unproven), _named(task, spec, kernel):
+            with contextlib.suppress(_Unproven), _named(task, spec, kernel, f"compiling {kernel}"):
                 call = partial(operator, implementation=kernel, **spec.static)
                 seconds = compile_seconds(call, *spec.abstract())
                 task.emit(spec.name, kernel, facts={"seconds to compile": round(seconds, 1)})

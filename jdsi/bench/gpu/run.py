@@ -138,4 +138,5 @@ def _environment(stage: Stage, folder: Path, rehearse: bool) -> Mapping[str, str
         # A kernel's warpgroups are threads in the interpreter, which wait for each other.
         return common | {"JAX_PLATFORMS": "cpu", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "NPROC": "8"}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
-    return common | {"CUDA_VISIBLE_DEVICES": visible, "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{stage.memory:.2f}"}
+    share = {"XLA_CLIENT_MEM_FRACTION": f"{stage.memory:.2f}", "XLA_PYTHON_CLIENT_MEM_FRACTION": ""}  # its old name
+    return common | share | {"CUDA_VISIBLE_DEVICES": visible}

@@ -1,4 +1,4 @@
-"""A report for people: Markdown, the goals first, then what every stage found."""
+"""A report for people, as Markdown: the goals first, then what every stage found."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -15,14 +15,19 @@ def is_measured(report: Mapping[str, Any]) -> bool:
     return not report.get("rehearsal") and vital is not None and vital["state"] == "done"
 
 
-def markdown(report: Mapping[str, Any]) -> str:
-    """The whole report. Figures that were not measured on a GPU are left out."""
-    measured = is_measured(report)
+def summary(report: Mapping[str, Any]) -> str:
+    """What the report comes to: goals, kernels left out, how the stages went."""
     lines = [f"# {title(report)}", "", *_about(report), ""]
     lines += ["## Goals", "", *_table(_goal_rows(report)), ""]
     if left_out := _left_out(report):
         lines += ["## Kernels left out", "", *(f"- {line}" for line in left_out), ""]
-    lines += ["## Stages", "", *_table(_stage_rows(report)), ""]
+    return "\n".join([*lines, "## Stages", "", *_table(_stage_rows(report))]) + "\n"
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """The whole report. Figures that were not measured on a GPU are left out."""
+    measured = is_measured(report)
+    lines = [summary(report)]
     for stage in report["stages"]:
         if stage["results"]:
             lines += [f"### {stage['name']}: {stage['title']}", "", *_table(_result_rows(stage, measured)), ""]

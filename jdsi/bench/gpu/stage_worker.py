@@ -42,7 +42,6 @@ class Task:
     left_out: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
     short: bool = False
     _started: float = dataclasses.field(default_factory=time.monotonic)
-    _longest: float = 0.0
 
     @property
     def left(self) -> float:
@@ -71,24 +70,25 @@ class Task:
         self.say({"doing": text, "kernel": kernel})
 
     def cases[Case](
-        self, cases: Sequence[Case], name: Callable[[Case], str] = str, need: float = 0.0
+        self, cases: Sequence[Case], name: Callable[[Case], str] = str, need: float | None = None
     ) -> Iterator[Case]:
-        """The cases, while there is time for one as long as the longest so far; those left are named in the report.
+        """The cases, while there is time for one; those left are named in the report.
 
         Args:
             cases: in order of value.
             name: what a case is called.
-            need: seconds that must be left for the first one, and all others.
+            need: seconds that one takes; by default as many as the longest so far.
         """
+        longest = 0.0
         for i, case in enumerate(cases[:1] if self.short else cases):
-            if self.left < max(self._longest, need):
+            if self.left < (longest if need is None else need):
                 rest = [name(one) for one in cases[i:]]
                 self.emit(", ".join(rest), skipped=f"{len(rest)} cases: no time is left")
                 return
             begun = time.monotonic()
             self.doing(name(case))
             yield case
-            self._longest = max(self._longest, time.monotonic() - begun)
+            longest = max(longest, time.monotonic() - begun)
 
 
 def plain(value: Any) -> Any:

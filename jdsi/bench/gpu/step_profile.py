@@ -14,6 +14,7 @@ import jax
 from jdsi.models import Transformer, abstract_parameters
 from jdsi.runtime import ResidentExecutor, Step
 
+from ..contest import reason
 from ..limits import product_weights, weight_bytes
 from ..passes import token_step
 from ..report import spread
@@ -69,8 +70,12 @@ def measure(task: Task, model: str) -> None:
         if name in chains:
             task.doing(f"tracing, {name}")
             folder = Path(task.scratch) / name.replace(" ", "-")
-            facts = trace_facts(partial(chains[name].seconds, _TRACED_STEPS), folder, _TRACED_STEPS)
-            task.emit("trace", name, facts=facts)
+            try:
+                facts = trace_facts(partial(chains[name].seconds, _TRACED_STEPS), folder, _TRACED_STEPS)
+            except Exception as error:  # the profiler is a library of its own, which may lack what it needs
+                task.emit("trace", name, failed=reason(error))
+            else:
+                task.emit("trace", name, facts=facts)
     if tiny and not task.short:
         compile_for_h200(task, model)
 
@@ -152,8 +157,8 @@ def compile_for_h200(task: Task, model: str) -> None:
         return
     task.doing(f"compiling {model}'s step for an H200")
     spec = model_spec(model)
-    abstract = Transformer.from_parameters(spec, abstract_parameters(spec, "bfloat16"))
-    executor = ResidentExecutor(abstract)
+    shapes: Any = abstract_parameters(spec, "bfloat16")
+    executor = ResidentExecutor(Transformer.from_parameters(spec, shapes))
     began = time.perf_counter()
     function, arguments = executor.program(token_step(executor, 1, _CAPACITY))
     dump = Path(task.scratch) / f"dump-{model}"

@@ -1,7 +1,7 @@
 """What a profiler's trace of the device says: how long it worked, on what, and how long it stood idle in between."""
 
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ def event_facts(events: Sequence[Event], steps: int) -> dict[str, Any]:
     def each(nanoseconds: float) -> float:
         return round(nanoseconds / 1e3 / steps, 2)
 
-    spent: Counter[str] = Counter()
+    spent: defaultdict[str, float] = defaultdict(float)
     times: Counter[str] = Counter()
     for name, begin, end in events:
         spent[name] += end - begin
@@ -75,7 +75,7 @@ def event_facts(events: Sequence[Event], steps: int) -> dict[str, Any]:
         "copies and fills": round(len(copies) / steps, 1),
         "us of copies and fills": each(sum(end - begin for _, begin, end in copies)),
     }
-    for name, nanoseconds in spent.most_common(_SHOWN):
+    for name, nanoseconds in sorted(spent.items(), key=lambda item: -item[1])[:_SHOWN]:
         facts[f"us of {name[:80]} (x{times[name] / steps:.1f})"] = each(nanoseconds)
     for gap, behind in sorted(gaps, reverse=True)[:_LONGEST]:
         facts[f"us idle behind {behind[:80]}"] = round(gap / 1e3, 2)

@@ -61,12 +61,12 @@ def measure(task: Task) -> None:
         made = prepared(
             task,
             "streaming",
-            {_name(count): partial(Decoding, executor, 1, count, rounds + 1) for count in _BATCHES},
+            {_name(count): partial(Decoding, executor, 1, count, rounds + 2) for count in _BATCHES},
             threads=1,  # they share the stream, whose passes come one at a time
         )
         for decoding in made.values():
             decoding.turn()
-        facts = {
+        facts: dict[str, Any] = {
             "bytes of weights": store.nbytes,
             "bytes of them that every pass streams": nbytes,
             "bytes planned on the device": residency.nbytes,
@@ -79,7 +79,7 @@ def measure(task: Task) -> None:
         runs: dict[str, Callable[[], float]] = {"copy": copy}
         runs |= {name: lambda d=decoding: d.turn().seconds for name, decoding in made.items()}
         if peer is not None:
-            if why := peer.ready(max(0.0, task.left - _MEASURING)):
+            if why := peer.ready(task.left - _MEASURING):
                 task.emit("streaming", _TORCH, failed=why)
             else:
                 runs[_TORCH] = partial(peer.seconds, do="run", rows=1)

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -20,7 +21,7 @@ PROMPT, NEW = 128, 32
 TINY_PROMPT, TINY_NEW = 8, 4
 
 DECODERS: Mapping[str, bool] = MappingProxyType({"transformers": False, "torch.compile": True})
-"""Peers that decode, and whether they are compiled: those compile for every batch anew, and so run batch 1 only."""
+"""Peers that decode, and whether `torch.compile` makes their programs, for every batch anew."""
 
 
 class TorchPeer:
@@ -44,7 +45,7 @@ class TorchPeer:
         if self._failed is None and not self._process.ready:
             try:
                 if self._process.answer(within) is None:
-                    return f"it was not ready within {within:.0f} s"
+                    return f"it was not ready within {max(0.0, within):.0f} s"
             except ConfigError as error:
                 self._failed = str(error)
         return self._failed
@@ -110,10 +111,8 @@ def contenders(
     """
     runs: dict[str, Callable[[], float]] = {}
     for name, peer in peers.items():
-        if DECODERS[name] and request["batch"] != 1:
-            continue
-        if why := peer.ready(max(0.0, task.left - reserve)):
+        if why := peer.ready(task.left - reserve):
             task.emit(what, name, failed=why)
         else:
-            runs[name] = lambda peer=peer: peer.seconds(**request)
+            runs[name] = partial(peer.seconds, **request)
     return runs
