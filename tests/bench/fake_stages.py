@@ -45,6 +45,14 @@ def hangs(task: Any) -> None:
     time.sleep(600)
 
 
+def is_late(task: Any) -> None:
+    """Begins with a kernel when its time is nearly over."""
+    task.doing("the first case", kernel="pallas")
+    time.sleep(0.8 * task.seconds)
+    task.doing("the last case", kernel="pallas")
+    time.sleep(600)
+
+
 def breeds(task: Any, hang: bool) -> None:
     """Leaves processes behind: a child, one in a session of its own, and one whose parent is gone."""
     children = [subprocess.Popen(SLEEP).pid, subprocess.Popen(SLEEP, start_new_session=True).pid]

@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 
 from jdsi.bench.gpu.journal import Journal, read_report
+from jdsi.bench.gpu.run import _LEAST_SECONDS
 from jdsi.bench.gpu.runner import Runner
 from jdsi.bench.gpu.stage import RESERVE, Stage, Wave, allot, chosen
-from jdsi.bench.gpu.stages import STAGES
+from jdsi.bench.gpu.stages import STAGES, gpu_tests
 from jdsi.errors import ConfigError
 
 HERE = Path(__file__).resolve().parent
@@ -95,9 +96,10 @@ def test_kernels_that_are_not_right_are_left_out_of_what_follows(tmp_path: Path)
         fake("judges", operator="one"),
         fake("aborts", operator="two"),
         fake("raises", operator="four"),  # at nothing of a kernel's
+        (fake("is_late", operator="five"), LIMIT),
     ]
     found, runner = run(tmp_path, proofs, fake("works"), width=2)
-    assert [entry["state"] for entry in found.values()] == ["ended", "done", "failed", "failed", "done"]
+    assert [entry["state"] for entry in found.values()] == ["ended", "done", "failed", "failed", "ended", "done"]
     assert found["aborts"]["began"] < found["hangs"]["began"] + found["hangs"]["seconds"]
     left_out = found["works"]["results"][0]["facts"]["left out"]
     assert {name: list(kernels) for name, kernels in left_out.items()} == {
@@ -194,8 +196,8 @@ def test_an_interrupt_ends_the_stage_and_says_so(tmp_path: Path, monkeypatch: py
 
 @pytest.mark.parametrize("cores", [1, 10])
 def test_shares_leave_a_fifth_of_the_minutes(cores: int) -> None:
-    for minutes in (8, 15):
-        waves, left = allot(STAGES, 60 * minutes, width=cores, least=2)
+    for minutes, stages in ((8, STAGES), (15, STAGES), (8, (*STAGES, gpu_tests("tests")))):
+        waves, left = allot(stages, 60 * minutes, width=cores, least=_LEAST_SECONDS if cores > 1 else 0)
         assert not left
         assert sum(max(wave.seconds) * -(-len(wave.stages) // cores) for wave in waves) == pytest.approx(48 * minutes)
         assert waves[-1].due == pytest.approx((1 - RESERVE) * 60 * minutes)

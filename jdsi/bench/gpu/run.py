@@ -22,7 +22,7 @@ from .stage import Stage, Wave, allot, chosen
 from .stage_worker import plain
 from .stages import STAGES, gpu_tests, tuning
 
-_LEAST_SECONDS = 12.0  # what starting JAX and compiling anything takes
+_LEAST_SECONDS = 8.0  # what starting JAX and compiling anything takes
 _REHEARSAL_MINUTES, _MINUTES = 30.0, 8.0
 
 

@@ -13,6 +13,7 @@ from .stage import Stage, Wave
 from .stage_process import StageProcess
 
 _TICK = 0.1  # seconds between looks at processes that say nothing
+_HANGS = 10.0  # seconds after which a kernel that is being proven should have come back, compiled or not
 
 
 class Runner:
@@ -110,6 +111,8 @@ class Runner:
         for message in process.messages():
             if "what" in message:
                 self._journal.add(process.stage, message)
+            elif "kernel" in message:
+                self._journal.note(process.stage, **message, since=round(self.now, 1))
             else:
                 self._journal.note(process.stage, **message)
 
@@ -122,8 +125,8 @@ class Runner:
             state, why = "failed", "its process ended before its work was done"
         found: dict[str, Any] = {"state": state, "seconds": round(time.monotonic() - process.started, 1)}
         if state == "done":
-            entry.pop("doing", None)
-            entry.pop("kernel", None)
+            for name in ("doing", "kernel", "since"):
+                entry.pop(name, None)
         else:
             reasons = [failed if state == "failed" and failed else why, f"it was at: {doing}" if doing else None, left]
             found |= {"why": "; ".join(filter(None, reasons)), "output": process.last_words()}
@@ -137,7 +140,10 @@ class Runner:
         """Leaves out the kernels of an operator that gave a wrong result, failed, or did not come back."""
         bad: dict[str, str] = {}
         if entry["state"] != "done" and (kernel := entry.get("kernel")):
-            bad[kernel] = f"{entry['state']}: {entry['why']}"
+            took = entry["began"] + entry["seconds"] - entry["since"]
+            # What was only begun when the time was over may have done nothing wrong.
+            if entry["state"] == "failed" or took > min(_HANGS, entry["limit"] / 3):
+                bad[kernel] = f"{entry['state']}: {entry['why']}"
         for result in entry["results"]:
             if (what := result.get("wrong") or result.get("failed")) and result["by"]:
                 bad.setdefault(result["by"], f"{result['what']}: {what}")

@@ -49,7 +49,7 @@ def _prefill(model: str, weight: float, cases: Sequence[tuple[int, int]], peers:
 
 
 STAGES: tuple[Stage, ...] = (
-    Stage("machine", "driver, GPU, versions, and that JAX reaches it", f"{__package__}.machine:look", 12, vital=True),
+    Stage("machine", "driver, GPU, versions, and that JAX reaches it", f"{__package__}.machine:look", 30, vital=True),
     _stage(
         "limits", "what the GPU and its link give to programs that only copy, multiply, launch", "limits:measure", 18
     ),
@@ -96,8 +96,8 @@ STAGES: tuple[Stage, ...] = (
     ),
     _decode("gpt-j", 16),
     _decode("gpt-2-xl", 14),
-    _prefill("gpt-j", 10, [(1, 1920), (8, 512)]),
-    _prefill("gpt-2-xl", 10, [(1, 896), (8, 512)]),
+    _prefill("gpt-j", 12, [(1, 1920), (8, 512)]),
+    _prefill("gpt-2-xl", 12, [(1, 896), (8, 512)]),
 )
 
 
