@@ -62,6 +62,7 @@ LINEAR = stage(
     {"what": "out T=1 bf16", "by": "xla", "operator": "linear", "seconds": spread([1e-5]), "bytes": 1, "flops": 1,
      "share": ratio(0.6), "over": {"pallas": ratio(0.7)}, "error": 0.0},
     {"what": "up T=8 bf16", "by": "triton", "operator": "linear", "failed": "no registers | at all"},
+    *({"what": f"case {i}", "by": "cudnn", "skipped": "it is too long"} for i in range(4)),
 )  # fmt: skip
 DECODE = stage(
     "decode/llama-8b",
@@ -113,6 +114,7 @@ def test_a_measured_report_as_markdown() -> None:
     assert "250" in text
     assert "torch.compile 1.31 (1.30 to 1.32)" in text
     assert "FAILED: no registers \\| at all" in text
+    assert "- left out, cudnn: it is too long (case 0, case 1 and 2 more)" in text
     tables = [line for line in text.splitlines() if line.startswith("|---")]
     assert len(tables) == 6  # goals, stages, and four of them
 

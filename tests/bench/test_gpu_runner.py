@@ -107,7 +107,7 @@ def test_kernels_that_are_not_right_are_left_out_of_what_follows(tmp_path: Path)
         "two": ["pallas"],
         "three": ["triton"],
     }
-    assert left_out == runner.left_out
+    assert left_out == runner.left_out == read_report(tmp_path / "report.json")["left_out"]
     assert left_out["one"]["triton"] == "first: by far"
     assert "signal 6" in left_out["two"]["pallas"]
 

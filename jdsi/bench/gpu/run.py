@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,38 +64,18 @@ def bench_gpu(
         raise ConfigError(f"{minutes=} must be positive and {tune=} not negative")
     if output.exists() and not overwrite:
         raise ConfigError(f"report {output} exists; name another, or say --overwrite")
-    wanted = list(chosen(catalogue, stages))
-    if tests is not None:
-        if not tests.is_dir():
-            raise ConfigError(f"tests={str(tests)!r} is no folder of tests")
-        wanted.insert(sum(stage.vital for stage in wanted), gpu_tests(str(tests.resolve())))
+    wanted = _stages(catalogue, stages, tests)
     width = max(1, processors() * 2 // 3)
     waves, no_room = allot(wanted, 60 * minutes, width=width, least=0.0 if rehearse else _LEAST_SECONDS)
-    about = {
-        "benchmark": "gpu",
-        "rehearsal": rehearse,
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "settings": {
-            "minutes": minutes,
-            "tune": tune,
-            "stages": list(stages),
-            "tests": None if tests is None else str(tests),
-        },
-    }
-    journal = Journal(output, plain(about))
+    settings = {"minutes": minutes, "tune": tune, "stages": stages, "tests": tests}
+    journal = Journal(output, plain(_about(settings, rehearse=rehearse)))
     journal.plan([(stage, seconds) for wave in waves for stage, seconds in zip(wave.stages, wave.seconds, strict=True)])
     journal.plan([(stage, 0.0) for stage in no_room])
     for stage in no_room:
         journal.note(stage, state="skipped", why=f"{minutes:g} minutes are too few for all stages")
     with scratch() as folder, _stopped_by_signals():
-        runner = Runner(
-            journal,
-            width=width,
-            scratch=folder,
-            task={"rehearsal": rehearse},
-            environment=lambda stage: _environment(stage, folder, rehearse),
-        )
+        environment = partial(_environment, folder=folder, rehearse=rehearse)
+        runner = Runner(journal, width=width, scratch=folder, task={"rehearsal": rehearse}, environment=environment)
         interrupted = False
         try:
             runner.run(waves, 60 * minutes)
@@ -105,8 +86,29 @@ def bench_gpu(
                 runner.run([Wave((stage,), (60 * tune,), until)], until)
         except KeyboardInterrupt:
             interrupted = True
-    journal.close(interrupted=interrupted, seconds=runner.now, left_out=runner.left_out, goals=goals_of(journal.report))
+        goals = goals_of(journal.report)
+        journal.close(interrupted=interrupted, seconds=runner.now, goals=goals)
     return journal.report
+
+
+def _stages(catalogue: Sequence[Stage], names: Sequence[str], tests: Path | None) -> list[Stage]:
+    """Those asked for, the GPU tests behind what is vital."""
+    wanted = list(chosen(catalogue, names))
+    if tests is not None:
+        if not tests.is_dir():
+            raise ConfigError(f"tests={str(tests)!r} is no folder of tests")
+        wanted.insert(sum(stage.vital for stage in wanted), gpu_tests(str(tests.resolve())))
+    return wanted
+
+
+def _about(settings: Mapping[str, Any], *, rehearse: bool) -> dict[str, Any]:
+    return {
+        "benchmark": "gpu",
+        "rehearsal": rehearse,
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "settings": settings,
+    }
 
 
 @contextlib.contextmanager

@@ -25,6 +25,9 @@ class Runner:
         scratch: a folder for the stages' files.
         task: what every stage is told, see `Task`.
         environment: variables for a stage's process.
+
+    Attributes:
+        left_out: kernels that were not right, by operator and name, and why.
     """
 
     def __init__(
@@ -42,6 +45,7 @@ class Runner:
         self._log.write_bytes(b"")
         self._began = time.monotonic()
         self.left_out: dict[str, dict[str, str]] = {}
+        journal.report["left_out"] = self.left_out  # written with whatever is written next
 
     @property
     def now(self) -> float:

@@ -6,6 +6,7 @@ from typing import Any
 from .goals import goals_of
 
 Result = Mapping[str, Any]
+_SHOWN = ("seconds", "over", "error", "failed", "wrong")  # a row of the table has one of these; facts stand below it
 _FIGURES = ("time", "GB/s", "TFLOP/s", "tokens/s", "share of the limit", "speed over")
 
 
@@ -29,10 +30,12 @@ def markdown(report: Mapping[str, Any]) -> str:
     measured = is_measured(report)
     lines = [summary(report)]
     for stage in report["stages"]:
-        if stage["results"]:
-            lines += [f"### {stage['name']}: {stage['title']}", "", *_table(_result_rows(stage, measured)), ""]
-            lines += [line for result in stage["results"] for line in _facts(result)]
-            lines += [""] * any("facts" in result for result in stage["results"])
+        shown = [result for result in stage["results"] if any(result.get(key) is not None for key in _SHOWN)]
+        below = [*(line for result in stage["results"] for line in _facts(result)), *_skipped(stage)]
+        if shown or below:
+            lines += [f"### {stage['name']}: {stage['title']}", ""]
+            lines += [*_table(_result_rows(shown, measured)), ""] if shown else []
+            lines += [*below, ""] if below else []
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -89,14 +92,13 @@ def _stage_rows(report: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
-def _result_rows(stage: Mapping[str, Any], measured: bool) -> list[list[str]]:
+def _result_rows(results: Sequence[Result], measured: bool) -> list[list[str]]:
     figures = _FIGURES if measured else ()
     rows = [["case", "of", *figures, "error", "note"]]
-    for result in stage["results"]:
+    for result in results:
         row = [result["what"], result["by"], *(_figures(result) if measured else ())]
         error = result.get("error")
         notes = [f"{word.upper()}: {result[word]}" for word in ("wrong", "failed") if result.get(word)]
-        notes += [f"left out: {result['skipped']}"] if result.get("skipped") else []
         rows.append([*row, f"{error:.1e}" if isinstance(error, float) else str(error or ""), "; ".join(notes)])
     # A column that nobody fills says nothing.
     used = [i for i in range(len(rows[0])) if i < 2 or any(row[i] for row in rows[1:])]
@@ -138,6 +140,17 @@ def _facts(result: Result) -> Iterator[str]:
     if facts := result.get("facts"):
         by = f", {result['by']}" if result["by"] else ""
         yield f"- {result['what']}{by}: " + "; ".join(f"{name} {value}" for name, value in facts.items())
+
+
+def _skipped(stage: Mapping[str, Any]) -> Iterator[str]:
+    """A line for each reason that something was left out, with the first cases it holds for."""
+    cases: dict[tuple[str, str], list[str]] = {}
+    for result in stage["results"]:
+        if why := result.get("skipped"):
+            cases.setdefault((result["by"], why), []).append(result["what"])
+    for (by, why), whats in cases.items():
+        more = f" and {len(whats) - 2} more" if len(whats) > 2 else ""
+        yield f"- left out{f', {by}' if by else ''}: {why} ({', '.join(whats[:2])}{more})"
 
 
 def _all_facts(report: Mapping[str, Any], name: str) -> dict[str, Any]:

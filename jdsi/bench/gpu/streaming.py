@@ -117,7 +117,8 @@ def write(task: Task) -> None:
         task: the stage's.
     """
     start(task)
-    _write(task)
+    folder = _write(task)
+    task.emit("files", facts={"bytes": sum(file.stat().st_size for file in folder.iterdir())})
 
 
 def _write(task: Task) -> Path:
