@@ -116,7 +116,7 @@ def test_a_measured_report_as_markdown() -> None:
     assert "FAILED: no registers \\| at all" in text
     assert "- left out, cudnn: it is too long (case 0, case 1 and 2 more)" in text
     tables = [line for line in text.splitlines() if line.startswith("|---")]
-    assert len(tables) == 6  # goals, stages, and four of them
+    assert len(tables) == 5  # goals, stages, and three of them with figures
 
 
 def test_a_rehearsal_is_never_called_measured(tmp_path: Path) -> None:
