@@ -115,7 +115,12 @@ def test_kernels_that_are_not_right_are_left_out_of_what_follows(tmp_path: Path)
 def test_without_a_vital_stage_there_is_nothing_to_run(tmp_path: Path) -> None:
     found, _ = run(tmp_path, fake("raises", vital=True), fake("works"), fake("more", "works"))
     assert [entry["state"] for entry in found.values()] == ["failed", "skipped", "skipped"]
-    assert found["works"]["why"].startswith("raises: ValueError: no good")
+    assert found["works"]["why"] == "raises failed, without which nothing can be measured"
+
+
+def test_a_vital_stage_is_not_short_of_time(tmp_path: Path) -> None:
+    found, _ = run(tmp_path, (fake("works", vital=True), 1.0), (fake("more", "works"), 1.0))
+    assert [entry["limit"] for entry in found.values()] == [40.0, 1.0]
 
 
 def test_what_has_no_time_left_is_named(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from .stage import Stage, Wave
 from .stage_process import StageProcess
 
 _TICK = 0.1  # seconds between looks at processes that say nothing
+_VITAL = 40.0  # seconds that a vital stage has at least, if need be of the reserve: on its success hangs all else
 _HANGS = 10.0  # seconds after which a kernel that is being proven should have come back, compiled or not
 
 
@@ -71,7 +72,7 @@ class Runner:
                 if stage.operator is not None:
                     self._judge(stage.operator, entry)
                 if stage.vital and entry["state"] != "done":
-                    ended = f"{stage.name}: {entry.get('why', entry['state'])}"
+                    ended = f"{stage.name} {entry['state']}, without which nothing can be measured"
 
     def _run_wave(self, wave: Wave, until: float) -> None:
         waiting = collections.deque(enumerate(wave.stages))
@@ -81,10 +82,10 @@ class Runner:
                 while waiting or running:
                     while waiting and len(running) < self._width:
                         index, stage = waiting.popleft()
-                        if (
-                            process := self._start(stage, min(wave.limit(index, self.now), until - self.now))
-                        ) is not None:
-                            running[process] = self._journal.entry(stage)["limit"]
+                        limit = max(wave.limit(index, self.now), _VITAL if stage.vital else 0)
+                        limit = min(limit, until - self.now)
+                        if (process := self._start(stage, limit)) is not None:
+                            running[process] = limit
                             selector.register(process.descriptor, selectors.EVENT_READ, process)
                     for key, _ in selector.select(_TICK):
                         self._listen(key.data)
@@ -108,7 +109,11 @@ class Runner:
         self._journal.note(stage, state="running", limit=round(limit, 1), began=round(self.now, 1))
         task = {**self._task, "seconds": limit, "scratch": str(self._scratch), "left_out": self.left_out}
         log = self._scratch / f"{stage.name.replace('/', '-')}.log"
-        return StageProcess(stage, task, self._environment(stage), log)
+        try:
+            return StageProcess(stage, task, self._environment(stage), log)
+        except OSError as error:
+            self._journal.note(stage, state="failed", why=f"no process can be started: {error}")
+            return None
 
     def _listen(self, process: StageProcess) -> None:
         """Takes down what a stage has said."""
@@ -131,6 +136,7 @@ class Runner:
         if state == "done":
             for name in ("doing", "kernel", "since"):
                 entry.pop(name, None)
+            found |= {"why": left} if left else {}
         else:
             reasons = [failed if state == "failed" and failed else why, f"it was at: {doing}" if doing else None, left]
             found |= {"why": "; ".join(filter(None, reasons)), "output": process.last_words()}
