@@ -10,8 +10,9 @@ Load and generate in three lines:
 from jdsi.config import InferenceConfig
 from jdsi.converters import load_model
 from jdsi.engine import InferenceEngine
-from jdsi.errors import CapacityError, CheckpointError, ConfigError, JdsiError, PeerError, PromptError
+from jdsi.errors import CapacityError, CheckpointError, ConfigError, JdsiError, JdsiWarning, PeerError, PromptError
 from jdsi.generation import Completion, SamplingParams, TokenLogprob
+from jdsi.generation.defaults import GenerationDefaults
 from jdsi.generation.stream_events import StreamEvent
 from jdsi.inference import init_inference
 from jdsi.models import Transformer, TransformerSpec
@@ -22,10 +23,12 @@ __all__ = [
     "CheckpointError",
     "Completion",
     "ConfigError",
+    "GenerationDefaults",
     "GenerationStats",
     "InferenceConfig",
     "InferenceEngine",
     "JdsiError",
+    "JdsiWarning",
     "PeerError",
     "PromptError",
     "SamplingParams",

@@ -13,7 +13,8 @@ from jdsi.config import InferenceConfig
 from jdsi.converters import ParameterSource, Progress, load_spec, save_parameters
 from jdsi.converters.save import Layout
 from jdsi.errors import CapacityError, ConfigError
-from jdsi.generation import Completion, CompletionBuilder, FinishCode, SampledTokens, SamplingParams, pad_rows
+from jdsi.generation import Completion, FinishCode, SampledTokens, SamplingParams, pad_rows
+from jdsi.generation.defaults import GenerationDefaults
 from jdsi.generation.prompts import Prompt, encode_rows
 from jdsi.generation.requests import Intake, Request
 from jdsi.generation.stream_events import StreamEvent, events_of
@@ -34,6 +35,7 @@ class InferenceEngine:
         tokenizer: a `transformers` tokenizer, or `None`.
         max_tokens: prompt plus generated tokens a sequence may have.
         eos_token_ids: ids that end a sequence.
+        generation_defaults: the values of sampling parameters that callers leave out.
         checkpoint: the folder that the model was loaded from, if it was.
         stats: of the last generation.
     """
@@ -45,12 +47,16 @@ class InferenceEngine:
         *,
         tokenizer: Any = None,
         eos_token_ids: Sequence[int] = (),
+        generation_defaults: GenerationDefaults | None = None,
         checkpoint: Path | None = None,
     ) -> None:
         self.config = config
         self.checkpoint = checkpoint
         self.tokenizer = tokenizer
         self.eos_token_ids = tuple(eos_token_ids)
+        self.generation_defaults = generation_defaults or GenerationDefaults()
+        self.generation_defaults.check(executor.spec.vocab_size)
+        self.generation_defaults.warn()
         self.stats = GenerationStats()
         self._executor = executor
         self._streamed_before: StreamReport | None = None
@@ -135,7 +141,8 @@ class InferenceEngine:
 
         Args:
             prompts: one or several, each text, token ids or chat messages.
-            sampling: for all, or one for each; greedy by default.
+            sampling: for all, or one for each; what it leaves out, and all of it by default, is as the model's folder
+                wants it, see `generation_defaults`.
 
         Returns:
             One completion per prompt, in order. What a request is batched with does not change its tokens, unless two
@@ -143,7 +150,7 @@ class InferenceEngine:
 
         Raises:
             PromptError: a prompt is empty, not understood, or has ids outside the vocabulary.
-            CapacityError: prompt plus `max_new_tokens` exceeds `max_tokens`.
+            CapacityError: prompt plus `max_new_tokens` exceeds `max_tokens`, or the prompt the folder's `max_length`.
             ConfigError: the model cannot generate, or the sampling parameters do not fit.
         """
         requests = self._intake.requests(prompts, sampling)
@@ -224,7 +231,7 @@ class InferenceEngine:
         Args:
             batch_sizes: numbers of prompts given at once.
             prompt_lengths: lengths of the longest prompt of a batch.
-            sampling: which sampler features and how many new tokens; by default greedy and as many as fit.
+            sampling: which sampler features and how many new tokens; by default those of `generate`.
             progress: show a bar.
 
         Returns:
@@ -232,7 +239,7 @@ class InferenceEngine:
         """
         from rich.progress import track
 
-        params = sampling or self._intake.default_params(min(prompt_lengths, default=1))
+        params = self._intake.filled(sampling or SamplingParams(), [0] * min(prompt_lengths, default=1))
         longest = max(1, self.max_tokens - params.max_new_tokens)
         most = most_requests(self.config.max_batch_size, params)
         shapes = sorted({(min(b, most), min(n, longest)) for b in batch_sizes for n in prompt_lengths})
@@ -252,7 +259,8 @@ class InferenceEngine:
 
     @property
     def _intake(self) -> Intake:
-        return Intake(self.spec, self.tokenizer, self.max_tokens, self.config.max_batch_size)
+        most = self.config.max_batch_size
+        return Intake(self.spec, self.tokenizer, self.max_tokens, most, self.generation_defaults)
 
     def _decode(
         self, batches: Sequence[list[Request]], dropped: Collection[int] = ()
@@ -275,7 +283,7 @@ class InferenceEngine:
         done = {}
         for request, hypotheses in zip(batch, found, strict=True):
             best = hypotheses[0]
-            builder = CompletionBuilder(SamplingParams(), self.tokenizer, request.prompt)
+            builder = request.builder(self.tokenizer)
             for token in best.token_ids[:-1]:
                 builder.add(token)
             builder.add(best.token_ids[-1], FinishCode.STOP if best.finish_reason == "stop" else FinishCode.LENGTH)

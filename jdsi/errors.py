@@ -32,6 +32,10 @@ class PromptError(JdsiError, ValueError):
     """A prompt the model cannot take: empty, of the wrong type, or with token ids outside the vocabulary."""
 
 
+class JdsiWarning(UserWarning):
+    """Something that was asked for and is done in another way, or not at all; the CLI prints it as one line."""
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """`" (did you mean 'x'?)"` for the valid name closest to `name`, or `""` when none is close."""
     close = difflib.get_close_matches(name, list(valid), n=1)

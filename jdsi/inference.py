@@ -14,7 +14,8 @@ from jdsi.converters import load_model, resolve, resolve_dtype
 from jdsi.converters.block_store import BlockStore
 from jdsi.engine import InferenceEngine
 from jdsi.errors import ConfigError
-from jdsi.generation.tokenizer import load_eos_token_ids, load_tokenizer
+from jdsi.generation.defaults import GenerationDefaults
+from jdsi.generation.tokenizer import load_tokenizer
 from jdsi.models import Transformer, parameters
 from jdsi.pallas_kernels.operator import Implementation
 from jdsi.runtime import Executor, ResidentExecutor, enable_compilation_cache
@@ -56,8 +57,7 @@ def init_inference(
     chosen = tokenizer if tokenizer is not None else parsed.tokenizer
     if isinstance(chosen, str | os.PathLike):
         chosen = load_tokenizer(chosen, required=True)
-    ends: tuple[int, ...] = ()
-    folder = None
+    defaults, folder = GenerationDefaults(), None
     if isinstance(source, Transformer):
         if parsed.offload is not None:
             raise ConfigError("offload needs a checkpoint folder; this model is in memory already")
@@ -68,7 +68,7 @@ def init_inference(
             executor = ResidentExecutor(loaded, implementation)
     else:
         folder = resolve(source if isinstance(source, str) else Path(source))
-        ends = load_eos_token_ids(folder)
+        defaults = GenerationDefaults.read(folder, parsed.generation_config)
         chosen = load_tokenizer(folder) if chosen is None else chosen
         if parsed.offload is not None:
             executor = _offloaded(folder, parsed, implementation)
@@ -76,12 +76,14 @@ def init_inference(
             executor = mesh_executor(folder, parsed, implementation)
         else:
             executor = ResidentExecutor(load_model(folder, dtype=parsed.dtype), implementation)
-    end = getattr(chosen, "eos_token_id", None)
+    end, ends = getattr(chosen, "eos_token_id", None), defaults.eos_token_ids
     if not ends and end is not None:
         ends = (end,)
     if eos_token_ids is not None:
         ends = tuple(eos_token_ids)
-    return InferenceEngine(executor, parsed, tokenizer=chosen, eos_token_ids=ends, checkpoint=folder)
+    return InferenceEngine(
+        executor, parsed, tokenizer=chosen, eos_token_ids=ends, generation_defaults=defaults, checkpoint=folder
+    )
 
 
 def _offloaded(folder: Path, config: InferenceConfig, implementation: Implementation | None) -> Executor:

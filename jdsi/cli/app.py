@@ -1,11 +1,14 @@
 """The command's root: subcommands, and how errors reach the user."""
 
+import contextlib
 import os
 import sys
+import warnings
+from collections.abc import Iterator
 
 import typer
 
-from jdsi.errors import JdsiError
+from jdsi.errors import JdsiError, JdsiWarning
 
 from .bench import bench
 from .convert import convert
@@ -34,7 +37,8 @@ def main() -> None:
     # transformers would advise on every start to install PyTorch, which only its own models need.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
-        app()
+        with _warnings_in_a_line():
+            app()
     except JdsiError as error:
         sys.stderr.write(f"jdsi: error: {error}\n")
         sys.exit(1)
@@ -49,6 +53,23 @@ def main() -> None:
         # The reader (head, a pager) has what it wanted; Python must not complain while closing stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+
+
+@contextlib.contextmanager
+def _warnings_in_a_line() -> Iterator[None]:
+    """Shows our own warnings as errors are shown; all others as ever."""
+    with warnings.catch_warnings():
+        others = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *where: object) -> None:
+            if issubclass(category, JdsiWarning):
+                sys.stderr.write(f"jdsi: warning: {message}\n")
+            else:
+                others(message, category, *where)  # type: ignore[arg-type]
+
+        warnings.showwarning = show  # type: ignore[assignment]
+        warnings.simplefilter("always", JdsiWarning)
+        yield
 
 
 def _interrupted(error: BaseException | None) -> bool:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from jdsi.errors import PromptError
+from jdsi.errors import ConfigError, PromptError
 
 from .progress import progress_line
 
@@ -34,17 +34,19 @@ def generate(
         bool,
         typer.Option("--chat", help="Texts are a user's messages: apply the chat template.", rich_help_panel=_PROMPTS),
     ] = False,
-    max_new_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.", rich_help_panel=_SAMPLING)] = 128,
-    min_new_tokens: Annotated[int, typer.Option(help="Do not stop before.", rich_help_panel=_SAMPLING)] = 0,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.", rich_help_panel=_SAMPLING)] = 0.0,
-    top_k: Annotated[int, typer.Option(help="0 is off.", rich_help_panel=_SAMPLING)] = 0,
-    top_p: Annotated[float, typer.Option(help="1 is off.", rich_help_panel=_SAMPLING)] = 1.0,
-    min_p: Annotated[float, typer.Option(help="0 is off.", rich_help_panel=_SAMPLING)] = 0.0,
-    repetition_penalty: Annotated[float, typer.Option(help="1 is off.", rich_help_panel=_SAMPLING)] = 1.0,
-    presence_penalty: Annotated[float, typer.Option(help="0 is off.", rich_help_panel=_SAMPLING)] = 0.0,
-    frequency_penalty: Annotated[float, typer.Option(help="0 is off.", rich_help_panel=_SAMPLING)] = 0.0,
-    no_repeat_ngram: Annotated[int, typer.Option(help="0 is off.", rich_help_panel=_SAMPLING)] = 0,
-    num_beams: Annotated[int, typer.Option(help="Beam search of this width.", rich_help_panel=_SAMPLING)] = 1,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Stop after this many tokens.", rich_help_panel=_SAMPLING)
+    ] = None,
+    min_new_tokens: Annotated[int | None, typer.Option(help="Do not stop before.", rich_help_panel=_SAMPLING)] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy.", rich_help_panel=_SAMPLING)] = None,
+    top_k: Annotated[int | None, typer.Option(help="0 is off.", rich_help_panel=_SAMPLING)] = None,
+    top_p: Annotated[float | None, typer.Option(help="1 is off.", rich_help_panel=_SAMPLING)] = None,
+    min_p: Annotated[float | None, typer.Option(help="0 is off.", rich_help_panel=_SAMPLING)] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="1 is off.", rich_help_panel=_SAMPLING)] = None,
+    presence_penalty: Annotated[float | None, typer.Option(help="0 is off.", rich_help_panel=_SAMPLING)] = None,
+    frequency_penalty: Annotated[float | None, typer.Option(help="0 is off.", rich_help_panel=_SAMPLING)] = None,
+    no_repeat_ngram: Annotated[int | None, typer.Option(help="0 is off.", rich_help_panel=_SAMPLING)] = None,
+    num_beams: Annotated[int | None, typer.Option(help="Beam search of this width.", rich_help_panel=_SAMPLING)] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End at this text.", rich_help_panel=_SAMPLING)] = None,
     ignore_eos: Annotated[
         bool, typer.Option("--ignore-eos", help="Go on behind EOS.", rich_help_panel=_SAMPLING)
@@ -53,6 +55,14 @@ def generate(
         int | None, typer.Option(help="With --json: report this many top tokens per step.", rich_help_panel=_SAMPLING)
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.", rich_help_panel=_SAMPLING)] = None,
+    sampling: Annotated[
+        str | None,
+        typer.Option(help="More of it: a JSON object, or @FILE with one; see docs.", rich_help_panel=_SAMPLING),
+    ] = None,
+    generation_config: Annotated[
+        str,
+        typer.Option(help="ignore: not what the model's folder asks for by default.", rich_help_panel=_SAMPLING),
+    ] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     offload: Annotated[
         str | None, typer.Option(help="host, nvme or auto: weights that need not stay on the device.")
@@ -114,23 +124,25 @@ def generate(
         raise typer.BadParameter("--stream prints one prompt's text as it comes; leave out --json and further prompts")
     if logprobs is not None and not as_json:
         raise typer.BadParameter("--logprobs is shown only with --json")
-    sampling = SamplingParams(
-        max_new_tokens=max_new_tokens,
-        min_new_tokens=min_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        presence_penalty=presence_penalty,
-        frequency_penalty=frequency_penalty,
-        no_repeat_ngram=no_repeat_ngram,
-        num_beams=num_beams,
-        stop=tuple(stop or ()),
-        ignore_eos=ignore_eos,
-        logprobs=logprobs,
-        seed=seed,
-    )
+    own = {
+        "max_new_tokens": max_new_tokens,
+        "min_new_tokens": min_new_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty,
+        "no_repeat_ngram": no_repeat_ngram,
+        "num_beams": num_beams,
+        "stop": stop or None,
+        "ignore_eos": ignore_eos or None,
+        "logprobs": logprobs,
+        "seed": seed,
+    }
+    given = {name: value for name, value in own.items() if value is not None}
+    params = SamplingParams.from_dict({**_sampling(sampling), **given})
     first = True
     if distributed or (coordinator, num_processes, process_id) != (None, None, None):
         first = _join_others(coordinator, num_processes, process_id)
@@ -138,6 +150,7 @@ def generate(
         model,
         dtype=dtype,
         tokenizer=tokenizer,
+        generation_config=generation_config,
         offload=offload,
         memory_limit=memory_limit,
         gpu_direct=gpu_direct,
@@ -155,7 +168,7 @@ def generate(
         if choice is not None and first:
             sys.stderr.write(f"{choice.explain()}\n")
         with contextlib.nullcontext() if first else _silence():
-            _run(engine, prompts, sampling, stream=stream, as_json=as_json)
+            _run(engine, prompts, params, stream=stream, as_json=as_json)
 
 
 def _join_others(coordinator: str | None, num_processes: int | None, process_id: int | None) -> bool:
@@ -196,6 +209,19 @@ def _run(engine: Any, prompts: list[Any], sampling: Any, *, stream: bool, as_jso
         text = completion.text if engine.tokenizer is not None else ",".join(map(str, completion.token_ids))
         sys.stdout.write(f"{lead}{text}\n")
     sys.stderr.write(f"{engine.stats.summary()}\n")
+
+
+def _sampling(text: str | None) -> dict[str, Any]:
+    """The sampling parameters in a JSON object, or in the file behind an @."""
+    if text is None:
+        return {}
+    try:
+        options = json.loads(Path(text[1:]).read_text() if text.startswith("@") else text)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--sampling {text} cannot be read: {error}") from error
+    if not isinstance(options, dict):
+        raise ConfigError(f"--sampling holds a JSON {type(options).__name__}; it must be an object")
+    return options
 
 
 def _prompts(texts: list[str], files: list[str], ids: list[str], chat: bool) -> list[Any]:

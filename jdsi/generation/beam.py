@@ -36,7 +36,7 @@ class BeamFeatures:
     @classmethod
     def of(cls, params: Sequence[SamplingParams | None]) -> "BeamFeatures":
         """What the requests need together."""
-        live = [p for p in params if p is not None]
+        live = [p.filled() for p in params if p is not None]
         return cls(
             repetition=any(p.repetition_penalty != 1 for p in live),
             ngrams=any(p.no_repeat_ngram > 0 for p in live),
@@ -103,14 +103,14 @@ def init(
     Raises:
         ConfigError: the requests differ in `num_beams`, which is the width of the batch, or do not fit the vocabulary.
     """
-    beams = {p.num_beams for p in params if p is not None}
+    beams = {p.filled().num_beams for p in params if p is not None}
     if len(beams) != 1:
         raise ConfigError(f"requests of one beam search have num_beams={sorted(beams)}; all must have the same")
     if len(params) != len(prompts):
         raise ConfigError(f"{len(params)} sampling parameters for {len(prompts)} prompts; give one for each")
     shape = (len(params), beams.pop())
     idle = np.array([p is None for p in params])
-    rows = [p or SamplingParams(max_new_tokens=1) for p in params]
+    rows = [(p or SamplingParams(max_new_tokens=1)).filled() for p in params]
     prompts = [() if p is None else prompt for p, prompt in zip(params, prompts, strict=True)]
     for p in rows:
         check_vocabulary(p, vocab_size)

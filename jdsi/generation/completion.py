@@ -62,6 +62,7 @@ class CompletionBuilder:
         *,
         name: str = "the request",
     ):
+        params = params.filled()
         if params.stop and tokenizer is None:
             raise ConfigError(f"sampling parameter stop={params.stop!r} must be left out where there is no tokenizer")
         self._params = params

@@ -7,6 +7,7 @@ from jdsi.errors import CapacityError, ConfigError, PromptError
 from jdsi.models import TransformerSpec
 
 from .completion import CompletionBuilder
+from .defaults import GenerationDefaults
 from .prompts import as_list, encode
 from .sampling_params import SamplingParams, check_vocabulary
 
@@ -18,7 +19,7 @@ class Request:
     Attributes:
         index: which of the caller's prompts.
         prompt: its token ids.
-        params: how to continue it.
+        params: how to continue it, with a value for every field.
     """
 
     index: int
@@ -39,12 +40,14 @@ class Intake:
         tokenizer: a `transformers` tokenizer, or `None`, which leaves token ids alone.
         max_tokens: prompt plus generated tokens of a request.
         max_batch_size: rows decoded together, hence beams of a request, at most.
+        defaults: for what callers leave out.
     """
 
     spec: TransformerSpec
     tokenizer: Any
     max_tokens: int
     max_batch_size: int
+    defaults: GenerationDefaults
 
     def requests(self, prompts: Any, sampling: Any) -> list[Request]:
         """A request for each of the prompts, see `InferenceEngine.generate`, which also has the errors."""
@@ -57,38 +60,36 @@ class Intake:
         names = [f"prompt {i}" if len(items) > 1 else "prompt" for i in range(len(items))]
         vocabulary = self.spec.vocab_size
         ids = [encode(x, self.tokenizer, vocabulary, name=name) for x, name in zip(items, names, strict=True)]
-        params = self._params(ids, sampling)
-        for name, prompt, own in zip(names, ids, params, strict=True):
-            self._check(name, prompt, own)
+        given = self._given(len(items), sampling)
+        params = [self.filled(own, prompt, name) for own, prompt, name in zip(given, ids, names, strict=True)]
         return [Request(i, prompt, own) for i, (prompt, own) in enumerate(zip(ids, params, strict=True))]
 
-    def default_params(self, prompt_tokens: int) -> SamplingParams:
-        """Greedy; fewer new tokens than usual where the model is too small for the usual number."""
-        usual = SamplingParams()
-        room = self.max_tokens - prompt_tokens
-        return usual if room >= usual.max_new_tokens else SamplingParams(max_new_tokens=max(1, room))
+    def filled(self, params: SamplingParams, prompt: list[int], name: str = "prompt") -> SamplingParams:
+        """How to continue a prompt, with the model's values for what is left out, checked."""
+        own = self.defaults.fill(params, len(prompt), self.max_tokens, name)
+        check_vocabulary(own, self.spec.vocab_size)
+        if own.stop and self.tokenizer is None:
+            if "stop" not in params.given:
+                raise ConfigError(f"{self.defaults.source} asks for stop={own.stop!r}; give a tokenizer, or stop=()")
+            raise ConfigError(f"sampling parameter stop={own.stop!r} must be left out where there is no tokenizer")
+        if own.num_beams > self.max_batch_size:
+            raise ConfigError(f"num_beams={own.num_beams} exceeds max_batch_size={self.max_batch_size}")
+        if len(prompt) + own.max_new_tokens > self.max_tokens:
+            raise CapacityError(
+                f"{name} has {len(prompt)} tokens and max_new_tokens is {own.max_new_tokens}: together "
+                f"{len(prompt) + own.max_new_tokens}, more than the {self.max_tokens} this engine takes"
+            )
+        return own
 
-    def _params(self, ids: list[list[int]], sampling: Any) -> list[SamplingParams]:
+    def _given(self, count: int, sampling: Any) -> list[SamplingParams]:
         """One for each prompt."""
         if sampling is None:
-            return [self.default_params(len(prompt)) for prompt in ids]
-        params = [sampling] * len(ids) if isinstance(sampling, SamplingParams) else list(sampling)
+            return [SamplingParams()] * count
+        params = [sampling] * count if isinstance(sampling, SamplingParams) else list(sampling)
         if not all(isinstance(own, SamplingParams) for own in params):
             raise ConfigError(
                 "sampling must be SamplingParams, or a list of them; SamplingParams.from_dict takes a mapping"
             )
-        if len(params) != len(ids):
-            raise ConfigError(f"{len(params)} sampling parameters for {len(ids)} prompts; give one, or one for each")
+        if len(params) != count:
+            raise ConfigError(f"{len(params)} sampling parameters for {count} prompts; give one, or one for each")
         return params
-
-    def _check(self, name: str, prompt: list[int], params: SamplingParams) -> None:
-        check_vocabulary(params, self.spec.vocab_size)
-        if params.stop and self.tokenizer is None:
-            raise ConfigError(f"sampling parameter stop={params.stop!r} must be left out where there is no tokenizer")
-        if params.num_beams > self.max_batch_size:
-            raise ConfigError(f"num_beams={params.num_beams} exceeds max_batch_size={self.max_batch_size}")
-        if len(prompt) + params.max_new_tokens > self.max_tokens:
-            raise CapacityError(
-                f"{name} has {len(prompt)} tokens and max_new_tokens is {params.max_new_tokens}: together "
-                f"{len(prompt) + params.max_new_tokens}, more than the {self.max_tokens} this engine takes"
-            )

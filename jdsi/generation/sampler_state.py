@@ -48,7 +48,7 @@ class SamplerFeatures:
     @classmethod
     def of(cls, params: Sequence[SamplingParams | None]) -> Self:
         """What the requests need together; `top_logprobs` is rounded up to a power of two to compile less often."""
-        live = [p for p in params if p is not None]
+        live = [p.filled() for p in params if p is not None]
         top = max((p.logprobs or 0 for p in live), default=0)
         return cls(
             noise=any(not p.greedy for p in live),
@@ -120,7 +120,7 @@ def init_state(
     if len(params) != len(prompts):
         raise ConfigError(f"{len(params)} sampling parameters for {len(prompts)} prompts; give one for each")
     features = SamplerFeatures.of(params) | (features or SamplerFeatures())
-    rows = [p or SamplingParams() for p in params]
+    rows = [(p or SamplingParams()).filled() for p in params]
     for p in rows:
         check_vocabulary(p, vocab_size)
     idle = np.array([p is None for p in params])
@@ -129,7 +129,7 @@ def init_state(
         return jnp.asarray(np.array([getattr(p, name) for p in rows], dtype))
 
     state = SamplerState(
-        temperature=column("temperature", np.float32),
+        temperature=jnp.asarray(_temperatures([p.temperature for p in rows])),
         top_k=column("top_k", np.int32),
         top_p=column("top_p", np.float32),
         min_p=column("min_p", np.float32),
@@ -165,6 +165,12 @@ def stop_rows(params: Sequence[SamplingParams], eos_token_ids: Sequence[int]) ->
     """`[B, N]`: tokens that end each request, then `NO_TOKEN`. N is a power of two from 4 on, to compile rarely."""
     stops = [(*p.stop_token_ids, *(() if p.ignore_eos else eos_token_ids)) for p in params]
     return pad_rows(stops, power_of_two(max(4, *map(len, stops))), NO_TOKEN)
+
+
+def _temperatures(values: Sequence[float]) -> np.ndarray:
+    """In float32, where none may become 0 that is not: 0 is greedy."""
+    least = np.finfo(np.float32).tiny
+    return np.array([max(value, least) if value else 0.0 for value in values], np.float32)
 
 
 def _key(seed: int | None) -> tuple[int, int]:

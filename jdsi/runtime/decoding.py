@@ -134,7 +134,7 @@ def _agreed(
         {
             "call": "generate",
             "prompts": [batch.prompts for batch in batches],
-            "sampling": [batch.params for batch in batches],
+            "sampling": [[p.changes for p in batch.params] for batch in batches],
             "eos_token_ids": eos_token_ids,
             "max_batch_size": max_rows,
         }

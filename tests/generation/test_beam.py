@@ -84,6 +84,7 @@ def search(net: Any, prompts: list[list[int]], params: Sequence[SamplingParams |
 
 
 def reference(net: Any, prompt: list[list[int]], params: SamplingParams) -> tuple[list[list[int]], list[float]]:
+    params = params.filled()
     out = net.generate(
         torch.tensor(prompt),
         attention_mask=torch.ones(len(prompt), len(prompt[0]), dtype=torch.long),

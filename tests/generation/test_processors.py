@@ -31,7 +31,7 @@ def jitted_process(logits, state, features):
 
 
 def oracle(params: SamplingParams, prompt: list[int], logits: np.ndarray) -> np.ndarray:
-    chain = LogitsProcessorList()
+    chain, params = LogitsProcessorList(), params.filled()
     if params.repetition_penalty != 1:
         chain.append(RepetitionPenaltyLogitsProcessor(params.repetition_penalty))
     if params.no_repeat_ngram:
@@ -167,6 +167,7 @@ def test_penalty_counts_equal_brute_force(seed):
     state = init_state(params, prompts, vocab_size=size, features=features)
     outputs: list[list[int]] = [[], [], [], []]
     step = jax.jit(sample, static_argnums=2, donate_argnums=1)
+    params = [p.filled() for p in params]
     for _ in range(10):
         logits = rng.normal(0, 0.5, (4, size)).astype(np.float32)
         scores = np.asarray(jitted_process(logits, state, features))

@@ -119,6 +119,25 @@ def test_greedy_takes_the_lowest_of_equals():
     assert out.tokens.tolist() == [9]
 
 
+def test_extreme_values_are_not_lost_in_float32():
+    """A temperature above 0 stays one, and no penalty takes a logit out of the numbers there are."""
+    params = [
+        SamplingParams(temperature=1e-50, seed=1),
+        SamplingParams(temperature=3.4e38, seed=1),
+        SamplingParams(repetition_penalty=1e-30),
+        SamplingParams(repetition_penalty=1e30, temperature=1e-50),
+    ]
+    logits = np.stack([model([row]) for row in range(4)])
+    logits[2, 7] = 1e-3
+    features = SamplerFeatures.of(params)
+    state = init_state(params, [[], [], [7], [int(logits[3].argmax())]], vocab_size=VOCAB, features=features)
+    out, _ = jitted_sample(logits, state, features)
+    assert out.finish.tolist() == [FinishCode.RUNNING] * 4
+    assert out.tokens[0] == logits[0].argmax()
+    assert out.tokens[2] == 7
+    assert out.tokens[3] == np.argsort(logits[3])[-2]
+
+
 def test_ends_and_padding():
     params = [
         SamplingParams(max_new_tokens=1),
