@@ -125,10 +125,10 @@ class GenerationDefaults:
         if beams > 1 and temperature > 0 and not ("num_beams" in given and "temperature" in given):
             if "num_beams" in given:
                 drop = ("temperature", *TRUNCATION)
-                self._tell(f"num_beams={beams} searches with beams, so that {self.source} does not sample here")
+                self._tell(f"num_beams={beams} searches with beams: {self.source} does not sample here")
             elif "temperature" in given:
                 beams, drop = 1, ("num_beams",)
-                self._tell(f"temperature={temperature:g} samples, so that {self.source} does not search with beams here")
+                self._tell(f"temperature={temperature:g} samples: {self.source} does not search with beams here")
             else:
                 raise ConfigError(
                     f"{self.source} asks for do_sample with num_beams={beams}: sampling with beams is not supported; "

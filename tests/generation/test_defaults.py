@@ -171,11 +171,11 @@ def test_beams_and_sampling_exclude_each_other(tmp_path):
     assert fill(searches, num_beams=2) == {**beams, "num_beams": 2}
     assert fill(searches, num_beams=1) == {}
     assert fill(searches, num_beams=1, temperature=1) == {"temperature": 1, "top_p": 0.9}
-    with pytest.warns(JdsiWarning, match=r"temperature=1 samples, so that .* does not search with beams here"):
+    with pytest.warns(JdsiWarning, match=r"temperature=1 samples: .* does not search with beams here"):
         assert fill(searches, temperature=1) == {"temperature": 1, "top_p": 0.9}
     samples = {"do_sample": True, "temperature": 0.7, "min_p": 0.1, "length_penalty": 0.5}
     assert fill(samples) == {"temperature": 0.7, "top_k": 50, "min_p": 0.1}
-    with pytest.warns(JdsiWarning, match=r"num_beams=2 searches with beams, so that .* does not sample here"):
+    with pytest.warns(JdsiWarning, match=r"num_beams=2 searches with beams: .* does not sample here"):
         assert fill(samples, num_beams=2) == {"num_beams": 2, "length_penalty": 0.5}
     both = {**searches, **samples}
     with pytest.raises(ConfigError, match=r"n_config\.json asks for do_sample with num_beams=3: .*give num_beams=1"):
