@@ -1,9 +1,8 @@
 """One token for every row of a batch of logits, inside `jit`.
 
-A row's logits go through, in `transformers`' order: repetition penalty, presence and frequency penalties,
-`no_repeat_ngram`, `min_new_tokens`, temperature, top-k, top-p, min-p. Then the largest logit plus Gumbel noise is
-taken, which draws from their softmax (Maddison et al., arXiv:1411.0030). The noise of token `v` of a request's `i`-th
-step is a function of its seed, `i` and `v` alone: not of the row, the batch, the padding or the size of the vocabulary.
+A row's logits go through the `processors`. Then the largest logit plus Gumbel noise is taken, which draws from their
+softmax (Maddison et al., arXiv:1411.0030). The noise of token `v` of a request's `i`-th step is a function of its seed,
+`i` and `v` alone: not of the row, the batch, the padding or the size of the vocabulary.
 
 Inside `jax.shard_map` over the mesh axis "tensor" the logits are each rank's share of the vocabulary, see `vocabulary`.
 The state is the same on every rank, and so is what comes out: tokens are those of the undivided vocabulary.
@@ -15,9 +14,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32, Int32
 
-from jdsi.generation import processors, vocabulary
-from jdsi.generation.sampler_state import FinishCode, SamplerFeatures, SamplerState
 from jdsi.sharding import TENSOR, axis_size, own_part
+
+from . import processors, vocabulary
+from .features import SamplerFeatures
+from .sampler_state import FinishCode, SamplerState
 
 
 @jax.tree_util.register_dataclass
@@ -60,7 +61,8 @@ def sample(
     scores = process(logits, state, features)
     if features.noise:
         noise = _gumbel(state, logits.shape[1])
-        scores = jnp.where((state.temperature == 0)[:, None], scores, scores + noise)
+        greedy = processors.held(state.settings.temperature) == 0
+        scores = jnp.where(greedy[:, None], scores, scores + noise)
     # As two plain reductions, faster in XLA than an argmax.
     best = vocabulary.largest(scores)
     choice = vocabulary.first_equal(scores, best)
@@ -75,34 +77,7 @@ def sample(
 
 def process(logits: Float32[Array, "B V"], state: SamplerState, features: SamplerFeatures) -> Float32[Array, "B V"]:
     """The logits whose softmax is sampled from; of a greedy row, the logits whose largest is taken."""
-    first = vocabulary.first_token(logits)
-    if features.repetition:
-        seen = vocabulary.own_columns(_held(state.seen), logits)
-        logits = processors.penalise_repetition(logits, seen, state.repetition_penalty)
-    if features.counts:
-        counts = vocabulary.own_columns(_held(state.counts), logits)
-        logits = processors.penalise_counts(logits, counts, state.presence_penalty, state.frequency_penalty)
-    if features.ngrams:
-        history = _held(state.history)
-        logits = processors.ban_ngrams(logits, history, state.history_length, state.no_repeat_ngram, first)
-    if features.min_tokens:
-        early = state.num_generated < state.min_new_tokens
-        logits = processors.ban_tokens(logits, state.stop_tokens, early, first)
-    if features.noise:
-        logits = processors.scale_temperature(logits, state.temperature)
-    if features.top_k:
-        logits = processors.keep_top_k(logits, state.top_k)
-    if features.top_p:
-        logits = processors.keep_top_p(logits, state.top_p)
-    if features.min_p:
-        logits = processors.keep_min_p(logits, state.min_p)
-    return logits
-
-
-def _held(leaf: jax.Array | None) -> jax.Array:
-    if leaf is None:
-        raise ValueError("the sampler state was made without the arrays that the sampler features need")
-    return leaf
+    return processors.process(logits, state.settings, state.written, features)
 
 
 def _gumbel(state: SamplerState, columns: int) -> Float32[Array, "B V"]:
@@ -112,37 +87,18 @@ def _gumbel(state: SamplerState, columns: int) -> Float32[Array, "B V"]:
 
     with jax.threefry_partitionable(True):
         # Every number depends on its own index alone, so XLA can fuse the slice and draw no other rank's.
-        return own_part(jax.vmap(row)(state.key, state.num_generated), TENSOR, dim=1)
+        return own_part(jax.vmap(row)(processors.held(state.key), state.written.generated), TENSOR, dim=1)
 
 
 def _advance(state: SamplerState, tokens: Int32[Array, " B"], running: Bool[Array, " B"]) -> SamplerState:
     """Records the tokens of the running rows."""
-    rows = jnp.arange(tokens.shape[0])
-    num_generated = state.num_generated + running
-    stopped = running & jnp.any(state.stop_tokens == tokens[:, None], axis=1)
-    exhausted = running & (num_generated >= state.max_new_tokens)
+    settings = state.settings
+    written = state.written.followed_by(tokens, running, settings)
+    stopped = running & jnp.any(settings.stop_tokens == tokens[:, None], axis=1)
+    exhausted = running & (written.generated >= settings.max_new_tokens)
     finish = jnp.where(exhausted, jnp.int32(FinishCode.LENGTH), state.finish)
     finish = jnp.where(stopped, jnp.int32(FinishCode.STOP), finish)
-
-    seen, counts, history, history_length = state.seen, state.counts, state.history, state.history_length
-    if seen is not None:
-        seen = seen.at[rows, tokens].max(running)
-    if counts is not None:
-        counts = counts.at[rows, tokens].add(running.astype(jnp.int32))
-    if history is not None:
-        recorded = running & (state.no_repeat_ngram > 0)
-        at = jnp.where(recorded, history_length, history.shape[1])
-        history = history.at[rows, at].set(tokens, mode="drop")
-        history_length = history_length + recorded
-    return dataclasses.replace(
-        state,
-        num_generated=num_generated,
-        finish=finish,
-        seen=seen,
-        counts=counts,
-        history=history,
-        history_length=history_length,
-    )
+    return dataclasses.replace(state, written=written, finish=finish)
 
 
 def _logprobs(

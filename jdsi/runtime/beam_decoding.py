@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jdsi.generation import SamplingParams, beam
+from jdsi.generation import SamplerFeatures, SamplingParams, beam
 from jdsi.sharding import DATA, axis_index
 
 from . import peers
@@ -21,7 +21,7 @@ from .row_selection import select_rows
 class BeamEpilogue:
     """One beam-search step as an `Epilogue`; `repeat` spreads the logits of a prompt over its beams."""
 
-    features: beam.BeamFeatures
+    features: SamplerFeatures
     repeat: int = 1
 
     def __call__(self, logits: Float[Array, "R V"], state: beam.BeamState) -> tuple[Any, beam.BeamState]:
@@ -65,7 +65,7 @@ def beam_search(
     beams, rows = params[0].num_beams, padded_rows(executor, len(prompts), max_rows)
     idle = rows - len(prompts)
     padded = PaddedPrompts.of(prompts, rows)
-    features = beam.BeamFeatures.of(params)
+    features = SamplerFeatures.of(params)
     state = beam.init(
         [*params, *[None] * idle],
         [*prompts, *[()] * idle],

@@ -13,7 +13,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from jdsi.errors import ConfigError, JdsiError
-from jdsi.generation import SamplingParams, beam
+from jdsi.generation import SamplerFeatures, SamplingParams, beam
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -67,7 +67,7 @@ def jitted_step(logits, state, features):
 def search(net: Any, prompts: list[list[int]], params: Sequence[SamplingParams | None]) -> list[list[beam.Hypothesis]]:
     """Recomputes every sequence from its tokens; `parents` reorder the outputs as they would a KV cache."""
     beams = next(p.num_beams for p in params if p is not None)
-    features = beam.BeamFeatures.of(params)
+    features = SamplerFeatures.of(params)
     state = beam.init(params, prompts, vocab_size=VOCAB, eos_token_ids=[EOS])
     rows = [list(p) for p in prompts for _ in range(beams)]
     while not state.done.all():
@@ -178,7 +178,7 @@ def test_few_shapes_are_compiled():
         for eos in ([], [EOS], [5, 6, 7, 8])
     ]
     assert all(shape == shapes[0] for shape in shapes)
-    assert beam.init(params, [[1]] * 2, vocab_size=VOCAB, eos_token_ids=range(5)).stop_tokens.shape == (2, 8)
+    assert beam.init(params, [[1]] * 2, vocab_size=VOCAB, eos_token_ids=range(5)).settings.stop_tokens.shape == (2, 8)
 
 
 def test_parameters_that_do_not_fit_the_vocabulary_are_errors():
@@ -192,7 +192,7 @@ def test_unfinished_broken_and_mixed_searches_are_errors():
     with pytest.raises(JdsiError, match="not done"):
         beam.finish(state)
     for _ in range(2):
-        _, _, state = jitted_step(jnp.full((2, VOCAB), jnp.nan), state, beam.BeamFeatures())
+        _, _, state = jitted_step(jnp.full((2, VOCAB), jnp.nan), state, SamplerFeatures())
     with pytest.raises(JdsiError, match="NaN"):
         beam.finish(dataclasses.replace(state, done=jnp.ones_like(state.done)))
     with pytest.raises(JdsiError, match="the beam search of prompt 7 met"):

@@ -19,7 +19,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from jdsi.generation import SamplerFeatures, SamplingParams, init_state, process, processors, sample
+from jdsi.generation import SamplerFeatures, SamplingParams, bans, init_state, process, sample, truncation
 
 VOCAB = 61
 EOS = (3, 40)
@@ -103,7 +103,7 @@ def test_every_option_equals_transformers_in_one_batch(seed):
 @pytest.mark.parametrize("size", [1000, 32003])
 def test_truncation_of_a_large_vocabulary_equals_transformers(size):
     logits = np.random.default_rng(size).normal(0, 2, (2, size)).astype(np.float32)
-    got = processors.keep_top_p(processors.keep_top_k(jnp.asarray(logits), jnp.array([0, 50])), jnp.array([0.9, 0.6]))
+    got = truncation.keep_top_p(truncation.keep_top_k(jnp.asarray(logits), jnp.array([0, 50])), jnp.array([0.9, 0.6]))
     for row, (k, p) in enumerate([(0, 0.9), (50, 0.6)]):
         params = SamplingParams(temperature=1.0, top_k=k, top_p=p)
         assert_same_distribution(np.asarray(got[row]), oracle(params, [0], logits[row]))
@@ -127,28 +127,28 @@ def test_an_ngram_longer_than_the_history_costs_nothing(monkeypatch):
 
     monkeypatch.setattr(jax.lax, "fori_loop", counted)
     history = jnp.array([[1, 2, 1, 0], [1, 2, 1, 0], [1, 1, 1, 1]])
-    out = processors.ban_ngrams(jnp.zeros((3, 4)), history, jnp.array([3, 3, 4]), jnp.array([2**31 - 1, 2, 4]))
+    out = bans.ban_ngrams(jnp.zeros((3, 4)), history, jnp.array([3, 3, 4]), jnp.array([2**31 - 1, 2, 4]))
     assert rounds == [3]
     np.testing.assert_array_equal(np.isfinite(out), [[True] * 4, [True, True, False, True], [True, False, True, True]])
-    processors.ban_ngrams(jnp.zeros((1, 4)), history[:1], jnp.array([3]), jnp.array([2**31 - 1]))
+    bans.ban_ngrams(jnp.zeros((1, 4)), history[:1], jnp.array([3]), jnp.array([2**31 - 1]))
     assert rounds[1] <= 0
 
 
 def test_ties_at_the_threshold_are_all_kept():
     logits = jnp.array([[2.0, 1.0, 1.0, 0.0, -0.0, -1.0]])
-    kept = [np.isfinite(processors.keep_top_k(logits, jnp.array([k])))[0].sum() for k in range(1, 7)]
+    kept = [np.isfinite(truncation.keep_top_k(logits, jnp.array([k])))[0].sum() for k in range(1, 7)]
     assert kept == [1, 3, 3, 5, 5, 6]
-    assert np.isfinite(processors.keep_top_p(logits, jnp.array([0.5])))[0].sum() == 3
+    assert np.isfinite(truncation.keep_top_p(logits, jnp.array([0.5])))[0].sum() == 3
 
 
 def test_at_least_one_token_survives_extreme_settings():
     logits = jnp.array([[1e30, -1e30, 5.0, 1e30], [0.0, -300.0, 1e-38, 0.0]])
-    scaled = processors.scale_temperature(logits, jnp.array([1e-30, 1e-30], jnp.float32))
+    scaled = truncation.scale_temperature(logits, jnp.array([1e-30, 1e-30], jnp.float32))
     assert not np.isnan(scaled).any()
     assert (np.max(scaled, axis=1) == 0).all()
     tiny = jnp.full(2, 1e-30, jnp.float32)
-    assert np.isfinite(processors.keep_top_p(scaled, tiny)).any(axis=1).all()
-    assert np.isfinite(processors.keep_min_p(scaled, jnp.ones(2))).any(axis=1).all()
+    assert np.isfinite(truncation.keep_top_p(scaled, tiny)).any(axis=1).all()
+    assert np.isfinite(truncation.keep_min_p(scaled, jnp.ones(2))).any(axis=1).all()
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -186,4 +186,4 @@ def test_penalty_counts_equal_brute_force(seed):
             if out.valid[row]:
                 outputs[row].append(int(out.tokens[row]))
     assert [len(o) for o in outputs] == [10, 4, 10, 10]
-    np.testing.assert_array_equal(state.counts, [np.bincount(o, minlength=size) for o in outputs])
+    np.testing.assert_array_equal(state.written.counts, [np.bincount(o, minlength=size) for o in outputs])

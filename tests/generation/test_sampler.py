@@ -93,7 +93,7 @@ def test_frequencies_follow_the_distribution(options):
     state = init_state([params], [[]], vocab_size=size)
     # The draws of one request: its seed with `draws` different token indices.
     many = jax.tree.map(lambda leaf: jnp.repeat(leaf, draws, axis=0), state)
-    many = dataclasses.replace(many, num_generated=jnp.arange(draws))
+    many = dataclasses.replace(many, written=dataclasses.replace(many.written, generated=jnp.arange(draws)))
     out, _ = jitted_sample(np.tile(logits, (draws, 1)), many, features)
     order = np.argsort(-logits)
     p = np.exp(logits.astype(np.float64) / 1.3)
@@ -171,7 +171,7 @@ def test_ends_and_padding():
         FinishCode.RUNNING,
     ]
     assert state.finish.tolist() == codes
-    assert state.num_generated.tolist() == [1, 2, 3, 3, 0, 3]
+    assert state.written.generated.tolist() == [1, 2, 3, 3, 0, 3]
 
 
 def test_end_of_sequence_wins_over_length():
@@ -191,7 +191,7 @@ def test_finished_rows_keep_their_state():
     assert out.valid.tolist() == [True, False, False, False]
     for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
         np.testing.assert_array_equal(np.asarray(old)[1:], np.asarray(new)[1:])
-    assert after.num_generated[0] == 1
+    assert after.written.generated[0] == 1
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

@@ -21,8 +21,8 @@ from jdsi.generation import (
     SamplingParams,
     beam,
     init_state,
-    processors,
     sample,
+    truncation,
     vocabulary,
 )
 
@@ -175,7 +175,7 @@ def test_ties_across_shares(ranks):
 
 
 def count_kept(logits, k, features):
-    return vocabulary.total(jnp.isfinite(processors.keep_top_k(logits, k)).astype(jnp.float32))
+    return vocabulary.total(jnp.isfinite(truncation.keep_top_k(logits, k)).astype(jnp.float32))
 
 
 @pytest.mark.parametrize("start", [1.2e-38, 1.0, 255.99998, 3.4e38])
@@ -294,7 +294,7 @@ def test_beam_search(name, ties):
     options, size, share = BEAM_CASES[name]
     beams = 3
     params = [SamplingParams(max_new_tokens=n, num_beams=beams, **options) for n in (9, 6)]
-    features = beam.BeamFeatures.of(params)
+    features = SamplerFeatures.of(params)
     whole = beam.init([*params, None], [[1, 0, 1], [0], []], vocab_size=size, eos_token_ids=[size - 1])
     divided = whole
     for logits in noise(11, 9, 3 * beams, size, 1.5):
