@@ -11,7 +11,7 @@ from jdsi.config import InferenceConfig
 from jdsi.converters import load_model
 from jdsi.engine import InferenceEngine
 from jdsi.errors import CapacityError, CheckpointError, ConfigError, JdsiError, JdsiWarning, PeerError, PromptError
-from jdsi.generation import Completion, SamplingParams, TokenLogprob
+from jdsi.generation import Completion, SamplingParams, TokenAutomaton, TokenLogprob
 from jdsi.generation.defaults import GenerationDefaults
 from jdsi.generation.stream_events import StreamEvent
 from jdsi.inference import init_inference
@@ -33,6 +33,7 @@ __all__ = [
     "PromptError",
     "SamplingParams",
     "StreamEvent",
+    "TokenAutomaton",
     "TokenLogprob",
     "Transformer",
     "TransformerSpec",

@@ -9,6 +9,7 @@ from jdsi.generation.sampler import SampledTokens, process, sample
 from jdsi.generation.sampler_state import FinishCode, SamplerState, init_state
 from jdsi.generation.sampling_params import SamplingParams, check_vocabulary
 from jdsi.generation.stopping import StopStrings
+from jdsi.generation.token_automaton import TokenAutomaton
 
 __all__ = [
     "Completion",
@@ -21,6 +22,7 @@ __all__ = [
     "SamplerState",
     "SamplingParams",
     "StopStrings",
+    "TokenAutomaton",
     "TokenLogprob",
     "beam",
     "check_vocabulary",

@@ -11,8 +11,6 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float32, Int32
 
-from jdsi.sharding import TENSOR, all_gather
-
 from . import vocabulary
 from .beam_state import NEVER, OUT, BeamState, Hypothesis, finish, init
 from .features import SamplerFeatures
@@ -60,9 +58,8 @@ def step(
 def propose(logits: Float32[Array, "R V"], state: BeamState, features: SamplerFeatures) -> Candidates:
     """The first half of `step`: so many of the best ways on that enough are left when some of them end."""
     batch, beams, _ = state.running.shape
-    if vocabulary.is_divided():
-        # Everything below, ranks of equals and roundings included, is then as if the vocabulary were not divided.
-        logits = all_gather(logits, TENSOR, dim=1)[:, : state.settings.vocab_size]
+    # Everything below, ranks of equals and roundings included, is as if the vocabulary were not divided.
+    logits = vocabulary.whole(logits, state.settings.vocab_size)
     vocab_size = logits.shape[-1]
     with vocabulary.undivided():
         log_probs = _processed(jax.nn.log_softmax(logits.astype(jnp.float32)), state, features)
@@ -86,11 +83,15 @@ def settle(state: BeamState, candidates: Candidates) -> tuple[Int32[Array, " R"]
 
     scores, best = lax.top_k(totals + ends * OUT, beams)
     running, next_token, next_parent = (_pick(x, best) for x in (extended, token, parent))
+    states = state.automaton_state
+    if states is not None and state.settings.automaton is not None:
+        states = state.settings.automaton[_pick(states, next_parent), next_token]
     state = dataclasses.replace(
         _collect(state, extended, totals, ends),
         running=running,
         scores=scores,
         step=jnp.where(state.done, state.step, length),
+        automaton_state=states,
     )
     state = _judge(state, jnp.all(ends, axis=1))
     rows = next_parent + beams * jnp.arange(batch)[:, None]
@@ -102,8 +103,9 @@ def _processed(log_probs: Float32[Array, "R V"], state: BeamState, features: Sam
     batch, beams, size = state.running.shape
     tokens = state.running.reshape(batch * beams, size)
     prompt_length, step = (jnp.repeat(x, beams) for x in (state.prompt_length, state.step))
-    written = Written.of_tokens(tokens, prompt_length, step, log_probs.shape[1], features)
-    return process(log_probs, state.settings.repeated(beams), written, features)
+    states = None if state.automaton_state is None else state.automaton_state.reshape(-1)
+    written = Written.of_tokens(tokens, prompt_length, step, states, log_probs.shape[1], features)
+    return process(log_probs, state.settings.repeated(beams), written, features, together=beams)
 
 
 def _collect(

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +11,13 @@ from jaxtyping import Array, Bool, Float32, Int32
 
 from jdsi.errors import ConfigError, JdsiError
 
+from .carried import partition
 from .completion import FinishReason
 from .features import SamplerFeatures
 from .padding import pad_rows
-from .row_settings import RowSettings
+from .row_settings import RowSettings, automata
 from .sampling_params import SamplingParams
+from .token_automaton import joined
 
 NEVER = 2
 OUT = -1.0e9  # added to a score that must not win; finite as in transformers, so that banned tokens (-inf) rank below
@@ -42,6 +45,11 @@ class BeamState:
     prompt_length: Int32[Array, " B"]
     length_penalty: Float32[Array, " B"]
     early_stopping: Int32[Array, " B"]
+    automaton_state: Int32[Array, "B K"] | None
+
+    def partition(self) -> Any:
+        """How it lies on a mesh, see `carried`."""
+        return partition(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,8 +95,9 @@ def init(
     lengths = [len(t) for t in prompts]
     size = max(n + p.max_new_tokens for n, p in zip(lengths, rows, strict=True))
     size = -(-size // 128) * 128  # few sizes, for the model's step is compiled together with the search
-    settings = RowSettings.of(rows, vocab_size=vocab_size, eos_token_ids=eos_token_ids, features=features)
+    settings = RowSettings.of(rows, prompts, vocab_size=vocab_size, eos_token_ids=eos_token_ids, features=features)
     settings = dataclasses.replace(settings, max_new_tokens=jnp.where(idle, 0, settings.max_new_tokens))
+    starts = joined(automata(rows))[1]
     stopping = [NEVER if p.early_stopping == "never" else int(p.early_stopping) for p in rows]
     return BeamState(
         settings=settings,
@@ -105,6 +114,7 @@ def init(
         prompt_length=jnp.asarray(np.array(lengths, np.int32)),
         length_penalty=jnp.asarray(np.array([p.length_penalty for p in rows], np.float32)),
         early_stopping=jnp.asarray(np.array(stopping, np.int32)),
+        automaton_state=jnp.asarray(np.repeat(starts[:, None], shape[1], axis=1)) if features.automaton else None,
     )
 
 

@@ -8,8 +8,10 @@ from jdsi.models import TransformerSpec
 
 from .completion import CompletionBuilder
 from .defaults import GenerationDefaults
+from .functions import check_functions
 from .prompts import as_list, encode
 from .sampling_params import SamplingParams, check_vocabulary
+from .words import ways_to_write
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +69,14 @@ class Intake:
     def filled(self, params: SamplingParams, prompt: list[int], name: str = "prompt") -> SamplingParams:
         """How to continue a prompt, with the model's values for what is left out, checked."""
         own = self.defaults.fill(params, len(prompt), self.max_tokens, name)
+        own = self._with_ids(own)
         check_vocabulary(own, self.spec.vocab_size)
+        check_functions(own, self.spec.vocab_size)
+        if params.given.get("forced_bos_token_id") is not None and len(prompt) > 1:
+            raise ConfigError(
+                f"sampling parameter forced_bos_token_id={own.forced_bos_token_id} is for prompts of one token, as in "
+                f"transformers; {name} has {len(prompt)}"
+            )
         if own.stop and self.tokenizer is None:
             if "stop" not in params.given:
                 raise ConfigError(f"{self.defaults.source} asks for stop={own.stop!r}; give a tokenizer, or stop=()")
@@ -80,6 +89,18 @@ class Intake:
                 f"{len(prompt) + own.max_new_tokens}, more than the {self.max_tokens} this engine takes"
             )
         return own
+
+    def _with_ids(self, params: SamplingParams) -> SamplingParams:
+        """With the words among the parameters as token ids."""
+        if not params.bad_words:
+            return params
+        if self.tokenizer is None:
+            raise ConfigError(
+                f"sampling parameter bad_words={params.bad_words!r} needs a tokenizer; give bad_words_ids"
+            )
+        words = (ids for word in params.bad_words for ids in ways_to_write(word, self.tokenizer))
+        ids = tuple(dict.fromkeys([*params.bad_words_ids, *words]))
+        return dataclasses.replace(params, bad_words=(), bad_words_ids=ids).filled()
 
     def _given(self, count: int, sampling: Any) -> list[SamplingParams]:
         """One for each prompt."""

@@ -1,12 +1,13 @@
 """The arrays that carry a batch of requests from one sampling step to the next.
 
-Every leaf has one row per request.
+Every leaf has one row per request, but for what `carried` says.
 """
 
 import dataclasses
 import enum
 import secrets
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from jaxtyping import Array, Int32, UInt32
 
 from jdsi.errors import ConfigError
 
+from .carried import partition
 from .features import SamplerFeatures
 from .row_settings import RowSettings
 from .sampling_params import SamplingParams
@@ -40,6 +42,10 @@ class SamplerState:
     pad_token: Int32[Array, " B"]
     finish: Int32[Array, " B"]
     key: UInt32[Array, "B 2"] | None
+
+    def partition(self) -> Any:
+        """How it lies on a mesh, see `carried`."""
+        return partition(self)
 
 
 def init_state(
@@ -70,7 +76,7 @@ def init_state(
     rows = [(p or SamplingParams()).filled() for p in params]
     idle = np.array([p is None for p in params])
     return SamplerState(
-        settings=RowSettings.of(rows, vocab_size=vocab_size, eos_token_ids=eos_token_ids, features=features),
+        settings=RowSettings.of(rows, prompts, vocab_size=vocab_size, eos_token_ids=eos_token_ids, features=features),
         written=Written.prompts(rows, prompts, vocab_size, features),
         pad_token=jnp.full(len(rows), pad_token_id, jnp.int32),
         finish=jnp.asarray(np.where(idle, FinishCode.STOP, FinishCode.RUNNING).astype(np.int32)),

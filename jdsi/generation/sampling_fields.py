@@ -3,8 +3,10 @@
 import dataclasses
 import math
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
+
+from .token_automaton import TokenAutomaton
 
 INT32_MAX = 2**31 - 1  # what the device counts in
 FLOAT32_MAX = 3.4e38
@@ -42,13 +44,18 @@ def integer(low: int, high: int = INT32_MAX, hint: str = "") -> Check:
     return check
 
 
-def real(low: float, high: float, *, above: bool = False, hint: str = "") -> Check:
-    """Finite numbers from `low` on, or `above` it, up to `high`."""
-    bounds = f"{'above' if above else 'of at least'} {low:g} and at most {high:g}"
+def real(low: float, high: float, *, above: bool = False, below: bool = False, hint: str = "") -> Check:
+    """Finite numbers from `low` on, or `above` it, up to `high`, or `below` it."""
+    bounds = f"{'above' if above else 'of at least'} {low:g} and {'below' if below else 'at most'} {high:g}"
 
     def check(value: Any) -> float:
         number = float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
-        if not math.isfinite(number) or not low <= number <= high or (above and number == low):
+        if (
+            not math.isfinite(number)
+            or not low <= number <= high
+            or (above and number == low)
+            or (below and number == high)
+        ):
             raise Unfit(f"a finite number {bounds}{hint}")
         return number
 
@@ -84,6 +91,13 @@ def texts(value: Any) -> tuple[str, ...]:
     return tuple(items)
 
 
+def token_id(value: Any) -> int:
+    """One id."""
+    if not is_int(value) or not 0 <= value <= INT32_MAX:
+        raise Unfit(f"a token id from 0 to {INT32_MAX}")
+    return int(value)
+
+
 def token_ids(value: Any) -> tuple[int, ...]:
     """Ids in any sequence."""
     if not isinstance(value, list | tuple | set | frozenset):
@@ -91,6 +105,68 @@ def token_ids(value: Any) -> tuple[int, ...]:
     if not all(is_int(item) and 0 <= item <= INT32_MAX for item in value):
         raise Unfit(f"token ids from 0 to {INT32_MAX}")
     return tuple(int(item) for item in value)
+
+
+def one_or_more_ids(value: Any) -> tuple[int, ...]:
+    """One id or several, or `None`, which is none."""
+    return () if value is None else (int(value),) if is_int(value) and value >= 0 else token_ids(value)
+
+
+def phrases(value: Any) -> tuple[tuple[int, ...], ...]:
+    """Sequences of one or more ids."""
+    if not isinstance(value, list | tuple | set | frozenset):
+        raise Unfit("a sequence of sequences of token ids")
+    found = tuple(token_ids(item) for item in value)
+    if not all(found):
+        raise Unfit("sequences of at least one token id")
+    return found
+
+
+def biases(value: Any) -> tuple[tuple[tuple[int, ...], float], ...]:
+    """Numbers for ids, which JSON has as text, and for sequences of ids: a mapping or pairs."""
+    pairs = list(value.items() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else [None])
+    found: dict[tuple[int, ...], float] = {}
+    for pair in pairs:
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise Unfit("a mapping from token ids to numbers, or pairs of a sequence of token ids and a number")
+        key, bias = pair
+        key = int(key) if isinstance(key, str) and key.isdecimal() else key
+        ids = (token_id(key),) if is_int(key) else token_ids(key)
+        if not ids or ids in found:
+            raise Unfit("a number for each sequence of at least one token id, each of them once")
+        real_bias = isinstance(bias, numbers.Real) and not isinstance(bias, bool)
+        if not real_bias or not (abs(bias) <= LARGE or bias == -math.inf):
+            raise Unfit(f"numbers from -{LARGE:g} to {LARGE:g}, or minus infinity")
+        found[ids] = float(bias)
+    return tuple(found.items())
+
+
+def decay(value: Any) -> tuple[int, float]:
+    """Where a penalty begins, and the factor it grows by."""
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise Unfit("a pair (tokens after which it begins, factor)")
+    start, factor = value
+    try:
+        return integer(0)(start), real(0.0, LARGE, above=True)(factor)
+    except Unfit as error:
+        raise Unfit(f"a pair of an integer from 0 on and a factor above 0; one of them must be {error}") from None
+
+
+def function(value: Any) -> Callable[..., Any]:
+    """Anything that can be called, and told from others."""
+    if not callable(value) or not isinstance(value, Hashable):
+        raise Unfit("a function")
+    return value
+
+
+def allowed(value: Any) -> Any:
+    """A function or a table."""
+    if isinstance(value, TokenAutomaton) or (callable(value) and isinstance(value, Hashable)):
+        return value
+    try:
+        return TokenAutomaton(value)
+    except ValueError as error:
+        raise Unfit(f"a function, or {error}") from None
 
 
 def early_stopping(value: Any) -> Any:
@@ -112,10 +188,24 @@ FIELDS: dict[str, Field] = {
     "top_k": Field(0, integer(0, hint="; 0 keeps every token")),
     "top_p": Field(1.0, real(0.0, 1.0, above=True, hint="; 1 keeps every token")),
     "min_p": Field(0.0, real(0.0, 1.0, hint="; 0 keeps every token")),
+    "typical_p": Field(1.0, real(0.0, 1.0, above=True, hint="; 1 keeps every token")),
+    "epsilon_cutoff": Field(0.0, real(0.0, 1.0, below=True, hint="; 0 keeps every token")),
+    "eta_cutoff": Field(0.0, real(0.0, 1.0, below=True, hint="; 0 keeps every token")),
+    "min_tokens_to_keep": Field(1, integer(1)),
     "repetition_penalty": Field(1.0, real(1 / LARGE, LARGE, hint="; 1 is off")),
     "presence_penalty": Field(0.0, real(-2.0, 2.0)),
     "frequency_penalty": Field(0.0, real(-2.0, 2.0)),
     "no_repeat_ngram": Field(0, integer(0, hint="; 0 is off")),
+    "logit_bias": Field((), biases),
+    "bad_words_ids": Field((), phrases),
+    "bad_words": Field((), texts),
+    "suppress_tokens": Field((), token_ids),
+    "begin_suppress_tokens": Field((), token_ids),
+    "forced_bos_token_id": Field(None, optional(token_id)),
+    "forced_eos_token_id": Field((), one_or_more_ids),
+    "exponential_decay_length_penalty": Field(None, optional(decay)),
+    "allowed_tokens": Field(None, optional(allowed)),
+    "logits_processor": Field(None, optional(function)),
     "stop": Field((), texts),
     "stop_token_ids": Field((), token_ids),
     "ignore_eos": Field(False, flag),
@@ -124,9 +214,10 @@ FIELDS: dict[str, Field] = {
     "num_beams": Field(1, integer(1)),
     "length_penalty": Field(1.0, real(-FLOAT32_MAX, FLOAT32_MAX)),
     "early_stopping": Field(False, early_stopping),
+    "renormalize_logits": Field(False, flag),
 }
 
-TRUNCATION = ("top_k", "top_p", "min_p")
+TRUNCATION = ("top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "min_tokens_to_keep")
 """What is of use only where tokens are drawn at random."""
 
 BEAMS = ("length_penalty", "early_stopping")

@@ -2,13 +2,18 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NoReturn, Self
 
 from jdsi.errors import ConfigError, nearest
 
 from .sampling_fields import BEAMS, FIELDS, TRUNCATION, Unfit
+from .token_automaton import TokenAutomaton
 from .transformers_names import RENAMED, UNSUPPORTED
+
+AllowedTokens = Callable[..., Any] | TokenAutomaton | Sequence[Sequence[int]]
+LogitsProcessor = Callable[..., Any]
+Biases = Mapping[int, float] | Mapping[tuple[int, ...], float] | Sequence[tuple[Sequence[int], float]]
 
 
 class _LeftOut:
@@ -52,11 +57,31 @@ class SamplingParams:
         top_p: keep the most probable tokens up to and including the one whose cumulative probability reaches `top_p`,
             and those tied with it; 1 keeps all.
         min_p: keep tokens at least `min_p` times as probable as the most probable one; 0 keeps all.
+        typical_p: keep the tokens closest to the average surprise up to this much of the probability
+            (arXiv:2202.00666), and those tied with the last of them; 1 keeps all.
+        epsilon_cutoff: keep tokens at least this probable (arXiv:2210.15191); 0 keeps all.
+        eta_cutoff: the same, with a bound that falls where many tokens are probable; 0 keeps all.
+        min_tokens_to_keep: no truncation keeps fewer tokens; 1.
         repetition_penalty: divides positive and multiplies negative logits of tokens in the prompt or the output
             (arXiv:1909.05858, section 4.1); 1.
         presence_penalty: subtracted once from the logit of every token already generated; 0.
         frequency_penalty: subtracted from a token's logit as many times as it was generated; 0.
         no_repeat_ngram: no sequence of this many tokens occurs twice in prompt plus output; 0 is off.
+        logit_bias: numbers added to the logits of tokens: a mapping from token ids, or from tuples of ids, whose last
+            token is changed where it would complete them. Minus infinity bans. Kept as pairs.
+        bad_words_ids: sequences of token ids that must not occur. Kept as tuples.
+        bad_words: texts of which this is true, as words of their own and as ends of longer ones, in the way that the
+            tokenizer cuts them.
+        suppress_tokens: ids that must not occur.
+        begin_suppress_tokens: ids that the output must not begin with.
+        forced_bos_token_id: what the output begins with behind a prompt of one token, as in encoder-decoder models.
+        forced_eos_token_id: what it ends with where it reaches `max_new_tokens`; one id or several. Kept as a tuple.
+        exponential_decay_length_penalty: `(start, factor)`: behind `start` tokens the logits of what ends the request
+            are raised by their distance from 0 times `factor ** tokens - 1`.
+        allowed_tokens: what may come next: a JAX function `(tokens[B, L], lengths[B]) -> allowed[B, V]` of prompts and
+            outputs, in which what lies past a row's length has no meaning; or a `TokenAutomaton` or its table.
+        logits_processor: a JAX function `(tokens[B, L], lengths[B], logits[B, V]) -> logits[B, V]`, applied before
+            temperature and truncation. Functions are compiled in: pass the same object again, and compute row by row.
         stop: a string or strings that end the request; the text ends before the first of them. Kept as a tuple.
         stop_token_ids: ids that end the request as end-of-sequence does. Kept as a tuple.
         ignore_eos: the model's end-of-sequence ids neither end the request nor are they held back.
@@ -68,6 +93,7 @@ class SamplingParams:
         length_penalty: beams are ranked by log-probability divided by length to this power; 1.
         early_stopping: `True` ends a beam search at `num_beams` finished hypotheses, `False` when the best running beam
             would not do better at its present length, `"never"` when it cannot do better at any length.
+        renormalize_logits: in a beam search, log-probabilities are normalised again behind all that changed them.
     """
 
     max_new_tokens: int = LEFT_OUT
@@ -76,10 +102,24 @@ class SamplingParams:
     top_k: int = LEFT_OUT
     top_p: float = LEFT_OUT
     min_p: float = LEFT_OUT
+    typical_p: float = LEFT_OUT
+    epsilon_cutoff: float = LEFT_OUT
+    eta_cutoff: float = LEFT_OUT
+    min_tokens_to_keep: int = LEFT_OUT
     repetition_penalty: float = LEFT_OUT
     presence_penalty: float = LEFT_OUT
     frequency_penalty: float = LEFT_OUT
     no_repeat_ngram: int = LEFT_OUT
+    logit_bias: Biases = LEFT_OUT
+    bad_words_ids: Sequence[Sequence[int]] = LEFT_OUT
+    bad_words: Sequence[str] = LEFT_OUT
+    suppress_tokens: Sequence[int] = LEFT_OUT
+    begin_suppress_tokens: Sequence[int] = LEFT_OUT
+    forced_bos_token_id: int | None = LEFT_OUT
+    forced_eos_token_id: int | Sequence[int] = LEFT_OUT
+    exponential_decay_length_penalty: tuple[int, float] | None = LEFT_OUT
+    allowed_tokens: AllowedTokens | None = LEFT_OUT
+    logits_processor: LogitsProcessor | None = LEFT_OUT
     stop: Sequence[str] = LEFT_OUT
     stop_token_ids: Sequence[int] = LEFT_OUT
     ignore_eos: bool = LEFT_OUT
@@ -88,6 +128,7 @@ class SamplingParams:
     num_beams: int = LEFT_OUT
     length_penalty: float = LEFT_OUT
     early_stopping: bool | Literal["never"] = LEFT_OUT
+    renormalize_logits: bool = LEFT_OUT
 
     def __post_init__(self) -> None:
         given = {}
@@ -107,7 +148,7 @@ class SamplingParams:
     @property
     def given(self) -> Mapping[str, Any]:
         """The fields that are not left out, with their values."""
-        return vars(self)["_given"]
+        return vars(self).get("_given", {})
 
     def filled(self, defaults: Mapping[str, Any] | None = None, source: str = "the defaults") -> "SamplingParams":
         """All fields with values: those given here, else those in `defaults`, else neutral ones.
@@ -153,6 +194,11 @@ class SamplingParams:
         """The fields that are given and not neutral."""
         return {name: value for name, value in self.given.items() if value != NEUTRAL[name]}
 
+    @property
+    def described(self) -> dict[str, Any]:
+        """`changes` in words that are the same in every process: functions by name."""
+        return {name: name_of(value) if callable(value) else value for name, value in self.changes.items()}
+
     def __eq__(self, other: object) -> bool:
         return self.given == other.given if isinstance(other, SamplingParams) else NotImplemented
 
@@ -163,6 +209,7 @@ class SamplingParams:
         return f"SamplingParams({', '.join(f'{name}={value!r}' for name, value in self.given.items())})"
 
 
+_TOKENS = ("stop_token_ids", "suppress_tokens", "begin_suppress_tokens", "forced_eos_token_id")
 NEUTRAL: dict[str, Any] = {name: field.neutral for name, field in FIELDS.items()}
 """The values that leave everything as it is."""
 
@@ -180,6 +227,11 @@ def contradictions(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         most = 28 / math.log10(max(2, values["max_new_tokens"]))
         if abs(values["length_penalty"]) > most:
             yield "length_penalty", f"from -{most:.3g} to {most:.3g} with max_new_tokens={values['max_new_tokens']}"
+    suppressed = set(values.get("suppress_tokens", ()))
+    for name in ("forced_bos_token_id", "forced_eos_token_id"):
+        forced = values.get(name) if name.endswith("eos_token_id") else [values.get(name)]
+        if forced and suppressed.issuperset(forced):
+            yield name, "out of suppress_tokens, which leave nothing where it is forced"
     if "num_beams" not in values:
         return
     beams = values["num_beams"]
@@ -199,9 +251,23 @@ def check_values(given: Mapping[str, Any], vocab_size: int) -> None:
     """`check_vocabulary` of fields by name."""
     if (given.get("logprobs") or 0) > vocab_size:
         raise _wrong("logprobs", given["logprobs"], f"at most the {vocab_size} tokens there are")
-    for token in given.get("stop_token_ids", ()):
-        if token >= vocab_size:
-            raise ConfigError(f"sampling parameter stop_token_ids has {token}; the vocabulary ends at {vocab_size - 1}")
+    tokens = {name: given.get(name, ()) for name in _TOKENS}
+    tokens["forced_bos_token_id"] = [i for i in [given.get("forced_bos_token_id")] if i is not None]
+    tokens["bad_words_ids"] = [i for phrase in given.get("bad_words_ids", ()) for i in phrase]
+    tokens["logit_bias"] = [i for phrase, _ in given.get("logit_bias", ()) for i in phrase]
+    for name, ids in tokens.items():
+        for token in ids:
+            if token >= vocab_size:
+                raise ConfigError(f"sampling parameter {name} has {token}; the vocabulary ends at {vocab_size - 1}")
+    automaton = given.get("allowed_tokens")
+    if isinstance(automaton, TokenAutomaton) and automaton.next_state.shape[1] != vocab_size:
+        raise _wrong("allowed_tokens", automaton, f"a table of the {vocab_size} tokens there are")
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """Where a function was defined: the same in every process that runs the same program."""
+    kind = function if hasattr(function, "__qualname__") else type(function)
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _wrong(name: str, value: Any, right: str, origin: str = "") -> ConfigError:

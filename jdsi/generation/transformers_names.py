@@ -3,18 +3,29 @@
 from typing import Any
 
 IN_FILES = {
+    "bad_words_ids": "bad_words_ids",
+    "begin_suppress_tokens": "begin_suppress_tokens",
     "early_stopping": "early_stopping",
+    "epsilon_cutoff": "epsilon_cutoff",
+    "eta_cutoff": "eta_cutoff",
+    "exponential_decay_length_penalty": "exponential_decay_length_penalty",
+    "forced_bos_token_id": "forced_bos_token_id",
+    "forced_eos_token_id": "forced_eos_token_id",
     "length_penalty": "length_penalty",
     "max_new_tokens": "max_new_tokens",
     "min_new_tokens": "min_new_tokens",
     "min_p": "min_p",
     "no_repeat_ngram_size": "no_repeat_ngram",
     "num_beams": "num_beams",
+    "renormalize_logits": "renormalize_logits",
     "repetition_penalty": "repetition_penalty",
+    "sequence_bias": "logit_bias",
     "stop_strings": "stop",
+    "suppress_tokens": "suppress_tokens",
     "temperature": "temperature",
     "top_k": "top_k",
     "top_p": "top_p",
+    "typical_p": "typical_p",
 }
 """Options of a `GenerationConfig` that are fields of ours, with their names here."""
 
@@ -28,6 +39,7 @@ RENAMED = {theirs: ours for theirs, ours in IN_FILES.items() if theirs != ours} 
     "max_tokens": "max_new_tokens",
     "min_length": "min_new_tokens",
     "min_tokens": "min_new_tokens",
+    "prefix_allowed_tokens_fn": "allowed_tokens",
     "random_seed": "seed",
     "stop_sequences": "stop",
     "top_logprobs": "logprobs",

@@ -19,6 +19,8 @@ from jdsi.generation import vocabulary
 from jdsi.sharding import TENSOR, all_reduce
 
 Logits = Float32[Array, "B V"]
+Least = Int32[Array, " B"] | None
+"""How many tokens are kept in any case; `None` is one."""
 
 
 def scale_temperature(logits: Logits, temperature: Float32[Array, " B"]) -> Logits:
@@ -31,30 +33,75 @@ def scale_temperature(logits: Logits, temperature: Float32[Array, " B"]) -> Logi
     return jnp.where(greedy, logits, distance / jnp.where(greedy, 1.0, temperature[:, None]))
 
 
-def keep_top_k(logits: Logits, k: Int32[Array, " B"]) -> Logits:
+def keep_top_k(logits: Logits, k: Int32[Array, " B"], least: Least = None) -> Logits:
     """Keeps the tokens that fewer than `k` exceed; 0 is neutral."""
-
-    def count(above: Bool[Array, "*N B V"]) -> Int32[Array, "*N B"]:
-        return jnp.sum(above.astype(jnp.int32), axis=-1)
-
-    return jnp.where((k == 0)[:, None] | _at_least(logits, count, k), logits, -jnp.inf)
+    wanted = k if least is None else jnp.maximum(k, least)
+    return jnp.where((k == 0)[:, None] | _at_least(logits, _count, wanted), logits, -jnp.inf)
 
 
-def keep_top_p(logits: Logits, p: Float32[Array, " B"]) -> Logits:
+def keep_top_p(logits: Logits, p: Float32[Array, " B"], least: Least = None) -> Logits:
     """Keeps the tokens that are exceeded by less than `p` of the probability (arXiv:1904.09751); 1 is neutral."""
     weights = jnp.exp(logits - vocabulary.largest(logits)[:, None])
-    limit = p * vocabulary.total(weights)
+    kept = (p >= 1)[:, None] | _at_least(logits, _sum_of(weights), p * vocabulary.total(weights))
+    return _cut(logits, kept, logits, least)
 
+
+def keep_min_p(logits: Logits, p: Float32[Array, " B"], least: Least = None) -> Logits:
+    """Keeps the tokens at least `p` times as probable as the most probable (arXiv:2407.01082); 0 is neutral."""
+    relative = jnp.exp(logits - vocabulary.largest(logits)[:, None])
+    return _cut(logits, ~(relative < p[:, None]), logits, least)
+
+
+def keep_typical(logits: Logits, p: Float32[Array, " B"], least: Least = None) -> Logits:
+    """Keeps the tokens than which less than `p` of the probability is more typical (arXiv:2202.00666); 1 is neutral.
+
+    Typical is what is about as surprising as the distribution is on average.
+    """
+    log_probs = logits - vocabulary.logsumexp(logits)[:, None]
+    probs = jnp.exp(log_probs)
+    typical = -jnp.abs(log_probs + _entropy(log_probs, probs)[:, None])
+    kept = (p >= 1)[:, None] | _at_least(typical, _sum_of(probs), p)
+    return _cut(logits, kept, typical, least)
+
+
+def keep_above_epsilon(logits: Logits, epsilon: Float32[Array, " B"], least: Least = None) -> Logits:
+    """Keeps the tokens at least as probable as `epsilon` (arXiv:2210.15191, section 3.2); 0 is neutral."""
+    probs = jnp.exp(logits - vocabulary.logsumexp(logits)[:, None])
+    return _cut(logits, _kept_or_largest(logits, ~(probs < epsilon[:, None])), logits, least)
+
+
+def keep_above_eta(logits: Logits, epsilon: Float32[Array, " B"], least: Least = None) -> Logits:
+    """Keeps the tokens at least as probable as `epsilon`, or less where many are (same, equation 2); 0 is neutral."""
+    log_probs = logits - vocabulary.logsumexp(logits)[:, None]
+    probs = jnp.exp(log_probs)
+    eta = jnp.minimum(epsilon, jnp.sqrt(epsilon) * jnp.exp(-_entropy(log_probs, probs)))
+    return _cut(logits, _kept_or_largest(logits, ~(probs < eta[:, None])), logits, least)
+
+
+def _cut(logits: Logits, kept: Bool[Array, "B V"], order: Logits, least: Least) -> Logits:
+    """Without what is not `kept`, but for the `least` tokens that are first by `order`."""
+    if least is not None:
+        kept |= _at_least(order, _count, least)
+    return jnp.where(kept, logits, -jnp.inf)
+
+
+def _kept_or_largest(logits: Logits, kept: Bool[Array, "B V"]) -> Bool[Array, "B V"]:
+    return kept | (logits == vocabulary.largest(logits)[:, None])
+
+
+def _entropy(log_probs: Logits, probs: Logits) -> Float32[Array, " B"]:
+    return -vocabulary.total(jnp.where(probs > 0, probs * log_probs, 0.0))
+
+
+def _count(above: Bool[Array, "*N B V"]) -> Int32[Array, "*N B"]:
+    return jnp.sum(above.astype(jnp.int32), axis=-1)
+
+
+def _sum_of(weights: Logits) -> "Measure":
     def weight(above: Bool[Array, "*N B V"]) -> Float32[Array, "*N B"]:
         return jnp.sum(jnp.where(above, weights, 0.0), axis=-1)
 
-    return jnp.where((p >= 1)[:, None] | _at_least(logits, weight, limit), logits, -jnp.inf)
-
-
-def keep_min_p(logits: Logits, p: Float32[Array, " B"]) -> Logits:
-    """Keeps the tokens at least `p` times as probable as the most probable (arXiv:2407.01082); 0 is neutral."""
-    relative = jnp.exp(logits - vocabulary.largest(logits)[:, None])
-    return jnp.where(relative < p[:, None], -jnp.inf, logits)
+    return weight
 
 
 Measure = Callable[[Bool[Array, "*N B V"]], Num[Array, "*N B"]]

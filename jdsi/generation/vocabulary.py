@@ -41,12 +41,22 @@ def first_token(share: Share) -> Int32[Array, ""] | int:
     return axis_index(TENSOR) * share.shape[1] if is_divided() else 0
 
 
-def own_columns(whole: Shaped[Array, "B W"], share: Share) -> Shaped[Array, "B V"]:
-    """The columns of `share`'s tokens in what every rank has of the whole vocabulary; zeros past its end."""
+def whole(share: Share, size: int) -> Float32[Array, "B W"]:
+    """All columns, on every rank.
+
+    Args:
+        share: of each rank.
+        size: columns there are, without what pads the shares.
+    """
+    return all_gather(share, TENSOR, dim=1)[:, :size] if is_divided() else share
+
+
+def own_columns(whole: Shaped[Array, "B W"], share: Share, past: float = 0) -> Shaped[Array, "B V"]:
+    """The columns of `share`'s tokens in what every rank has of the whole vocabulary; `past` behind its end."""
     if not is_divided():
         return whole
     padding = axis_size(TENSOR) * share.shape[1] - whole.shape[1]
-    return own_part(jnp.pad(whole, ((0, 0), (0, padding))), TENSOR, dim=1)
+    return own_part(jnp.pad(whole, ((0, 0), (0, padding)), constant_values=past), TENSOR, dim=1)
 
 
 def largest(share: Share) -> Float32[Array, " B"]:

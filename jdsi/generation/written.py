@@ -11,8 +11,9 @@ from jaxtyping import Array, Bool, Int32
 
 from .features import SamplerFeatures
 from .padding import pad_rows
-from .row_settings import RowSettings, remembers
+from .row_settings import RowSettings, automata, remembers
 from .sampling_params import SamplingParams
+from .token_automaton import joined
 
 
 @jax.tree_util.register_dataclass
@@ -26,6 +27,7 @@ class Written:
         length: of `tokens`.
         seen: tokens in prompt or output.
         counts: how often each token is in the output.
+        state: of the settings' automaton.
     """
 
     generated: Int32[Array, " B"]
@@ -33,6 +35,7 @@ class Written:
     length: Int32[Array, " B"] | None = None
     seen: Bool[Array, "B V"] | None = None
     counts: Int32[Array, "B V"] | None = None
+    state: Int32[Array, " B"] | None = None
 
     @classmethod
     def prompts(
@@ -53,6 +56,8 @@ class Written:
             written.seen = jnp.asarray(_seen(prompts, vocab_size))
         if features.counts:
             written.counts = jnp.zeros((len(prompts), vocab_size), jnp.int32)
+        if features.automaton:
+            written.state = jnp.asarray(joined(automata(params))[1])
         return written
 
     @classmethod
@@ -61,13 +66,14 @@ class Written:
         tokens: Int32[Array, "B L"],
         prompt_length: Int32[Array, " B"],
         generated: Int32[Array, " B"],
+        state: Int32[Array, " B"] | None,
         vocab_size: int,
         features: SamplerFeatures,
     ) -> Self:
         """Found from all tokens anew, for rows that do not go on from their own last ones."""
         position, rows = jnp.arange(tokens.shape[1]), jnp.arange(tokens.shape[0])[:, None]
         length = (prompt_length + generated)[:, None]
-        written = cls(generated, tokens, length[:, 0])
+        written = cls(generated, tokens, length[:, 0], state=state)
         if features.repetition:
             held = jnp.where(position < length, tokens, vocab_size)
             none = jnp.zeros((tokens.shape[0], vocab_size), jnp.bool_)
@@ -91,6 +97,8 @@ class Written:
             changes["seen"] = self.seen.at[rows, tokens].max(running)
         if self.counts is not None:
             changes["counts"] = self.counts.at[rows, tokens].add(running.astype(jnp.int32))
+        if self.state is not None and settings.automaton is not None:
+            changes["state"] = jnp.where(running, settings.automaton[self.state, tokens], self.state)
         return dataclasses.replace(self, **changes)
 
 

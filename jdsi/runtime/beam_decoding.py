@@ -57,7 +57,7 @@ def beam_search(
         {
             "call": "beam search",
             "prompts": prompts,
-            "sampling": [p.changes for p in params],
+            "sampling": [p.described for p in params],
             "eos_token_ids": eos_token_ids,
             "max_batch_size": max_rows,
         }

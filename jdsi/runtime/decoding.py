@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jdsi.generation import SampledTokens, SamplerFeatures, SamplerState, SamplingParams, init_state, pad_rows, sample
+from jdsi.generation.carried import joined_rows, rows_of
 from jdsi.kv_cache import join_rows
 
 from . import peers
@@ -134,7 +135,7 @@ def _agreed(
         {
             "call": "generate",
             "prompts": [batch.prompts for batch in batches],
-            "sampling": [[p.changes for p in batch.params] for batch in batches],
+            "sampling": [[p.described for p in batch.params] for batch in batches],
             "eos_token_ids": eos_token_ids,
             "max_batch_size": max_rows,
         }
@@ -176,7 +177,7 @@ class _Running:
             prompts = padded.part(piece)
             context = new_context(executor, len(prompts.lengths), padded.width, new_tokens)
             context = context.extend(prompts.lengths, padded.width)
-            own = state if len(prompts.lengths) == rows else jax.tree.map(lambda leaf, piece=piece: leaf[piece], state)
+            own = state if len(prompts.lengths) == rows else rows_of(state, piece)
             steps.append(Step(prompts.tokens, context, prompts.last, SampleEpilogue(features), own))
         return cls(index, steps, new_tokens)
 
@@ -201,4 +202,4 @@ def _pieces(rows: int, wanted: int, multiple: int) -> list[slice]:
 def _joined(outcomes: Sequence[tuple[SampledTokens, Any, SamplerState]]) -> tuple[SampledTokens, Any, SamplerState]:
     """The rows of several pieces as those of one batch."""
     sampled, contexts, states = zip(*outcomes, strict=True)
-    return join_rows(sampled), type(contexts[0]).join(contexts), join_rows(states)
+    return join_rows(sampled), type(contexts[0]).join(contexts), joined_rows(states)

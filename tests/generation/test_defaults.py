@@ -17,6 +17,7 @@ from jdsi.errors import CapacityError, CheckpointError, ConfigError, JdsiWarning
 from jdsi.generation import SamplerFeatures, SamplingParams, init_state, process
 from jdsi.generation.defaults import GenerationDefaults
 from jdsi.generation.sampling_params import NEUTRAL
+from jdsi.generation.transformers_names import IN_FILES
 
 VOCAB = 97
 
@@ -66,6 +67,14 @@ FILES: list[dict[str, Any]] = [
     {"do_sample": True, "temperature": None, "no_repeat_ngram_size": 2, "min_new_tokens": 3, "eos_token_id": 3},
     {"do_sample": True, "top_p": 0.5, "min_length": 11, "max_length": 30, "eos_token_id": 3},
     {"do_sample": True, "top_p": 0.5, "min_length": 4, "max_length": 30, "eos_token_id": 3},
+    {"do_sample": True, "typical_p": 0.7, "top_k": 0, "suppress_tokens": [1, 5, 90], "begin_suppress_tokens": [7]},
+    {"do_sample": True, "eta_cutoff": 0.02, "epsilon_cutoff": 0.001, "sequence_bias": [[[5], 1.5], [[1, 2], -2.0]]},
+    {
+        "do_sample": True,
+        "bad_words_ids": [[5], [8, 1]],
+        "exponential_decay_length_penalty": [0, 1.5],
+        "eos_token_id": 5,
+    },
 ]
 CALLERS: list[dict[str, Any]] = [
     {},
@@ -103,9 +112,29 @@ def test_every_option_arrives_under_its_name_here(tmp_path):
         "no_repeat_ngram_size": 4,
         "stop_strings": "END",
         "num_beams": 1,
+        "typical_p": 0.875,
+        "epsilon_cutoff": 0.125,
+        "eta_cutoff": 0.0625,
+        "sequence_bias": [[[5], 1.5], [[1, 2], -2.0]],
+        "bad_words_ids": [[3, 4], [5]],
+        "suppress_tokens": [1, 2],
+        "begin_suppress_tokens": [3],
+        "forced_bos_token_id": 4,
+        "forced_eos_token_id": [5, 6],
+        "exponential_decay_length_penalty": [15, 1.25],
+        "renormalize_logits": True,
     }
-    names = {"no_repeat_ngram_size": "no_repeat_ngram", "stop_strings": "stop"}
-    values = {names.get(key, key): value for key, value in file.items() if key != "do_sample"} | {"stop": ("END",)}
+    names = {"no_repeat_ngram_size": "no_repeat_ngram", "stop_strings": "stop", "sequence_bias": "logit_bias"}
+    values = {names.get(key, key): value for key, value in file.items() if key != "do_sample"}
+    values |= {
+        "stop": ("END",),
+        "logit_bias": (((5,), 1.5), ((1, 2), -2.0)),
+        "bad_words_ids": ((3, 4), (5,)),
+        "suppress_tokens": (1, 2),
+        "begin_suppress_tokens": (3,),
+        "forced_eos_token_id": (5, 6),
+        "exponential_decay_length_penalty": (15, 1.25),
+    }
     assert read(tmp_path, file).values == values
     # Without the first file the second says it, among other keys; what is nested there comes last.
     config = {"model_type": "llama", "hidden_size": 8, "text_config": {"top_k": 1, "repetition_penalty": 3.0}}
@@ -255,7 +284,19 @@ def test_values_that_are_none_name_file_and_key(tmp_path):
         "num_beams": [0],
         "early_stopping": ["always"],
         "length_penalty": ["1"],
+        "typical_p": [0],
+        "epsilon_cutoff": [1],
+        "eta_cutoff": [-1],
+        "sequence_bias": [{"(1, 2)": 1.0}, [[5], 1.0], 3],
+        "bad_words_ids": [[3], [[]]],
+        "suppress_tokens": [-1, [-1]],
+        "begin_suppress_tokens": ["x"],
+        "forced_bos_token_id": [[3], -1],
+        "forced_eos_token_id": [-1],
+        "exponential_decay_length_penalty": [3, [1, -1]],
+        "renormalize_logits": [1],
     }
+    assert set(IN_FILES) <= set(wrong)
     for name in ("generation_config.json", "config.json"):
         for key, values in wrong.items():
             for value in values:

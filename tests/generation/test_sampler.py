@@ -20,9 +20,9 @@ from jdsi.generation import (
     init_state,
     sample,
 )
+from sampling_cases import EVERYTHING
 
 VOCAB = 37
-EVERYTHING = SamplerFeatures(True, True, True, True, True, True, True, True, True, 4)
 
 
 @functools.partial(jax.jit, static_argnums=2)

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jdsi.errors import ConfigError
-from jdsi.generation import SamplingParams
+from jdsi.generation import SamplingParams, TokenAutomaton, check_vocabulary
+from jdsi.generation.sampling_fields import FIELDS
 from jdsi.generation.sampling_params import LEFT_OUT, NEUTRAL
 from jdsi.generation.transformers_names import RENAMED
 
@@ -27,6 +28,33 @@ WRONG = {
     "repetition_penalty": st.floats(max_value=1e-31) | st.sampled_from([1e-45, 1e31, 1e39, math.inf]),
     "presence_penalty": st.floats(min_value=2.0, exclude_min=True) | st.just(math.nan),
     "frequency_penalty": st.floats(max_value=-2.0, exclude_max=True),
+    "typical_p": st.floats(max_value=0.0) | st.floats(min_value=1.0, exclude_min=True),
+    "epsilon_cutoff": st.floats(max_value=-1e-9) | st.floats(min_value=1.0),
+    "eta_cutoff": st.floats(max_value=-1e-9) | st.floats(min_value=1.0),
+    "min_tokens_to_keep": st.integers(max_value=0) | st.just(1.0),
+    "logit_bias": st.sampled_from(
+        [
+            3,
+            {-1: 0.5},
+            {"a": 1.0},
+            {5: math.inf},
+            {5: 1e31},
+            {5: "1"},
+            {(): 1.0},
+            [[[5], 1.0, 2]],
+            {5: 1, (5,): 1},
+            None,
+        ]
+    ),
+    "bad_words_ids": st.sampled_from([3, [3], [[]], [[-1]], [["a"]], None]),
+    "bad_words": st.sampled_from([[""], [1], 3, None]),
+    "suppress_tokens": st.sampled_from([[-1], 3, None]),
+    "begin_suppress_tokens": st.sampled_from([["a"], 3, None]),
+    "forced_bos_token_id": st.sampled_from([-1, 2**31, [3], True, "a"]),
+    "forced_eos_token_id": st.sampled_from([-1, [True], "a", 2.5]),
+    "exponential_decay_length_penalty": st.sampled_from([3, (1,), (-1, 1.5), (1, 0.0), (1, math.inf), (1.5, 2.0)]),
+    "allowed_tokens": st.sampled_from([3, "x", [[5]], [0, 1], [[0.5]], [[-2]], [[0], [0, 1]]]),
+    "logits_processor": st.sampled_from([3, "x", []]),
     "no_repeat_ngram": st.integers(max_value=-1) | st.integers(min_value=2**31),
     "stop": st.sampled_from([[""], [1], 3, None]),
     "stop_token_ids": st.sampled_from([[-1], ["a"], 3, [True], [2**31]]),
@@ -36,6 +64,7 @@ WRONG = {
     "num_beams": st.integers(max_value=0) | st.integers(min_value=2**31),
     "length_penalty": st.sampled_from([math.nan, math.inf, None]),
     "early_stopping": st.sampled_from([0, None, "always"]),
+    "renormalize_logits": st.sampled_from([0, None]),
 }
 
 
@@ -71,6 +100,8 @@ CONTRADICTIONS = [
     ({"num_beams": 2, "temperature": 0.5}, "temperature"),
     ({"num_beams": 2, "logprobs": 0}, "logprobs"),
     ({"max_new_tokens": 128, "length_penalty": 1e30}, "length_penalty"),
+    ({"suppress_tokens": [3, 4], "forced_eos_token_id": [4]}, "forced_eos_token_id"),
+    ({"suppress_tokens": [3, 4], "forced_bos_token_id": 3}, "forced_bos_token_id"),
     ({"max_new_tokens": 10**6, "length_penalty": -5.0}, "length_penalty"),
 ]
 WITH_NEUTRAL_VALUES = [
@@ -112,6 +143,7 @@ def test_what_is_left_out_stays_left_out_until_it_is_filled(names):
     assert pickle.loads(pickle.dumps(params)) == copy.deepcopy(params) == params
     filled = params.filled()
     assert dict(filled.given) == NEUTRAL
+    assert list(FIELDS) == NAMES
     assert filled.filled() is filled
     assert (filled == params) == (len(names) == len(NAMES))
     assert filled.changes == {}
@@ -138,6 +170,40 @@ def test_numpy_scalars_become_pythons():
     params = SamplingParams(max_new_tokens=np.int64(3), temperature=np.float32(0.5), stop_token_ids=[np.int32(7)])
     assert [type(x) for x in (params.max_new_tokens, params.temperature, *params.stop_token_ids)] == [int, float, int]
     assert SamplingParams(max_new_tokens=2**31 - 1, stop_token_ids=[2**31 - 1]).max_new_tokens == 2**31 - 1
+
+
+def test_the_forms_that_values_are_kept_in():
+    """Those of JSON and of transformers become one, which can be given again."""
+    kept = SamplingParams(
+        logit_bias={"5": -100, (1, np.int64(2)): 0.5},
+        bad_words_ids=[[1, 2], (3,)],
+        bad_words="no",
+        forced_eos_token_id=7,
+        exponential_decay_length_penalty=[5, 1.5],
+        allowed_tokens=[[0, -1], [1, 0]],
+        logits_processor=max,
+    )
+    assert kept.logit_bias == (((5,), -100.0), ((1, 2), 0.5))
+    assert kept.bad_words_ids == ((1, 2), (3,))
+    assert (kept.bad_words, kept.forced_eos_token_id) == (("no",), (7,))
+    assert kept.exponential_decay_length_penalty == (5, 1.5)
+    assert kept.allowed_tokens == TokenAutomaton(np.array([[0, -1], [1, 0]]))
+    assert kept.allowed_tokens != TokenAutomaton([[0, -1], [1, 1]])
+    assert dataclasses.replace(kept) == kept
+    assert hash(dataclasses.replace(kept)) == hash(kept)
+    assert SamplingParams(logit_bias=[[[5], -100.0], [[1, 2], 0.5]]).logit_bias == kept.logit_bias
+    assert SamplingParams(forced_eos_token_id=None).forced_eos_token_id == ()
+    described = repr(kept.filled().described)
+    assert "'logits_processor': 'builtins.max'" in described
+    assert "TokenAutomaton(2 states, 2 tokens, " in described
+    for name in ("suppress_tokens", "begin_suppress_tokens", "stop_token_ids", "forced_eos_token_id"):
+        with pytest.raises(ConfigError, match=f"sampling parameter {name} has 9; the vocabulary ends at 8"):
+            check_vocabulary(SamplingParams(**{name: [3, 9]}), 9)
+    for options in ({"bad_words_ids": [[9, 1]]}, {"logit_bias": {(1, 9): 1.0}}, {"forced_bos_token_id": 9}):
+        with pytest.raises(ConfigError, match="has 9; the vocabulary ends at 8"):
+            check_vocabulary(SamplingParams(**options), 9)
+    with pytest.raises(ConfigError, match=r"allowed_tokens=.* must be a table of the 9 tokens there are"):
+        check_vocabulary(kept, 9)
 
 
 def test_unknown_keys_name_what_they_are_called_here():
