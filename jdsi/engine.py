@@ -1,5 +1,6 @@
 """The inference engine: a model, its tokenizer, and `generate`."""
 
+import dataclasses
 import time
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -145,8 +146,9 @@ class InferenceEngine:
                 wants it, see `generation_defaults`.
 
         Returns:
-            One completion per prompt, in order. What a request is batched with does not change its tokens, unless two
-            tokens are equal to within the rounding of the model's dtype.
+            One completion per prompt, in order, with `alternatives` where several were asked for. What a request is
+            batched with does not change its tokens, unless two tokens are equal to within the rounding of the model's
+            dtype.
 
         Raises:
             PromptError: a prompt is empty, not understood, or has ids outside the vocabulary.
@@ -156,13 +158,14 @@ class InferenceEngine:
         requests = self._intake.requests(prompts, sampling)
         self.stats = GenerationStats(prompt_tokens=sum(len(r.prompt) for r in requests))
         self._streamed_before = self._executor.stream_report()
-        done: dict[int, Completion] = {}
+        done: dict[int, dict[int, Completion]] = {request.index: {} for request in requests}
         for batch in self._batches([r for r in requests if r.params.num_beams > 1]):
-            done.update(self._beam_search(batch))
+            for index, completions in self._beam_search(batch).items():
+                done[index] = dict(enumerate(completions))
         for event in self._sample([r for r in requests if r.params.num_beams == 1]):
             if event.completion is not None:
-                done[event.index] = event.completion
-        return [done[i] for i in range(len(requests))]
+                done[event.index][event.choice] = event.completion
+        return [_together([found[choice] for choice in sorted(found)]) for found in done.values()]
 
     def _note_memory(self) -> None:
         self.stats.peak_memory_bytes, self.stats.peak_device_bytes = peak_memory(), peak_device_memory()
@@ -178,7 +181,9 @@ class InferenceEngine:
         """Like `generate`, token by token. Arguments are checked at the call, not at the first event."""
         requests = self._intake.requests(prompts, sampling)
         if any(r.params.num_beams > 1 for r in requests):
-            raise ConfigError("stream cannot run a beam search, which knows its text only at the end; use generate")
+            raise ConfigError(
+                "stream cannot run a beam search, which knows its text only at the end; use generate, or num_beams=1"
+            )
         self.stats = GenerationStats(prompt_tokens=sum(len(r.prompt) for r in requests))
         self._streamed_before = self._executor.stream_report()
         return self._sample(requests)
@@ -239,13 +244,15 @@ class InferenceEngine:
         """
         from rich.progress import track
 
-        params = self._intake.filled(sampling or SamplingParams(), [0] * min(prompt_lengths, default=1))
+        asked = sampling or SamplingParams()
+        params = self._intake.filled(asked, [0] * min(prompt_lengths, default=1))
+        asked = dataclasses.replace(asked, max_new_tokens=params.max_new_tokens)
         longest = max(1, self.max_tokens - params.max_new_tokens)
-        most = most_requests(self.config.max_batch_size, params)
+        most = most_requests(self.config.max_batch_size, self._intake.requests([[0]], asked)[0])
         shapes = sorted({(min(b, most), min(n, longest)) for b in batch_sizes for n in prompt_lengths})
         by_bucket = {(b, token_bucket(n)): (b, n) for b, n in shapes}
         for batch, length in track(by_bucket.values(), description="compiling", disable=not progress):
-            requests = self._intake.requests([[0] * length] * batch, params)
+            requests = self._intake.requests([[0] * length] * batch, asked)
             if params.num_beams > 1:
                 self._beam_search(requests)
                 continue
@@ -267,28 +274,31 @@ class InferenceEngine:
     ) -> Iterator[tuple[int, SampledTokens]]:
         return decode(
             self._executor,
-            [Batch([r.prompt for r in batch], [r.params for r in batch]) for batch in batches],
+            [_batch(batch) for batch in batches],
             eos_token_ids=self.eos_token_ids,
             max_rows=self.config.max_batch_size,
             dropped=dropped,
         )
 
-    def _beam_search(self, batch: list[Request]) -> dict[int, Completion]:
+    def _beam_search(self, batch: list[Request]) -> dict[int, list[Completion]]:
         start = time.perf_counter()
         prompts, params = [r.prompt for r in batch], [r.params for r in batch]
-        most = most_requests(self.config.max_batch_size, params[0])
+        most = most_requests(self.config.max_batch_size, batch[0])
         names = [f"prompt {r.index}" for r in batch]
         ends = self.eos_token_ids
         found = beam_search(self._executor, prompts, params, eos_token_ids=ends, max_rows=most, names=names)
         done = {}
         for request, hypotheses in zip(batch, found, strict=True):
-            best = hypotheses[0]
-            builder = request.builder(self.tokenizer)
-            for token in best.token_ids[:-1]:
-                builder.add(token)
-            builder.add(best.token_ids[-1], FinishCode.STOP if best.finish_reason == "stop" else FinishCode.LENGTH)
-            done[request.index] = builder.completion()
-            self.stats.new_tokens += len(best.token_ids)
+            done[request.index] = []
+            for found_one in hypotheses[: request.params.n]:
+                builder = request.builder(self.tokenizer)
+                for token in found_one.token_ids[:-1]:
+                    builder.add(token)
+                stopped = found_one.finish_reason == "stop"
+                builder.add(found_one.token_ids[-1], FinishCode.STOP if stopped else FinishCode.LENGTH)
+                completion = dataclasses.replace(builder.completion(), score=found_one.score)
+                done[request.index].append(completion)
+                self.stats.new_tokens += len(found_one.token_ids)
         self.stats.first_token_seconds += time.perf_counter() - start
         return done
 
@@ -302,7 +312,7 @@ class InferenceEngine:
 
     def _sample_together(self, batches: list[list[Request]]) -> Iterator[StreamEvent]:
         """Of batches that share passes."""
-        builders = [[request.builder(self.tokenizer) for request in batch] for batch in batches]
+        builders = [[r.builder(self.tokenizer) for r in batch for _ in range(r.params.n)] for batch in batches]
         dropped: set[int] = set()
         started: set[int] = set()
         for (index, step), seconds in _timed(self._decode(batches, dropped)):
@@ -316,6 +326,17 @@ class InferenceEngine:
                 yield event
             if all(b.finish_reason is not None for b in builders[index]):
                 dropped.add(index)
+
+
+def _batch(requests: Sequence[Request]) -> Batch:
+    negatives = [request.negative for request in requests if request.guided]
+    return Batch([request.prompt for request in requests], [request.params for request in requests], negatives)
+
+
+def _together(completions: list[Completion]) -> Completion:
+    """The first, with the others as its alternatives."""
+    first, *others = completions
+    return dataclasses.replace(first, alternatives=others) if others else first
 
 
 def _timed[Item](steps: Iterator[Item]) -> Iterator[tuple[Item, float]]:

@@ -64,18 +64,21 @@ class GenerationDefaults:
                 advice = 'generation_config="ignore" does without'
                 raise CheckpointError(f"{path}: {key} is {options[key]!r}; it must be {error} ({advice})") from None
 
+        unsupported = [key for key in options if _unsupported(key, options[key])]
         samples = checked("do_sample", flag)
         values = {ours: checked(key, FIELDS[ours].check) for key, ours in IN_FILES.items() if key in options}
         if samples:
             values = {"temperature": 1.0, "top_k": _TOP_K} | values
         else:
             values.pop("temperature", None)
+            if values.get("n", 1) > 1 and values.get("num_beams", 1) == 1:
+                unsupported.append("num_return_sequences")  # as in transformers: greedy search has one result
         return cls(
             values=values,
             eos_token_ids=ends,
             max_length=checked("max_length", integer(1)),
             min_length=checked("min_length", integer(0)),
-            unsupported=tuple(sorted(filter(None, (_unsupported(*item) for item in options.items())))),
+            unsupported=tuple(sorted(unsupported)),
             source=str(path),
         )
 
@@ -136,6 +139,8 @@ class GenerationDefaults:
                 )
         if beams == 1:
             drop = (*drop, *BEAMS)
+        if "n" in folder:  # greedy search has one result, and a beam search as many as beams
+            folder["n"] = min(folder["n"], beams) if beams > 1 else folder["n"] if temperature > 0 else 1
         for field in drop:
             folder.pop(field, None)
 
@@ -174,10 +179,9 @@ def _options(folder: Path) -> tuple[Path | None, dict[str, Any]]:
     return path, found
 
 
-def _unsupported(key: str, value: Any) -> str | None:
-    if key in IN_FILES or key in _OWN_KEYS or key in IMMATERIAL or (key in UNSUPPORTED and value == UNSUPPORTED[key]):
-        return None
-    return key
+def _unsupported(key: str, value: Any) -> bool:
+    neutral = key in UNSUPPORTED and value == UNSUPPORTED[key]
+    return not (neutral or key in IN_FILES or key in _OWN_KEYS or key in IMMATERIAL)
 
 
 def _eos_token_ids(folder: Path) -> tuple[int, ...]:

@@ -29,6 +29,7 @@ class SamplerFeatures:
     epsilon: bool = False
     eta: bool = False
     least: bool = False
+    guidance: bool = False
     repetition: bool = False
     counts: bool = False
     ngrams: bool = False
@@ -69,6 +70,7 @@ class SamplerFeatures:
             epsilon=differ("epsilon_cutoff"),
             eta=differ("eta_cutoff"),
             least=differ("min_tokens_to_keep"),
+            guidance=differ("guidance_scale"),
             repetition=differ("repetition_penalty"),
             counts=differ("presence_penalty", "frequency_penalty"),
             ngrams=differ("no_repeat_ngram"),

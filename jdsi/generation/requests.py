@@ -6,6 +6,7 @@ from typing import Any
 from jdsi.errors import CapacityError, ConfigError, PromptError
 from jdsi.models import TransformerSpec
 
+from . import guidance
 from .completion import CompletionBuilder
 from .defaults import GenerationDefaults
 from .functions import check_functions
@@ -22,11 +23,23 @@ class Request:
         index: which of the caller's prompts.
         prompt: its token ids.
         params: how to continue it, with a value for every field.
+        negative: token ids of the negative prompt; empty where the request is not guided.
     """
 
     index: int
     prompt: list[int]
     params: SamplingParams
+    negative: tuple[int, ...] = ()
+
+    @property
+    def guided(self) -> bool:
+        """Whether a second row of the model runs beside each of its rows."""
+        return bool(self.negative)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the model that it takes."""
+        return max(self.params.num_beams, self.params.n * (guidance.ROWS if self.guided else 1))
 
     def builder(self, tokenizer: Any) -> CompletionBuilder:
         """What puts the answer together, as text too where there is a tokenizer."""
@@ -41,7 +54,7 @@ class Intake:
         spec: of the model.
         tokenizer: a `transformers` tokenizer, or `None`, which leaves token ids alone.
         max_tokens: prompt plus generated tokens of a request.
-        max_batch_size: rows decoded together, hence beams of a request, at most.
+        max_batch_size: rows decoded together, hence of a request, at most.
         defaults: for what callers leave out.
     """
 
@@ -63,8 +76,29 @@ class Intake:
         vocabulary = self.spec.vocab_size
         ids = [encode(x, self.tokenizer, vocabulary, name=name) for x, name in zip(items, names, strict=True)]
         given = self._given(len(items), sampling)
-        params = [self.filled(own, prompt, name) for own, prompt, name in zip(given, ids, names, strict=True)]
-        return [Request(i, prompt, own) for i, (prompt, own) in enumerate(zip(ids, params, strict=True))]
+        return [self._request(i, *each) for i, each in enumerate(zip(ids, given, names, strict=True))]
+
+    def _request(self, index: int, prompt: list[int], given: SamplingParams, name: str) -> Request:
+        params = self.filled(given, prompt, name)
+        negative = () if params.guidance_scale == 1 else self._negative(params, prompt, name)
+        request = Request(index, prompt, params, negative)
+        for what, count in (("num_beams", params.num_beams), ("n", params.n)):
+            if count > self.max_batch_size:
+                raise ConfigError(f"{what}={count} exceeds max_batch_size={self.max_batch_size}")
+        if request.rows > self.max_batch_size:
+            raise ConfigError(
+                f"n={params.n} with guidance_scale takes {request.rows} rows, more than max_batch_size="
+                f"{self.max_batch_size}"
+            )
+        return request
+
+    def _negative(self, params: SamplingParams, prompt: list[int], name: str) -> tuple[int, ...]:
+        if params.negative_prompt is None:
+            return tuple(prompt[-1:])
+        name = f"the negative prompt of {name}"
+        negative = encode(params.negative_prompt, self.tokenizer, self.spec.vocab_size, name=name)
+        self._check_length(negative, params, name)
+        return tuple(negative)
 
     def filled(self, params: SamplingParams, prompt: list[int], name: str = "prompt") -> SamplingParams:
         """How to continue a prompt, with the model's values for what is left out, checked."""
@@ -81,14 +115,15 @@ class Intake:
             if "stop" not in params.given:
                 raise ConfigError(f"{self.defaults.source} asks for stop={own.stop!r}; give a tokenizer, or stop=()")
             raise ConfigError(f"sampling parameter stop={own.stop!r} must be left out where there is no tokenizer")
-        if own.num_beams > self.max_batch_size:
-            raise ConfigError(f"num_beams={own.num_beams} exceeds max_batch_size={self.max_batch_size}")
-        if len(prompt) + own.max_new_tokens > self.max_tokens:
-            raise CapacityError(
-                f"{name} has {len(prompt)} tokens and max_new_tokens is {own.max_new_tokens}: together "
-                f"{len(prompt) + own.max_new_tokens}, more than the {self.max_tokens} this engine takes"
-            )
+        self._check_length(prompt, own, name)
         return own
+
+    def _check_length(self, prompt: list[int], params: SamplingParams, name: str) -> None:
+        if len(prompt) + params.max_new_tokens > self.max_tokens:
+            raise CapacityError(
+                f"{name} has {len(prompt)} tokens and max_new_tokens is {params.max_new_tokens}: together "
+                f"{len(prompt) + params.max_new_tokens}, more than the {self.max_tokens} this engine takes"
+            )
 
     def _with_ids(self, params: SamplingParams) -> SamplingParams:
         """With the words among the parameters as token ids."""

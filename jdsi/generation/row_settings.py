@@ -39,6 +39,7 @@ class RowSettings:
     stop_tokens: Int32[Array, "B N"]
     min_new_tokens: Int32[Array, " B"] | None
     remembers: Bool[Array, " B"] | None
+    guidance_scale: Float32[Array, " B"] | None
     logit_bias: Phrases | None
     repetition_penalty: Float32[Array, " B"] | None
     presence_penalty: Float32[Array, " B"] | None
@@ -100,6 +101,7 @@ class RowSettings:
             stop_tokens=jnp.asarray(stops),
             min_new_tokens=column(features.min_tokens, "min_new_tokens", np.int32),
             remembers=jnp.asarray(np.array([remembers(p) for p in params])) if features.history else None,
+            guidance_scale=column(features.guidance, "guidance_scale", np.float32),
             logit_bias=Phrases.of([p.logit_bias for p in params]) if features.bias else None,
             repetition_penalty=column(features.repetition, "repetition_penalty", np.float32),
             presence_penalty=column(features.counts, "presence_penalty", np.float32),

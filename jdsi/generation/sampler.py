@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float32, Int32
 
 from jdsi.sharding import TENSOR, axis_size, own_part
 
-from . import processors, vocabulary
+from . import guidance, processors, vocabulary
 from .features import SamplerFeatures
 from .sampler_state import FinishCode, SamplerState
 
@@ -30,6 +30,7 @@ class SampledTokens:
         tokens: the token of each row, the pad token where `valid` is false.
         valid: the row was running before this step, so its token and `finish` are news.
         finish: `FinishCode` of each row after this step.
+        fed: what the model's rows go on with where they are not the sampler's, for guidance takes two for one.
         logprob: log-probability of `tokens` under the unprocessed logits, or `None`.
         top_ids: ids of the most probable tokens under the unprocessed logits, best first, or `None`.
         top_logprobs: their log-probabilities, or `None`.
@@ -38,6 +39,7 @@ class SampledTokens:
     tokens: Int32[Array, " B"]
     valid: Bool[Array, " B"]
     finish: Int32[Array, " B"]
+    fed: Int32[Array, " R"] | None = None
     logprob: Float32[Array, " B"] | None = None
     top_ids: Int32[Array, "B N"] | None = None
     top_logprobs: Float32[Array, "B N"] | None = None
@@ -51,7 +53,8 @@ def sample(
     """Draws the next token of every running row and advances its state. Pure; `features` is static, `state` donatable.
 
     Args:
-        logits: the model's output at each row's last token, or this rank's share of it.
+        logits: the model's output at each row's last token, or this rank's share of it; with guidance `[2 * B, V]`,
+            where behind each row stands the one of its negative prompt.
         state: from `init_state`, made for at least these features.
         features: what to compile in; at least what the rows need.
     """
@@ -59,6 +62,8 @@ def sample(
     running = state.finish == FinishCode.RUNNING
 
     scores = process(logits, state, features)
+    if features.guidance:
+        logits = logits[0 :: guidance.ROWS]
     if features.noise:
         noise = _gumbel(state, logits.shape[1])
         greedy = processors.held(state.settings.temperature) == 0
@@ -72,11 +77,14 @@ def sample(
     state = _advance(state, tokens, sound)
     finish = jnp.where(running & ~sound, jnp.int32(FinishCode.ERROR), state.finish)
     state = dataclasses.replace(state, finish=finish)
-    return SampledTokens(tokens, running, finish, *_logprobs(logits, tokens, features)), state
+    fed = jnp.repeat(tokens, guidance.ROWS) if features.guidance else None
+    return SampledTokens(tokens, running, finish, fed, *_logprobs(logits, tokens, features)), state
 
 
 def process(logits: Float32[Array, "B V"], state: SamplerState, features: SamplerFeatures) -> Float32[Array, "B V"]:
     """The logits whose softmax is sampled from; of a greedy row, the logits whose largest is taken."""
+    if features.guidance:
+        logits = guidance.guided(logits, processors.held(state.settings.guidance_scale))
     return processors.process(logits, state.settings, state.written, features)
 
 

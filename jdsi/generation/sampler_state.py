@@ -5,6 +5,7 @@ Every leaf has one row per request, but for what `carried` says.
 
 import dataclasses
 import enum
+import hashlib
 import secrets
 from collections.abc import Sequence
 from typing import Any
@@ -82,6 +83,13 @@ def init_state(
         finish=jnp.asarray(np.where(idle, FinishCode.STOP, FinishCode.RUNNING).astype(np.int32)),
         key=jnp.asarray(np.array([_key(p.seed) for p in rows], np.uint32)) if features.noise else None,
     )
+
+
+def seed_of_choice(seed: int | None, choice: int) -> int | None:
+    """The seed of one of several results of a request; the first is the request's own."""
+    if seed is None or choice == 0:
+        return seed
+    return int.from_bytes(hashlib.blake2b(f"{seed} {choice}".encode(), digest_size=8).digest())
 
 
 def _key(seed: int | None) -> tuple[int, int]:

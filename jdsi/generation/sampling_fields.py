@@ -181,9 +181,18 @@ def is_int(value: object) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
+def prompt(value: Any) -> str | tuple[int, ...]:
+    """Text or ids, not empty."""
+    found = value if isinstance(value, str) else token_ids(value.tolist() if hasattr(value, "tolist") else value)
+    if not found:
+        raise Unfit("text or token ids, and not empty")
+    return found
+
+
 FIELDS: dict[str, Field] = {
     "max_new_tokens": Field(128, integer(1)),
     "min_new_tokens": Field(0, integer(0)),
+    "n": Field(1, integer(1)),
     "temperature": Field(0.0, real(0.0, FLOAT32_MAX, hint="; 0 is greedy")),
     "top_k": Field(0, integer(0, hint="; 0 keeps every token")),
     "top_p": Field(1.0, real(0.0, 1.0, above=True, hint="; 1 keeps every token")),
@@ -206,6 +215,8 @@ FIELDS: dict[str, Field] = {
     "exponential_decay_length_penalty": Field(None, optional(decay)),
     "allowed_tokens": Field(None, optional(allowed)),
     "logits_processor": Field(None, optional(function)),
+    "guidance_scale": Field(1.0, real(-LARGE, LARGE, hint="; 1 is off")),
+    "negative_prompt": Field(None, optional(prompt)),
     "stop": Field((), texts),
     "stop_token_ids": Field((), token_ids),
     "ignore_eos": Field(False, flag),

@@ -52,6 +52,8 @@ class SamplingParams:
         max_new_tokens: the request ends with `"length"` after this many tokens; 128, or as many as fit.
         min_new_tokens: end-of-sequence and `stop_token_ids` have probability zero, and `stop` is not looked for, before
             this many tokens; 0.
+        n: results for the prompt: of sampling each with its own noise, the first as without `n`; of a beam search the
+            `n` best; 1.
         temperature: divides the logits; 0 takes the most probable token (lowest id of equals).
         top_k: keep the `top_k` most probable tokens and those tied with the last of them; 0 keeps all.
         top_p: keep the most probable tokens up to and including the one whose cumulative probability reaches `top_p`,
@@ -82,6 +84,9 @@ class SamplingParams:
             outputs, in which what lies past a row's length has no meaning; or a `TokenAutomaton` or its table.
         logits_processor: a JAX function `(tokens[B, L], lengths[B], logits[B, V]) -> logits[B, V]`, applied before
             temperature and truncation. Functions are compiled in: pass the same object again, and compute row by row.
+        guidance_scale: how many times as far as they are the log-probabilities are moved away from those behind the
+            negative prompt (arXiv:2306.17806); takes two rows of the batch. 1 is off.
+        negative_prompt: text or token ids; by default the last token of the prompt. Kept as a tuple where it is ids.
         stop: a string or strings that end the request; the text ends before the first of them. Kept as a tuple.
         stop_token_ids: ids that end the request as end-of-sequence does. Kept as a tuple.
         ignore_eos: the model's end-of-sequence ids neither end the request nor are they held back.
@@ -98,6 +103,7 @@ class SamplingParams:
 
     max_new_tokens: int = LEFT_OUT
     min_new_tokens: int = LEFT_OUT
+    n: int = LEFT_OUT
     temperature: float = LEFT_OUT
     top_k: int = LEFT_OUT
     top_p: float = LEFT_OUT
@@ -120,6 +126,8 @@ class SamplingParams:
     exponential_decay_length_penalty: tuple[int, float] | None = LEFT_OUT
     allowed_tokens: AllowedTokens | None = LEFT_OUT
     logits_processor: LogitsProcessor | None = LEFT_OUT
+    guidance_scale: float = LEFT_OUT
+    negative_prompt: str | Sequence[int] | None = LEFT_OUT
     stop: Sequence[str] = LEFT_OUT
     stop_token_ids: Sequence[int] = LEFT_OUT
     ignore_eos: bool = LEFT_OUT
@@ -232,14 +240,20 @@ def contradictions(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         forced = values.get(name) if name.endswith("eos_token_id") else [values.get(name)]
         if forced and suppressed.issuperset(forced):
             yield name, "out of suppress_tokens, which leave nothing where it is forced"
+    if changed("negative_prompt") and values.get("guidance_scale") == 1:
+        yield "negative_prompt", "used with a guidance_scale, and not 1, which is off"
     if "num_beams" not in values:
         return
-    beams = values["num_beams"]
-    for name in filter(changed, ("temperature", "logprobs") if beams > 1 else BEAMS):
+    beams, n = values["num_beams"], values.get("n", 1)
+    for name in filter(changed, ("temperature", "logprobs", "guidance_scale") if beams > 1 else BEAMS):
         if beams > 1:
             yield name, f"left out with num_beams={beams}: a beam search draws nothing and returns whole sequences"
         else:
             yield name, "left out without beam search (num_beams is 1)"
+    if beams > 1 and n > beams:
+        yield "n", f"at most num_beams={beams}"
+    if beams == 1 and n > 1 and values.get("temperature") == 0:
+        yield "n", "1 with temperature=0: greedy search has one result"
 
 
 def check_vocabulary(params: SamplingParams, vocab_size: int) -> None:

@@ -11,12 +11,14 @@ IN_FILES = {
     "exponential_decay_length_penalty": "exponential_decay_length_penalty",
     "forced_bos_token_id": "forced_bos_token_id",
     "forced_eos_token_id": "forced_eos_token_id",
+    "guidance_scale": "guidance_scale",
     "length_penalty": "length_penalty",
     "max_new_tokens": "max_new_tokens",
     "min_new_tokens": "min_new_tokens",
     "min_p": "min_p",
     "no_repeat_ngram_size": "no_repeat_ngram",
     "num_beams": "num_beams",
+    "num_return_sequences": "n",
     "renormalize_logits": "renormalize_logits",
     "repetition_penalty": "repetition_penalty",
     "sequence_bias": "logit_bias",
@@ -30,6 +32,7 @@ IN_FILES = {
 """Options of a `GenerationConfig` that are fields of ours, with their names here."""
 
 RENAMED = {theirs: ours for theirs, ours in IN_FILES.items() if theirs != ours} | {
+    "best_of": "n",
     "do_sample": "temperature",
     "eos_token_id": "stop_token_ids",
     "eos_token_ids": "stop_token_ids",
@@ -39,6 +42,7 @@ RENAMED = {theirs: ours for theirs, ours in IN_FILES.items() if theirs != ours} 
     "max_tokens": "max_new_tokens",
     "min_length": "min_new_tokens",
     "min_tokens": "min_new_tokens",
+    "negative_prompt_ids": "negative_prompt",
     "prefix_allowed_tokens_fn": "allowed_tokens",
     "random_seed": "seed",
     "stop_sequences": "stop",
