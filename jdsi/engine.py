@@ -15,6 +15,7 @@ from jdsi.converters import ParameterSource, Progress, load_spec, save_parameter
 from jdsi.converters.save import Layout
 from jdsi.errors import CapacityError, ConfigError
 from jdsi.generation import Completion, FinishCode, SampledTokens, SamplingParams, pad_rows
+from jdsi.generation.beam_text import BeamText
 from jdsi.generation.defaults import GenerationDefaults
 from jdsi.generation.prompts import Prompt, encode_rows
 from jdsi.generation.requests import Intake, Request
@@ -286,7 +287,10 @@ class InferenceEngine:
         most = most_requests(self.config.max_batch_size, batch[0])
         names = [f"prompt {r.index}" for r in batch]
         ends = self.eos_token_ids
-        found = beam_search(self._executor, prompts, params, eos_token_ids=ends, max_rows=most, names=names)
+        texts = [BeamText(r.params, self.tokenizer, r.prompt) if r.params.stop else None for r in batch]
+        found = beam_search(
+            self._executor, prompts, params, eos_token_ids=ends, max_rows=most, names=names, texts=texts
+        )
         done = {}
         for request, hypotheses in zip(batch, found, strict=True):
             done[request.index] = []

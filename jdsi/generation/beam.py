@@ -70,8 +70,16 @@ def propose(logits: Float32[Array, "R V"], state: BeamState, features: SamplerFe
     return Candidates(scores, index // vocab_size, index % vocab_size)
 
 
-def settle(state: BeamState, candidates: Candidates) -> tuple[Int32[Array, " R"], Int32[Array, " R"], BeamState]:
-    """The second half of `step`: which of the candidates go on and which are finished."""
+def settle(
+    state: BeamState, candidates: Candidates, hits: Bool[Array, "B C"] | None = None
+) -> tuple[Int32[Array, " R"], Int32[Array, " R"], BeamState]:
+    """The second half of `step`: which of the candidates go on and which are finished.
+
+    Args:
+        state: as it was when the candidates were found.
+        candidates: of `propose`.
+        hits: those that complete a stop string.
+    """
     batch, beams, _ = state.running.shape
     totals, parent, token = candidates.scores, candidates.parent, candidates.token
     length = state.step + 1
@@ -80,8 +88,14 @@ def settle(state: BeamState, candidates: Candidates) -> tuple[Int32[Array, " R"]
     extended = jnp.where(position[:, None], token[:, :, None], extended)
     stops = jnp.any(token[:, :, None] == state.settings.stop_tokens[:, None], axis=2)
     ends = stops | (length >= state.settings.max_new_tokens)[:, None]
+    goes_on = totals
+    if hits is not None:
+        # Any number of candidates may be hit, so that it matters how many there are; here as many as in transformers.
+        tokens_that_stop = jnp.sum(state.settings.stop_tokens >= 0, axis=1)
+        past = jnp.arange(totals.shape[1]) >= beams * jnp.maximum(2, 1 + tokens_that_stop)[:, None]
+        ends, goes_on = ends | hits | past, jnp.where(past, -jnp.inf, totals)
 
-    scores, best = lax.top_k(totals + ends * OUT, beams)
+    scores, best = lax.top_k(goes_on + ends * OUT, beams)
     running, next_token, next_parent = (_pick(x, best) for x in (extended, token, parent))
     states = state.automaton_state
     if states is not None and state.settings.automaton is not None:
