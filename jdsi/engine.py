@@ -14,17 +14,17 @@ from jdsi.config import InferenceConfig
 from jdsi.converters import ParameterSource, Progress, load_spec, save_parameters
 from jdsi.converters.save import Layout
 from jdsi.errors import CapacityError, ConfigError
-from jdsi.generation import Completion, FinishCode, SampledTokens, SamplingParams, pad_rows
-from jdsi.generation.beam_text import BeamText
+from jdsi.generation import Completion, SampledTokens, SamplingParams, pad_rows
 from jdsi.generation.defaults import GenerationDefaults
 from jdsi.generation.prompts import Prompt, encode_rows
 from jdsi.generation.requests import Intake, Request
 from jdsi.generation.stream_events import StreamEvent, events_of
 from jdsi.models import TransformerSpec
 from jdsi.runtime import Executor, GenerationStats, token_bucket
+from jdsi.runtime.batch import Batch
 from jdsi.runtime.batching import batches_of, most_requests, passes_of
 from jdsi.runtime.beam_decoding import beam_search
-from jdsi.runtime.decoding import Batch, decode
+from jdsi.runtime.decoding import decode
 from jdsi.runtime.memory import peak_device_memory, peak_memory
 from jdsi.runtime.weight_stream import StreamReport
 
@@ -275,7 +275,7 @@ class InferenceEngine:
     ) -> Iterator[tuple[int, SampledTokens]]:
         return decode(
             self._executor,
-            [_batch(batch) for batch in batches],
+            [Batch.of(batch) for batch in batches],
             eos_token_ids=self.eos_token_ids,
             max_rows=self.config.max_batch_size,
             dropped=dropped,
@@ -283,28 +283,11 @@ class InferenceEngine:
 
     def _beam_search(self, batch: list[Request]) -> dict[int, list[Completion]]:
         start = time.perf_counter()
-        prompts, params = [r.prompt for r in batch], [r.params for r in batch]
         most = most_requests(self.config.max_batch_size, batch[0])
-        names = [f"prompt {r.index}" for r in batch]
-        ends = self.eos_token_ids
-        texts = [BeamText(r.params, self.tokenizer, r.prompt) if r.params.stop else None for r in batch]
-        found = beam_search(
-            self._executor, prompts, params, eos_token_ids=ends, max_rows=most, names=names, texts=texts
-        )
-        done = {}
-        for request, hypotheses in zip(batch, found, strict=True):
-            done[request.index] = []
-            for found_one in hypotheses[: request.params.n]:
-                builder = request.builder(self.tokenizer)
-                for token in found_one.token_ids[:-1]:
-                    builder.add(token)
-                stopped = found_one.finish_reason == "stop"
-                builder.add(found_one.token_ids[-1], FinishCode.STOP if stopped else FinishCode.LENGTH)
-                completion = dataclasses.replace(builder.completion(), score=found_one.score)
-                done[request.index].append(completion)
-                self.stats.new_tokens += len(found_one.token_ids)
+        found = beam_search(self._executor, batch, self.tokenizer, eos_token_ids=self.eos_token_ids, max_requests=most)
+        self.stats.new_tokens += sum(len(one.token_ids) for completions in found for one in completions)
         self.stats.first_token_seconds += time.perf_counter() - start
-        return done
+        return {request.index: completions for request, completions in zip(batch, found, strict=True)}
 
     def _sample(self, requests: list[Request]) -> Iterator[StreamEvent]:
         try:
@@ -330,11 +313,6 @@ class InferenceEngine:
                 yield event
             if all(b.finish_reason is not None for b in builders[index]):
                 dropped.add(index)
-
-
-def _batch(requests: Sequence[Request]) -> Batch:
-    negatives = [request.negative for request in requests if request.guided]
-    return Batch([request.prompt for request in requests], [request.params for request in requests], negatives)
 
 
 def _together(completions: list[Completion]) -> Completion:

@@ -172,7 +172,7 @@ def test_the_best_beams_come_with_their_scores(engine: jdsi.InferenceEngine, tor
         ({"n": 3, "num_beams": 2}, r"n=3 must be at most num_beams=2"),
         ({"n": 65, "temperature": 1}, r"n=65 exceeds max_batch_size=64"),
         ({"n": 33, "temperature": 1, "guidance_scale": 2}, r"takes 66 rows, more than max_batch_size=64"),
-        ({"guidance_scale": 2, "num_beams": 2}, r"guidance_scale=2.0 must be left out with num_beams=2"),
+        ({"guidance_scale": 2, "num_beams": 2}, r"guidance_scale=2.0 must be 1.0 with num_beams=2"),
         ({"negative_prompt": [3]}, r"negative_prompt=\(3,\) must be used with a guidance_scale"),
     ],
 )

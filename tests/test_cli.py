@@ -124,9 +124,29 @@ def test_what_the_folder_asks_for_and_the_command_says(jdsi: Command, tmp_path: 
     assert "generation: temperature=1.0, top_k=50," in jdsi("inspect", tmp_path / "model").stdout
 
 
+def test_several_results_and_what_must_not_be_in_them(jdsi: Command, folder: Path) -> None:
+    options = ("generate", folder, "--prompt", "def f(", "--max-new-tokens", 9)
+    sampled = (*options, "--temperature", 1, "--seed", 3, "--n", 3, "--bad-words", "x", "--suppress-tokens", "5,6")
+    found = json.loads(jdsi(*sampled, "--json").stdout)["completions"][0]
+    assert len(found["alternatives"]) == 2
+    results = [found, *found["alternatives"]]
+    assert not any({5, 6} & set(one["token_ids"]) for one in results)
+    shown = jdsi(*sampled)
+    assert shown.stdout == "".join(f"def f({one['text']}\n" for one in results)
+    beams = json.loads(jdsi(*options, "--num-beams", 3, "--n", 2, "--length-penalty", 0.5, "--json").stdout)
+    first = beams["completions"][0]
+    assert first["score"] > first["alternatives"][0]["score"]
+    guided = jdsi(*options, "--guidance-scale", 2, "--negative-prompt", "def g(", "--stop-token-ids", "7")
+    assert guided.returncode == 0, guided.stderr
+    assert guided.stdout != jdsi(*options).stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("generate", "FOLDER", "--prompt", "x", "--stream", "--n", "2", "--temperature", "1"), "--n"),
+        (("generate", "FOLDER", "--prompt", "x", "--suppress-tokens", "1;2"), "--suppress-tokens '1;2' must be"),
+        (("generate", "FOLDER", "--prompt", "x", "--n", "2"), "greedy search has one result"),
         (("generate", "FOLDER", "--prompt", "x", "--sampling", "{"), "cannot be read"),
         (("generate", "FOLDER", "--prompt", "x", "--sampling", "[1]"), "must be an object"),
         (("generate", "FOLDER", "--prompt", "x", "--sampling", '{"stop_strings": "x"}'), "did you mean 'stop'"),

@@ -38,16 +38,40 @@ def generate(
         int | None, typer.Option(help="Stop after this many tokens.", rich_help_panel=_SAMPLING)
     ] = None,
     min_new_tokens: Annotated[int | None, typer.Option(help="Do not stop before.", rich_help_panel=_SAMPLING)] = None,
+    n: Annotated[
+        int | None, typer.Option("--n", help="Results for each prompt, sampled or beams.", rich_help_panel=_SAMPLING)
+    ] = None,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy.", rich_help_panel=_SAMPLING)] = None,
     top_k: Annotated[int | None, typer.Option(help="0 is off.", rich_help_panel=_SAMPLING)] = None,
     top_p: Annotated[float | None, typer.Option(help="1 is off.", rich_help_panel=_SAMPLING)] = None,
     min_p: Annotated[float | None, typer.Option(help="0 is off.", rich_help_panel=_SAMPLING)] = None,
+    typical_p: Annotated[float | None, typer.Option(help="1 is off.", rich_help_panel=_SAMPLING)] = None,
+    epsilon_cutoff: Annotated[float | None, typer.Option(help="0 is off.", rich_help_panel=_SAMPLING)] = None,
+    eta_cutoff: Annotated[float | None, typer.Option(help="0 is off.", rich_help_panel=_SAMPLING)] = None,
     repetition_penalty: Annotated[float | None, typer.Option(help="1 is off.", rich_help_panel=_SAMPLING)] = None,
     presence_penalty: Annotated[float | None, typer.Option(help="0 is off.", rich_help_panel=_SAMPLING)] = None,
     frequency_penalty: Annotated[float | None, typer.Option(help="0 is off.", rich_help_panel=_SAMPLING)] = None,
     no_repeat_ngram: Annotated[int | None, typer.Option(help="0 is off.", rich_help_panel=_SAMPLING)] = None,
+    bad_words: Annotated[
+        list[str] | None, typer.Option(help="A word that must not occur.", rich_help_panel=_SAMPLING)
+    ] = None,
+    suppress_tokens: Annotated[
+        str | None, typer.Option(help="Token ids that must not occur, as 1,2.", rich_help_panel=_SAMPLING)
+    ] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="Away from the negative prompt; 1 is off.", rich_help_panel=_SAMPLING)
+    ] = None,
+    negative_prompt: Annotated[
+        str | None, typer.Option(help="By default the prompt's last token.", rich_help_panel=_SAMPLING)
+    ] = None,
     num_beams: Annotated[int | None, typer.Option(help="Beam search of this width.", rich_help_panel=_SAMPLING)] = None,
+    length_penalty: Annotated[
+        float | None, typer.Option(help="With beams: above 0 favours length.", rich_help_panel=_SAMPLING)
+    ] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End at this text.", rich_help_panel=_SAMPLING)] = None,
+    stop_token_ids: Annotated[
+        str | None, typer.Option(help="End at these tokens, as 1,2.", rich_help_panel=_SAMPLING)
+    ] = None,
     ignore_eos: Annotated[
         bool, typer.Option("--ignore-eos", help="Go on behind EOS.", rich_help_panel=_SAMPLING)
     ] = False,
@@ -57,7 +81,10 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.", rich_help_panel=_SAMPLING)] = None,
     sampling: Annotated[
         str | None,
-        typer.Option(help="More of it: a JSON object, or @FILE with one; see docs.", rich_help_panel=_SAMPLING),
+        typer.Option(
+            help="These and more as a JSON object, or @FILE with one, see docs/generation.md; options come first.",
+            rich_help_panel=_SAMPLING,
+        ),
     ] = None,
     generation_config: Annotated[
         str,
@@ -127,22 +154,34 @@ def generate(
     own = {
         "max_new_tokens": max_new_tokens,
         "min_new_tokens": min_new_tokens,
+        "n": n,
         "temperature": temperature,
         "top_k": top_k,
         "top_p": top_p,
         "min_p": min_p,
+        "typical_p": typical_p,
+        "epsilon_cutoff": epsilon_cutoff,
+        "eta_cutoff": eta_cutoff,
         "repetition_penalty": repetition_penalty,
         "presence_penalty": presence_penalty,
         "frequency_penalty": frequency_penalty,
         "no_repeat_ngram": no_repeat_ngram,
+        "bad_words": bad_words or None,
+        "suppress_tokens": None if suppress_tokens is None else _ids("--suppress-tokens", suppress_tokens),
+        "guidance_scale": guidance_scale,
+        "negative_prompt": negative_prompt,
         "num_beams": num_beams,
+        "length_penalty": length_penalty,
         "stop": stop or None,
+        "stop_token_ids": None if stop_token_ids is None else _ids("--stop-token-ids", stop_token_ids),
         "ignore_eos": ignore_eos or None,
         "logprobs": logprobs,
         "seed": seed,
     }
     given = {name: value for name, value in own.items() if value is not None}
     params = SamplingParams.from_dict({**_sampling(sampling), **given})
+    if stream and params.given.get("n", 1) > 1:
+        raise typer.BadParameter("--stream prints one result's text as it comes; leave out --n")
     first = True
     if distributed or (coordinator, num_processes, process_id) != (None, None, None):
         first = _join_others(coordinator, num_processes, process_id)
@@ -192,7 +231,7 @@ def _silence() -> Iterator[None]:
 
 def _run(engine: Any, prompts: list[Any], sampling: Any, *, stream: bool, as_json: bool) -> None:
     if stream:
-        for event in engine.stream(prompts, sampling):
+        for event in engine.stream(prompts, dataclasses.replace(sampling, n=1)):
             sys.stdout.write(event.text if engine.tokenizer is not None else f"{event.token_id} ")
             sys.stdout.flush()
         sys.stdout.write("\n")
@@ -206,9 +245,17 @@ def _run(engine: Any, prompts: list[Any], sampling: Any, *, stream: bool, as_jso
         return
     for shown, completion in zip(prompts, completions, strict=True):
         lead = shown if isinstance(shown, str) else ""
-        text = completion.text if engine.tokenizer is not None else ",".join(map(str, completion.token_ids))
-        sys.stdout.write(f"{lead}{text}\n")
+        for one in (completion, *completion.alternatives):
+            text = one.text if engine.tokenizer is not None else ",".join(map(str, one.token_ids))
+            sys.stdout.write(f"{lead}{text}\n")
     sys.stderr.write(f"{engine.stats.summary()}\n")
+
+
+def _ids(option: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise PromptError(f"{option} {text!r} must be numbers with commas between them, as 5,6,7") from None
 
 
 def _sampling(text: str | None) -> dict[str, Any]:
@@ -233,11 +280,7 @@ def _prompts(texts: list[str], files: list[str], ids: list[str], chat: bool) -> 
             raise PromptError(f"the prompt file {name} cannot be read: {error}") from error
     if chat:
         found = [[{"role": "user", "content": text}] for text in found]
-    for line in ids:
-        try:
-            found.append([int(part) for part in line.split(",")])
-        except ValueError:
-            raise PromptError(f"--prompt-ids {line!r} must be numbers with commas between them, as 5,6,7") from None
+    found += [_ids("--prompt-ids", line) for line in ids]
     if not found:
         raise typer.BadParameter("give at least one --prompt, --prompt-file or --prompt-ids")
     return found

@@ -20,7 +20,7 @@ class Carried(Protocol):
     settings: RowSettings
 
 
-def partition[State: Carried](state: State) -> Any:
+def partition(state: Carried) -> Any:
     """How the state lies on a mesh: rows over "data", the table everywhere."""
     shared, table = _without_table(state)
     return _with_table(jax.tree.map(lambda _: PartitionSpec(DATA), shared), None if table is None else PartitionSpec())

@@ -9,8 +9,9 @@ from typing import Any, Self
 from jdsi.converters.config import read_json
 from jdsi.errors import CapacityError, CheckpointError, ConfigError, JdsiWarning
 
-from .sampling_fields import BEAMS, FIELDS, TRUNCATION, Unfit, flag, integer
-from .sampling_params import NEUTRAL, SamplingParams, check_values
+from .sampling_checks import check_values
+from .sampling_fields import BEAMS, FIELDS, NEUTRAL, TRUNCATION, Unfit, flag, integer
+from .sampling_params import SamplingParams
 from .transformers_names import IMMATERIAL, IN_FILES, UNSUPPORTED
 
 _FILE = "generation_config.json"

@@ -60,7 +60,7 @@ class SamplerFeatures:
             return not changed.isdisjoint(names)
 
         constraints = [p.allowed_tokens for p in live]
-        phrases = [phrase for p in live for phrase in (*(ids for ids, _ in p.logit_bias), *p.bad_words_ids)]
+        phrases = [phrase for p in live for phrase in (*(ids for ids, _ in p.given["logit_bias"]), *p.bad_words_ids)]
         return cls(
             noise=differ("temperature"),
             top_k=differ("top_k"),

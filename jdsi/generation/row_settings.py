@@ -102,7 +102,7 @@ class RowSettings:
             min_new_tokens=column(features.min_tokens, "min_new_tokens", np.int32),
             remembers=jnp.asarray(np.array([remembers(p) for p in params])) if features.history else None,
             guidance_scale=column(features.guidance, "guidance_scale", np.float32),
-            logit_bias=Phrases.of([p.logit_bias for p in params]) if features.bias else None,
+            logit_bias=Phrases.of([p.given["logit_bias"] for p in params]) if features.bias else None,
             repetition_penalty=column(features.repetition, "repetition_penalty", np.float32),
             presence_penalty=column(features.counts, "presence_penalty", np.float32),
             frequency_penalty=column(features.counts, "frequency_penalty", np.float32),

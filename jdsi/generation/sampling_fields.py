@@ -134,10 +134,10 @@ def biases(value: Any) -> tuple[tuple[tuple[int, ...], float], ...]:
         ids = (token_id(key),) if is_int(key) else token_ids(key)
         if not ids or ids in found:
             raise Unfit("a number for each sequence of at least one token id, each of them once")
-        real_bias = isinstance(bias, numbers.Real) and not isinstance(bias, bool)
-        if not real_bias or not (abs(bias) <= LARGE or bias == -math.inf):
+        number = float(bias) if isinstance(bias, numbers.Real) and not isinstance(bias, bool) else math.nan
+        if not (abs(number) <= LARGE or number == -math.inf):
             raise Unfit(f"numbers from -{LARGE:g} to {LARGE:g}, or minus infinity")
-        found[ids] = float(bias)
+        found[ids] = number
     return tuple(found.items())
 
 
@@ -227,6 +227,9 @@ FIELDS: dict[str, Field] = {
     "early_stopping": Field(False, early_stopping),
     "renormalize_logits": Field(False, flag),
 }
+
+NEUTRAL: dict[str, Any] = {name: field.neutral for name, field in FIELDS.items()}
+"""The values that leave everything as it is."""
 
 TRUNCATION = ("top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "min_tokens_to_keep")
 """What is of use only where tokens are drawn at random."""

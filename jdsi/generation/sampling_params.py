@@ -1,13 +1,13 @@
 """What one request asks of the sampler."""
 
 import dataclasses
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NoReturn, Self
 
 from jdsi.errors import ConfigError, nearest
 
-from .sampling_fields import BEAMS, FIELDS, TRUNCATION, Unfit
+from .sampling_checks import check_values, contradictions, wrong
+from .sampling_fields import FIELDS, NEUTRAL, TRUNCATION, Unfit
 from .token_automaton import TokenAutomaton
 from .transformers_names import RENAMED, UNSUPPORTED
 
@@ -147,11 +147,11 @@ class SamplingParams:
             try:
                 given[field.name] = FIELDS[field.name].check(value)
             except Unfit as error:
-                raise _wrong(field.name, value, str(error)) from None
+                raise wrong(field.name, value, str(error)) from None
             object.__setattr__(self, field.name, given[field.name])
         object.__setattr__(self, "_given", given)
         for name, right in contradictions(given):
-            raise _wrong(name, given[name], right)
+            raise wrong(name, given[name], right)
 
     @property
     def given(self) -> Mapping[str, Any]:
@@ -176,10 +176,10 @@ class SamplingParams:
         if values["temperature"] == 0:
             for name in TRUNCATION:
                 if name in self.given and "temperature" not in self.given and values[name] != NEUTRAL[name]:
-                    raise _wrong(name, values[name], "used with a temperature above 0, such as temperature=1")
+                    raise wrong(name, values[name], "used with a temperature above 0, such as temperature=1")
                 values[name] = NEUTRAL[name]
         for name, right in contradictions(values):
-            raise _wrong(name, values[name], right, "" if name in self.given else f" of {source}")
+            raise wrong(name, values[name], right, "" if name in self.given else f" of {source}")
         complete = SamplingParams(**values)
         object.__setattr__(complete, "_filled", True)
         return complete
@@ -217,75 +217,15 @@ class SamplingParams:
         return f"SamplingParams({', '.join(f'{name}={value!r}' for name, value in self.given.items())})"
 
 
-_TOKENS = ("stop_token_ids", "suppress_tokens", "begin_suppress_tokens", "forced_eos_token_id")
-NEUTRAL: dict[str, Any] = {name: field.neutral for name, field in FIELDS.items()}
-"""The values that leave everything as it is."""
-
-
-def contradictions(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """What cannot stand beside the other values: a field's name, and what it must be. Of some or all fields."""
-
-    def changed(name: str) -> bool:
-        return name in values and values[name] != NEUTRAL[name]
-
-    if "max_new_tokens" in values and values.get("min_new_tokens", 0) > values["max_new_tokens"]:
-        yield "min_new_tokens", f"at most max_new_tokens={values['max_new_tokens']}"
-    if "max_new_tokens" in values and "length_penalty" in values:
-        # The length to this power, times the score of what must not win, has to stay in the range of float32.
-        most = 28 / math.log10(max(2, values["max_new_tokens"]))
-        if abs(values["length_penalty"]) > most:
-            yield "length_penalty", f"from -{most:.3g} to {most:.3g} with max_new_tokens={values['max_new_tokens']}"
-    suppressed = set(values.get("suppress_tokens", ()))
-    for name in ("forced_bos_token_id", "forced_eos_token_id"):
-        forced = values.get(name) if name.endswith("eos_token_id") else [values.get(name)]
-        if forced and suppressed.issuperset(forced):
-            yield name, "out of suppress_tokens, which leave nothing where it is forced"
-    if changed("negative_prompt") and values.get("guidance_scale") == 1:
-        yield "negative_prompt", "used with a guidance_scale, and not 1, which is off"
-    if "num_beams" not in values:
-        return
-    beams, n = values["num_beams"], values.get("n", 1)
-    for name in filter(changed, ("temperature", "logprobs", "guidance_scale") if beams > 1 else BEAMS):
-        if beams > 1:
-            yield name, f"left out with num_beams={beams}: a beam search draws nothing and returns whole sequences"
-        else:
-            yield name, "left out without beam search (num_beams is 1)"
-    if beams > 1 and n > beams:
-        yield "n", f"at most num_beams={beams}"
-    if beams == 1 and n > 1 and values.get("temperature") == 0:
-        yield "n", "1 with temperature=0: greedy search has one result"
-
-
 def check_vocabulary(params: SamplingParams, vocab_size: int) -> None:
     """Raises `ConfigError` where fields that are given ask for other tokens than the `vocab_size` there are."""
     check_values(params.given, vocab_size)
-
-
-def check_values(given: Mapping[str, Any], vocab_size: int) -> None:
-    """`check_vocabulary` of fields by name."""
-    if (given.get("logprobs") or 0) > vocab_size:
-        raise _wrong("logprobs", given["logprobs"], f"at most the {vocab_size} tokens there are")
-    tokens = {name: given.get(name, ()) for name in _TOKENS}
-    tokens["forced_bos_token_id"] = [i for i in [given.get("forced_bos_token_id")] if i is not None]
-    tokens["bad_words_ids"] = [i for phrase in given.get("bad_words_ids", ()) for i in phrase]
-    tokens["logit_bias"] = [i for phrase, _ in given.get("logit_bias", ()) for i in phrase]
-    for name, ids in tokens.items():
-        for token in ids:
-            if token >= vocab_size:
-                raise ConfigError(f"sampling parameter {name} has {token}; the vocabulary ends at {vocab_size - 1}")
-    automaton = given.get("allowed_tokens")
-    if isinstance(automaton, TokenAutomaton) and automaton.next_state.shape[1] != vocab_size:
-        raise _wrong("allowed_tokens", automaton, f"a table of the {vocab_size} tokens there are")
 
 
 def name_of(function: Callable[..., Any]) -> str:
     """Where a function was defined: the same in every process that runs the same program."""
     kind = function if hasattr(function, "__qualname__") else type(function)
     return f"{kind.__module__}.{kind.__qualname__}"
-
-
-def _wrong(name: str, value: Any, right: str, origin: str = "") -> ConfigError:
-    return ConfigError(f"sampling parameter {name}={value!r}{origin} must be {right}")
 
 
 def _hint(name: str) -> str:

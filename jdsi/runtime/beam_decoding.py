@@ -9,12 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jdsi.generation import SamplerFeatures, SamplingParams, beam
+from jdsi.generation import Completion, FinishCode, SamplerFeatures, beam
 from jdsi.generation.beam_text import BeamText, BeamTexts
+from jdsi.generation.requests import Request
 from jdsi.sharding import DATA, axis_index
 
 from . import peers
-from .decoding import PaddedPrompts, new_context, padded_rows
+from .batch import PaddedPrompts, padded_rows
+from .decoding import new_context
 from .executor import Executor, Step
 from .row_selection import select_rows
 
@@ -48,35 +50,55 @@ _settle = jax.jit(beam.settle)
 
 def beam_search(
     executor: Executor,
-    prompts: Sequence[Sequence[int]],
-    params: Sequence[SamplingParams],
+    requests: Sequence[Request],
+    tokenizer: Any,
     *,
     eos_token_ids: Sequence[int] = (),
-    max_rows: int,
-    names: Sequence[str],
-    texts: Sequence[BeamText | None],
-) -> list[list[beam.Hypothesis]]:
-    """The hypotheses of every prompt, best first.
+    max_requests: int,
+) -> list[list[Completion]]:
+    """The `n` best answers to each request, best first.
 
     Args:
         executor: runs the model.
-        prompts: token ids, at most `max_rows` prompts.
-        params: one per prompt; all have the same `num_beams`.
+        requests: at most `max_requests`; all have the same `num_beams`.
+        tokenizer: a `transformers` tokenizer, or `None`, which leaves token ids alone.
         eos_token_ids: end the requests that do not ignore them.
-        max_rows: the prompts are not padded beyond.
-        names: what error messages call each prompt.
-        texts: of the prompts whose beams stop strings may end.
+        max_requests: the requests are not padded beyond.
     """
+    texts = [BeamText(r.params, tokenizer, r.prompt) if r.params.stop else None for r in requests]
+    found = _hypotheses(executor, requests, eos_token_ids, max_requests, texts)
+    return [
+        [_completion(request, tokenizer, one) for one in hypotheses[: request.params.n]]
+        for request, hypotheses in zip(requests, found, strict=True)
+    ]
+
+
+def _completion(request: Request, tokenizer: Any, found: beam.Hypothesis) -> Completion:
+    builder = request.builder(tokenizer)
+    for token in found.token_ids[:-1]:
+        builder.add(token)
+    builder.add(found.token_ids[-1], FinishCode.STOP if found.finish_reason == "stop" else FinishCode.LENGTH)
+    return dataclasses.replace(builder.completion(), score=found.score)
+
+
+def _hypotheses(
+    executor: Executor,
+    requests: Sequence[Request],
+    eos_token_ids: Sequence[int],
+    max_requests: int,
+    texts: Sequence[BeamText | None],
+) -> list[list[beam.Hypothesis]]:
+    prompts, params = [r.prompt for r in requests], [r.params for r in requests]
     executor.agree(
         {
             "call": "beam search",
             "prompts": prompts,
             "sampling": [p.described for p in params],
             "eos_token_ids": eos_token_ids,
-            "max_batch_size": max_rows,
+            "max_batch_size": max_requests,
         }
     )
-    beams, rows = params[0].num_beams, padded_rows(executor, len(prompts), max_rows)
+    beams, rows = params[0].num_beams, padded_rows(executor, len(prompts), max_requests)
     idle = rows - len(prompts)
     padded = PaddedPrompts.of(prompts, rows)
     features = SamplerFeatures.of(params)
@@ -94,7 +116,7 @@ def beam_search(
         state = _with_stop_strings(first, state, features, steps, BeamTexts([*texts, *[None] * idle], beams))
     else:
         state = executor.on_host(_on_device(first, state, features, steps))
-    return beam.finish(state, [*names, *["padding"] * idle])[: len(prompts)]
+    return beam.finish(state, [*(f"prompt {r.index}" for r in requests), *["padding"] * idle])[: len(prompts)]
 
 
 @dataclasses.dataclass

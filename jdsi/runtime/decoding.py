@@ -14,19 +14,17 @@ from jdsi.generation import (
     SamplerFeatures,
     SamplerState,
     SamplingParams,
-    guidance,
     init_state,
-    pad_rows,
     sample,
 )
 from jdsi.generation.carried import joined_rows, rows_of
-from jdsi.generation.sampler_state import seed_of_choice
 from jdsi.kv_cache import join_rows
 
 from . import peers
+from .batch import Batch, PaddedPrompts, padded_rows, spread_rows
 from .executor import Executor, Step
 from .row_selection import select_rows
-from .shapes import batch_bucket, capacity_bucket, token_bucket
+from .shapes import capacity_bucket
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,99 +36,13 @@ class SampleEpilogue:
 
     def __call__(self, logits: Float[Array, "R V"], state: SamplerState) -> tuple[SampledTokens, SamplerState]:
         if self.choices > 1:
-            logits = logits[_spread(logits.shape[0], self.choices, self.features)]
+            logits = logits[spread_rows(logits.shape[0], self.choices, self.features)]
         return sample(logits, state, self.features)
-
-
-def _spread(rows: int, choices: int, features: SamplerFeatures) -> np.ndarray:
-    """Which row each of the rows of `choices` results begins as; what belongs to one result lies side by side."""
-    group = guidance.ROWS if features.guidance else 1
-    return np.repeat(np.arange(rows, dtype=np.int32).reshape(-1, group), choices, axis=0).reshape(-1)
-
-
-@dataclasses.dataclass(frozen=True)
-class PaddedPrompts:
-    """Prompts as one right-padded batch; rows past the real ones repeat the first prompt.
-
-    Attributes:
-        tokens: `[B * S]`, row by row.
-        lengths: `[B]`.
-        last: `[B]`, index in `tokens` of each row's last token.
-        width: S.
-    """
-
-    tokens: np.ndarray
-    lengths: np.ndarray
-    last: np.ndarray
-    width: int
-
-    @classmethod
-    def of(cls, prompts: Sequence[Sequence[int]], rows: int) -> "PaddedPrompts":
-        """Pads to `rows` rows and the bucket of the longest prompt."""
-        filled = [*prompts, *[prompts[0]] * (rows - len(prompts))]
-        lengths = np.array([len(p) for p in filled], np.int32)
-        width = token_bucket(int(lengths.max()))
-        tokens = pad_rows(filled, width)
-        last = np.arange(rows, dtype=np.int32) * width + lengths - 1
-        return cls(tokens.reshape(-1), lengths, last, width)
-
-    def part(self, rows: slice) -> "PaddedPrompts":
-        """Some of the rows."""
-        lengths = self.lengths[rows]
-        last = np.arange(len(lengths), dtype=np.int32) * self.width + lengths - 1
-        return PaddedPrompts(self.tokens.reshape(-1, self.width)[rows].reshape(-1), lengths, last, self.width)
 
 
 def new_context(executor: Executor, rows: int, width: int, new_tokens: int) -> Any:
     """An empty KV cache for prompts padded to `width` and up to `new_tokens` more."""
     return executor.new_context(rows, capacity_bucket(width + new_tokens))
-
-
-def padded_rows(executor: Executor, prompts: int, max_rows: int) -> int:
-    """Rows that a batch of so many prompts is padded to."""
-    rows, multiple = min(batch_bucket(prompts), max(prompts, max_rows)), executor.row_multiple
-    return -(-rows // multiple) * multiple
-
-
-@dataclasses.dataclass(frozen=True)
-class Batch:
-    """Requests decoded together.
-
-    Attributes:
-        prompts: token ids.
-        params: one per prompt; all have the same `n`.
-        negatives: the prompts of the rows beside them where they are guided; then all of them are.
-    """
-
-    prompts: Sequence[Sequence[int]]
-    params: Sequence[SamplingParams]
-    negatives: Sequence[Sequence[int]] = ()
-
-    @property
-    def group(self) -> int:
-        """Rows of the model for each result."""
-        return guidance.ROWS if self.negatives else 1
-
-    @property
-    def choices(self) -> int:
-        """Results for each prompt."""
-        return self.params[0].n
-
-    def rows(self) -> list[Sequence[int]]:
-        """The prompts of the model's rows, those of a request side by side."""
-        if not self.negatives:
-            return list(self.prompts)
-        return [row for pair in zip(self.prompts, self.negatives, strict=True) for row in pair]
-
-    def results(self, idle: int) -> tuple[list[SamplingParams | None], list[Sequence[int]]]:
-        """Parameters and prompts of the sampler's rows, and behind them those of so many requests that are none."""
-        params: list[SamplingParams | None] = [
-            own if choice == 0 else dataclasses.replace(own, seed=seed_of_choice(own.seed, choice))
-            for own in self.params
-            for choice in range(self.choices)
-        ]
-        prompts = [prompt for prompt in self.prompts for _ in range(self.choices)]
-        return [*params, *[None] * (idle * self.choices)], [*prompts, *[()] * (idle * self.choices)]
 
 
 def decode(
@@ -241,7 +153,7 @@ class _Running:
         sampled, context, state = outcomes[0] if len(outcomes) == 1 else _joined(outcomes)
         if self.steps[0].last is not None:
             if self.choices > 1:
-                context = select_rows(context, _spread(context.batch, self.choices, self.features))
+                context = select_rows(context, spread_rows(context.batch, self.choices, self.features))
             context = context.extend(np.ones(context.batch, np.int32), 1)
         fed = sampled.tokens if sampled.fed is None else sampled.fed
         self.steps = [Step(fed, context, None, SampleEpilogue(self.features), state)]

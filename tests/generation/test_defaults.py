@@ -16,7 +16,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from jdsi.errors import CapacityError, CheckpointError, ConfigError, JdsiWarning
 from jdsi.generation import SamplerFeatures, SamplingParams, init_state, process
 from jdsi.generation.defaults import GenerationDefaults
-from jdsi.generation.sampling_params import NEUTRAL
+from jdsi.generation.sampling_fields import NEUTRAL
 from jdsi.generation.transformers_names import IN_FILES
 
 VOCAB = 97
@@ -123,8 +123,12 @@ def test_every_option_arrives_under_its_name_here(tmp_path):
         "forced_eos_token_id": [5, 6],
         "exponential_decay_length_penalty": [15, 1.25],
         "renormalize_logits": True,
+        "guidance_scale": 1.5,
+        "num_return_sequences": 2,
     }
+    assert set(file) == {*IN_FILES, "do_sample"} - {"length_penalty", "early_stopping"}
     names = {"no_repeat_ngram_size": "no_repeat_ngram", "stop_strings": "stop", "sequence_bias": "logit_bias"}
+    names |= {"num_return_sequences": "n"}
     values = {names.get(key, key): value for key, value in file.items() if key != "do_sample"}
     values |= {
         "stop": ("END",),
@@ -211,10 +215,19 @@ def test_beams_and_sampling_exclude_each_other(tmp_path):
         fill(both)
     assert fill(both, temperature=0) == beams
     assert fill(both, num_beams=1) == {"temperature": 0.7, "top_k": 50, "top_p": 0.9, "min_p": 0.1}
-    with pytest.raises(ConfigError, match=r"temperature=1.0 must be left out with num_beams=2"):
+    with pytest.raises(ConfigError, match=r"temperature=1.0 must be 0.0 with num_beams=2: beams are not sampled"):
         fill(both, num_beams=2, temperature=1)
     with pytest.raises(ConfigError, match=r"length_penalty=50.0 of .*n_config\.json must be from -13.3 to 13.3 with"):
         fill({"num_beams": 2, "length_penalty": 50})
+    several = {"num_return_sequences": 4}
+    assert fill({"do_sample": True, "top_k": 0, **several}) == {"temperature": 1, "n": 4}
+    assert fill({"do_sample": True, **several}, temperature=0) == {}
+    assert fill({"num_beams": 3, **several}) == {"num_beams": 3, "n": 3}
+    assert fill({"num_beams": 3, **several}, n=1) == {"num_beams": 3}
+    assert fill(several) == {}
+    assert read(tmp_path, several).unsupported == ("num_return_sequences",)
+    with pytest.raises(ConfigError, match=r"guidance_scale=2.0 of .*n_config\.json must be 1.0 with num_beams=2: only"):
+        fill({"guidance_scale": 2}, num_beams=2)
     defaults = read(tmp_path, samples)
     with pytest.warns(JdsiWarning):
         defaults.fill(SamplingParams(num_beams=2), 5, 1000)
@@ -295,6 +308,8 @@ def test_values_that_are_none_name_file_and_key(tmp_path):
         "forced_eos_token_id": [-1],
         "exponential_decay_length_penalty": [3, [1, -1]],
         "renormalize_logits": [1],
+        "guidance_scale": ["2", 1e39],
+        "num_return_sequences": [0],
     }
     assert set(IN_FILES) <= set(wrong)
     for name in ("generation_config.json", "config.json"):

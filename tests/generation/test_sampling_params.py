@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from jdsi.errors import ConfigError
 from jdsi.generation import SamplingParams, TokenAutomaton, check_vocabulary
-from jdsi.generation.sampling_fields import FIELDS
-from jdsi.generation.sampling_params import LEFT_OUT, NEUTRAL
+from jdsi.generation.sampling_fields import FIELDS, NEUTRAL
+from jdsi.generation.sampling_params import LEFT_OUT
 from jdsi.generation.transformers_names import RENAMED
 
 NAMES = [field.name for field in dataclasses.fields(SamplingParams)]
@@ -21,6 +21,9 @@ NAMES = [field.name for field in dataclasses.fields(SamplingParams)]
 WRONG = {
     "max_new_tokens": st.integers(max_value=0) | st.integers(min_value=2**31) | st.booleans() | st.floats() | st.none(),
     "min_new_tokens": st.integers(max_value=-1) | st.integers(min_value=2**31) | st.booleans(),
+    "n": st.integers(max_value=0) | st.booleans(),
+    "guidance_scale": st.sampled_from([math.nan, math.inf, 1e31, "2", None]),
+    "negative_prompt": st.sampled_from(["", [], [-1], [1.5], 3, [[1]]]),
     "temperature": st.floats(max_value=-1e-9) | st.sampled_from([math.nan, math.inf, 1e39, True, "1", None]),
     "top_k": st.integers(max_value=-1) | st.integers(min_value=2**31) | st.just(1.0),
     "top_p": st.floats(max_value=0.0) | st.floats(min_value=1.0, exclude_min=True) | st.just(math.nan),
@@ -99,6 +102,10 @@ CONTRADICTIONS = [
     ({"early_stopping": True, "num_beams": 1}, "early_stopping"),
     ({"num_beams": 2, "temperature": 0.5}, "temperature"),
     ({"num_beams": 2, "logprobs": 0}, "logprobs"),
+    ({"num_beams": 2, "guidance_scale": 2}, "guidance_scale"),
+    ({"num_beams": 2, "n": 3}, "n"),
+    ({"num_beams": 1, "temperature": 0, "n": 2}, "n"),
+    ({"guidance_scale": 1, "negative_prompt": "x"}, "negative_prompt"),
     ({"max_new_tokens": 128, "length_penalty": 1e30}, "length_penalty"),
     ({"suppress_tokens": [3, 4], "forced_eos_token_id": [4]}, "forced_eos_token_id"),
     ({"suppress_tokens": [3, 4], "forced_bos_token_id": 3}, "forced_bos_token_id"),
@@ -111,6 +118,8 @@ WITH_NEUTRAL_VALUES = [
     ({"top_k": 5}, "top_k"),
     ({"num_beams": 2, "top_p": 0.5}, "top_p"),
     ({"min_p": 0.5}, "min_p"),
+    ({"n": 2}, "n"),
+    ({"negative_prompt": [3]}, "negative_prompt"),
 ]
 
 
@@ -122,7 +131,7 @@ def test_what_would_have_no_effect_is_an_error_as_soon_as_it_is_known():
         params = SamplingParams(**options)
         with pytest.raises(ConfigError, match=f"sampling parameter {name}="):
             params.filled()
-    with pytest.raises(ConfigError, match=r"length_penalty=2.0 of the file must be left out without beam search"):
+    with pytest.raises(ConfigError, match=r"length_penalty=2.0 of the file must be 1.0 without beam search"):
         SamplingParams().filled({"length_penalty": 2.0}, "the file")
 
 
