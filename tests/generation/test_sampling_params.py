@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import math
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -233,3 +234,11 @@ def test_unknown_keys_name_what_they_are_called_here():
     assert not set(RENAMED) & set(NAMES)
     with pytest.raises(ConfigError, match=r"'diversity_penalty' \(not supported\);"):
         SamplingParams.from_dict({"diversity_penalty": 0.5})
+
+
+def test_every_field_is_described():
+    root = Path(__file__).resolve().parent.parent.parent
+    table = (root / "docs" / "generation.md").read_text().split("## Fields")[1].split("## ")[0]
+    rows = "".join(line.split("|")[1] for line in table.splitlines() if line.startswith("|"))
+    assert {name for name in NAMES if f"`{name}`" not in rows} == set()
+    assert {name for name in NAMES if f"{name}: " not in str(SamplingParams.__doc__)} == set()
