@@ -42,6 +42,9 @@ def test_equals_transformers_on_the_same_folder(folder: Path, options: dict[str,
         with torch.no_grad():
             expected = model.generate(torch.tensor([prompt]))[0, len(prompt) :].tolist()
         assert completion.token_ids == expected
+    if "num_beams" in options:
+        with pytest.raises(jdsi.ConfigError, match=r"use generate, or num_beams=1"):
+            engine.stream(PROMPTS)
     neutral = SamplingParams(repetition_penalty=1, no_repeat_ngram=0, min_new_tokens=0, max_new_tokens=8, num_beams=1)
     plain = jdsi.init_inference(folder, generation_config="ignore")
     assert plain.eos_token_ids == (0,)

@@ -82,7 +82,7 @@ def generate(
     sampling: Annotated[
         str | None,
         typer.Option(
-            help="These and more as a JSON object, or @FILE with one, see docs/generation.md; options come first.",
+            help="These and more as a JSON object, or @FILE with one, see docs/generation.md; other options win.",
             rich_help_panel=_SAMPLING,
         ),
     ] = None,

@@ -1,5 +1,6 @@
 """Functions of the caller's inside the sampling step: `allowed_tokens` and `logits_processor`."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -50,28 +51,29 @@ def check_functions(params: SamplingParams, vocab_size: int) -> None:
     Raises:
         ConfigError: they fail, or give something else than they must.
     """
+    for field in ("allowed_tokens", "logits_processor"):
+        function = getattr(params, field)
+        if function is not None and not isinstance(function, TokenAutomaton):
+            _try(field, function, vocab_size)
+
+
+@functools.lru_cache(maxsize=64)  # once for all prompts
+def _try(field: str, function: Callable[..., Any], vocab_size: int) -> None:
     tokens = jax.ShapeDtypeStruct((_ROWS, _LENGTH), jnp.int32)
     length = jax.ShapeDtypeStruct((_ROWS,), jnp.int32)
     logits = jax.ShapeDtypeStruct((_ROWS, vocab_size), jnp.float32)
-    trials = []
-    if params.allowed_tokens is not None and not isinstance(params.allowed_tokens, TokenAutomaton):
-        own: Any = params.allowed_tokens
-        trials.append(("allowed_tokens", own, lambda t, n: allowed_by(own, t, n, vocab_size), (tokens, length)))
-    if params.logits_processor is not None:
-        other = params.logits_processor
-        trials.append(
-            ("logits_processor", other, lambda t, n, x: processed_by(other, t, n, x), (tokens, length, logits))
-        )
-    for field, function, trial, arguments in trials:
-        try:
-            jax.eval_shape(trial, *arguments)
-        except ConfigError:
-            raise
-        except Exception as error:  # whatever the caller's code raises
-            reason = (str(error).strip() or repr(error)).splitlines()[0]
-            raise ConfigError(
-                f"sampling parameter {field}: {name_of(function)} cannot be traced by JAX: {reason}"
-            ) from error
+    try:
+        if field == "allowed_tokens":
+            jax.eval_shape(lambda t, n: allowed_by(function, t, n, vocab_size), tokens, length)
+        else:
+            jax.eval_shape(lambda t, n, x: processed_by(function, t, n, x), tokens, length, logits)
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever the caller's code raises
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise ConfigError(
+            f"sampling parameter {field}: {name_of(function)} cannot be traced by JAX: {reason}"
+        ) from error
 
 
 def _check_shape(field: str, function: Callable[..., Any], found: Array, shape: tuple[int, ...]) -> None:

@@ -320,12 +320,13 @@ def test_neutral_rows_come_out_as_they_went_in():
     with_functions = SamplingParams(
         allowed_tokens=of_even_tokens, logits_processor=with_a_ramp, num_beams=2, renormalize_logits=True
     )
-    full = [ALL_AT_ONCE, SamplingParams(allowed_tokens=TABLE), with_functions]
+    full = [ALL_AT_ONCE, SamplingParams(allowed_tokens=TABLE, guidance_scale=2.0), with_functions]
     everything = SamplerFeatures.of(full)
     flags = [field.name for field in dataclasses.fields(everything) if not getattr(everything, field.name)]
     assert not flags
     state = state_after([SamplingParams()] * 2, [[1, 2, 1, 2], [1]], [[1, 2], []], everything)
-    assert np.asarray(jitted_process(logits, state, everything)).tobytes() == logits.tobytes()
+    beside_others = np.stack([logits, rng.permuted(logits)], axis=1).reshape(4, VOCAB)
+    assert np.asarray(jitted_process(beside_others, state, everything)).tobytes() == logits.tobytes()
 
 
 def test_an_ngram_longer_than_the_history_costs_nothing(monkeypatch):
