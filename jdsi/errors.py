@@ -33,7 +33,7 @@ class PromptError(JdsiError, ValueError):
 
 
 class JdsiWarning(UserWarning):
-    """Something that was asked for and is done in another way, or not at all; the CLI prints it as one line."""
+    """Something about a checkpoint or a request that is not an error and that a user should know."""
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

@@ -5,6 +5,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import typer
 
@@ -57,18 +58,20 @@ def main() -> None:
 
 @contextlib.contextmanager
 def _warnings_in_a_line() -> Iterator[None]:
-    """Shows our own warnings as errors are shown; all others as ever."""
+    """Shows what jdsi warns of as it shows errors, once each, and leaves other warnings as they are."""
+    shown: set[str] = set()
+    plain = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        if not issubclass(category, JdsiWarning):
+            plain(message, category, *where, **more)
+        elif str(message) not in shown:
+            shown.add(str(message))
+            sys.stderr.write(f"jdsi: warning: {message}\n")
+
     with warnings.catch_warnings():
-        others = warnings.showwarning
-
-        def show(message: Warning | str, category: type[Warning], *where: object) -> None:
-            if issubclass(category, JdsiWarning):
-                sys.stderr.write(f"jdsi: warning: {message}\n")
-            else:
-                others(message, category, *where)  # type: ignore[arg-type]
-
-        warnings.showwarning = show  # type: ignore[assignment]
         warnings.simplefilter("always", JdsiWarning)
+        warnings.showwarning = show
         yield
 
 

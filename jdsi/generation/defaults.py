@@ -57,13 +57,23 @@ class GenerationDefaults:
         path, options = _options(folder)
         if use == "ignore" or path is None:
             return cls(eos_token_ids=ends)
+        return cls.of(options, ends, str(path))
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any], eos_token_ids: tuple[int, ...], source: str) -> Self:
+        """Those of a `GenerationConfig`'s options; `source` is what messages call it.
+
+        Raises:
+            CheckpointError: a value is not what `transformers` would understand; `None` is as good as left out.
+        """
+        options = {key: value for key, value in options.items() if value is not None}
 
         def checked(key: str, check: Any) -> Any:
             try:
                 return None if key not in options else check(options[key])
             except Unfit as error:
                 advice = 'generation_config="ignore" does without'
-                raise CheckpointError(f"{path}: {key} is {options[key]!r}; it must be {error} ({advice})") from None
+                raise CheckpointError(f"{source}: {key} is {options[key]!r}; it must be {error} ({advice})") from None
 
         unsupported = [key for key in options if _unsupported(key, options[key])]
         samples = checked("do_sample", flag)
@@ -76,11 +86,11 @@ class GenerationDefaults:
                 unsupported.append("num_return_sequences")  # as in transformers: greedy search has one result
         return cls(
             values=values,
-            eos_token_ids=ends,
+            eos_token_ids=eos_token_ids,
             max_length=checked("max_length", integer(1)),
             min_length=checked("min_length", integer(0)),
             unsupported=tuple(sorted(unsupported)),
-            source=str(path),
+            source=source,
         )
 
     def check(self, vocab_size: int) -> None:
@@ -167,7 +177,7 @@ def _options(folder: Path) -> tuple[Path | None, dict[str, Any]]:
     """What is set, and in which file."""
     path = folder / _FILE
     if path.exists():
-        return path, {key: value for key, value in read_json(path).items() if value is not None}
+        return path, read_json(path)
     path = folder / "config.json"
     if not path.exists():
         return None, {}
