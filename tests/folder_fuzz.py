@@ -30,7 +30,8 @@ import zoo
 from checkpoints import save_tokenizer
 from jdsi.converters import load_model
 from jdsi.errors import JdsiError, JdsiWarning
-from jdsi.generation.tokenizer import load_eos_token_ids, load_tokenizer
+from jdsi.generation.defaults import GenerationDefaults
+from jdsi.generation.tokenizer import load_tokenizer
 from jdsi.models import Transformer, TransformerSpec, parameters
 
 FAMILIES = ("llama", "gpt2", "mistral", "qwen2", "phi3", "gemma2", "gpt_neox", "falcon", "opt", "bert")
@@ -143,6 +144,7 @@ def ours(folder: Path) -> Outcome:
     """Of jdsi; anything but its own errors is a crash."""
     out = Outcome()
     try:
+        GenerationDefaults.read(folder)
         model = load_model(folder, dtype="float32")
         out.logits = np.asarray(_program(model.spec)(parameters(model), np.array(TOKENS)))[0]
     except JdsiError as error:
@@ -183,8 +185,6 @@ def judge(folder: Path, name: str, change: str) -> str | None:
             return f"another answer, by {np.abs(found.logits - right.logits).max()}"
     if found.refused is not None and "\n" in found.refused and "does not fit the model" not in found.refused:
         return f"more than a line: {found.refused}"
-    with contextlib.suppress(JdsiError):
-        load_eos_token_ids(folder)
     token = tokenizer_of(lambda: load_tokenizer(folder))
     right = tokenizer_of(lambda: transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
     if token.crashed and not right.crashed:
