@@ -105,7 +105,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def refuse_quantized(where: str | Path, quantization: Any) -> None:
     """Raises `CheckpointError` if a config says that its weights are quantised."""
-    if quantization:
+    if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise CheckpointError(f"{where}: weights quantised with {method!r} cannot be read; use the unquantised model")
 
@@ -156,6 +156,9 @@ def spec_of(where: str | Path, family: Family, config: Any) -> TransformerSpec:
     for name, value in sorted(vars(config).items()):
         if name.endswith(("dropout", "pdrop")) and isinstance(value, int | float) and not 0 <= value <= 1:
             raise ConfigError(f"{where}: {name}={value!r} must be from 0 to 1")
+    padding, size = getattr(config, "pad_token_id", None), config.vocab_size
+    if isinstance(padding, int) and isinstance(size, int) and not -size <= padding < size:
+        raise ConfigError(f"{where}: pad_token_id={padding} is no token of the {size} there are")
     try:
         return family.spec(config)
     except ConfigError as error:

@@ -10,8 +10,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import transformers
+from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 from checkpoints import save_llama, save_script, save_tokenizer
@@ -184,6 +186,44 @@ def test_chats_from_files(jdsi: Command, folder: Path, tmp_path: Path) -> None:
         found = jdsi(*options, "--chat-file", file)
         assert (found.returncode, found.stdout) == (1, "")
         assert message in found.stderr
+
+
+def test_a_folder_that_says_two_things(jdsi: Command, folder: Path, tmp_path: Path) -> None:
+    """Two sets of weights, a head that the config ties, tensors of no use, weights elsewhere: each a line, once."""
+    model, other = tmp_path / "model", tmp_path / "other"
+    shutil.copytree(folder, model)
+    save_llama(other, seed=1)
+    ask = ("--prompt-ids", "5,6,7", "--max-new-tokens", 8, "--json")
+
+    def tokens(*arguments: object) -> tuple[list[int], list[str]]:
+        done = jdsi("generate", *arguments, *ask)
+        assert done.returncode == 0, done.stderr
+        warned = [line for line in done.stderr.splitlines() if line.startswith("jdsi: warning: ")]
+        return json.loads(done.stdout)["completions"][0]["token_ids"], warned
+
+    plain, warned = tokens(folder)
+    assert warned == []
+    elsewhere = tokens(other)[0]
+    assert tokens(model, "--checkpoint", other) == (elsewhere, [])
+    assert plain != elsewhere
+    (other / "list.json").write_text(json.dumps({"type": "x", "checkpoints": ["model.safetensors"], "version": 1}))
+    assert tokens(model, "--checkpoint", other / "list.json") == (elsewhere, [])
+
+    tensors = load_file(model / "model.safetensors") | {"v_head.weight": np.ones((1, 48), np.float32)}
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    (model / "pytorch_model.bin").write_bytes(b"of yesterday")
+    config = json.loads((model / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (model / "config.json").write_text(json.dumps(config))
+    for arguments in ((model,), (model, "--offload", "nvme"), (model, "--tensor-parallel", 2)):
+        found, warned = tokens(*arguments)
+        assert found == plain
+        assert [line.split(": ", 3)[3].split(" ")[0] for line in warned] == ["holds", "config.json", "not"], warned
+    refused = jdsi("generate", model, *ask, "--strict")
+    assert refused.returncode == 1
+    assert "1 not known to this family" in refused.stderr
+    assert jdsi("convert", model, tmp_path / "hf", "--to", "hf", "--strict").returncode == 1
+    assert jdsi("convert", model, tmp_path / "hf", "--to", "hf").returncode == 0
+    assert tokens(tmp_path / "hf") == (plain, [])
 
 
 def test_inspect(jdsi: Command, folder: Path) -> None:

@@ -22,8 +22,10 @@ from .engine_options import (
     Offload,
     PipelineParallel,
     ProcessId,
+    Strict,
     TensorParallel,
     Tokenizer,
+    Weights,
     join_others,
     silence,
 )
@@ -141,6 +143,8 @@ def generate(
     process_id: ProcessId = None,
     kernels: Kernels = True,
     tokenizer: Tokenizer = None,
+    checkpoint: Weights = None,
+    strict: Strict = False,
     stream: Annotated[bool, typer.Option("--stream", help="Print text as it comes (one prompt).")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -190,6 +194,8 @@ def generate(
         model,
         dtype=dtype,
         tokenizer=tokenizer,
+        checkpoint=checkpoint,
+        strict=strict,
         generation_config=generation_config,
         offload=offload,
         memory_limit=memory_limit,
