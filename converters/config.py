@@ -33,6 +33,7 @@ COMPANIONS = (
 )
 """Tokenizer and generation files; conversions copy those that exist."""
 
+_MOST_LAYERS = 10_000
 _DTYPES = {
     "float32": jnp.float32,
     "fp32": jnp.float32,
@@ -156,6 +157,9 @@ def spec_of(where: str | Path, family: Family, config: Any) -> TransformerSpec:
     for name, value in sorted(vars(config).items()):
         if name.endswith(("dropout", "pdrop")) and isinstance(value, int | float) and not 0 <= value <= 1:
             raise ConfigError(f"{where}: {name}={value!r} must be from 0 to 1")
+    layers = config.num_hidden_layers
+    if isinstance(layers, int) and not 0 <= layers <= _MOST_LAYERS:  # before anything is made for each
+        raise ConfigError(f"{where}: num_hidden_layers={layers} must be from 0 to {_MOST_LAYERS}")
     padding, size = getattr(config, "pad_token_id", None), config.vocab_size
     if isinstance(padding, int) and isinstance(size, int) and not -size <= padding < size:
         raise ConfigError(f"{where}: pad_token_id={padding} is no token of the {size} there are")

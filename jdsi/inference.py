@@ -88,8 +88,8 @@ def init_inference(
         else:
             executor = ResidentExecutor(load_model(stored, dtype=parsed.dtype), implementation)
     end, ends = getattr(chosen, "eos_token_id", None), defaults.eos_token_ids
-    if not ends and end is not None:
-        ends = (end,)
+    if ends is None:
+        ends = () if end is None else (end,)
     if eos_token_ids is not None:
         ends = tuple(eos_token_ids)
     return InferenceEngine(

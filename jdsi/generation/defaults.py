@@ -2,7 +2,7 @@
 
 import dataclasses
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -26,7 +26,7 @@ class GenerationDefaults:
     Attributes:
         values: what the folder asks for, by the names of `SamplingParams`. A temperature is there only where the folder
             asks for sampling: whatever it names otherwise has no effect.
-        eos_token_ids: ids that end a sequence.
+        eos_token_ids: ids that end a sequence; `None` where nothing is said of them, and none where that is said.
         max_length: tokens of prompt and output together, where the folder does not say `max_new_tokens`.
         min_length: the same of the least there must be.
         unsupported: options of the folder that change tokens and cannot be honoured.
@@ -34,7 +34,7 @@ class GenerationDefaults:
     """
 
     values: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    eos_token_ids: tuple[int, ...] = ()
+    eos_token_ids: tuple[int, ...] | None = None
     max_length: int | None = None
     min_length: int | None = None
     unsupported: tuple[str, ...] = ()
@@ -65,12 +65,11 @@ class GenerationDefaults:
         source = f"the generation_config of {type(model).__name__}"
         own = getattr(model, "generation_config", None)
         options = {} if own is None else own.to_dict()
-        places = ((source, options), ("its config", {"eos_token_id": getattr(model.config, "eos_token_id", None)}))
-        ends = _first_ends(places)
+        ends = _ends(source, options)
         return cls(eos_token_ids=ends) if use == "ignore" else cls.of(options, ends, source)
 
     @classmethod
-    def of(cls, options: Mapping[str, Any], eos_token_ids: tuple[int, ...], source: str) -> Self:
+    def of(cls, options: Mapping[str, Any], eos_token_ids: tuple[int, ...] | None, source: str) -> Self:
         """Those of a `GenerationConfig`'s options; `source` is what messages call it.
 
         Raises:
@@ -206,19 +205,24 @@ def _unsupported(key: str, value: Any) -> bool:
     return not (neutral or key in IN_FILES or key in _OWN_KEYS or key in IMMATERIAL)
 
 
-def _eos_token_ids(folder: Path) -> tuple[int, ...]:
-    """Ids that end a sequence: of `generation_config.json` if it names any, else of `config.json`."""
+def _eos_token_ids(folder: Path) -> tuple[int, ...] | None:
+    """Ids that end a sequence: of `generation_config.json` if it says any, else of `config.json`.
+
+    Warns:
+        JdsiWarning: the former says none, which for `transformers` settles it.
+    """
     paths = (folder / _FILE, folder / "config.json")
-    return _first_ends((str(path), read_json(path)) for path in paths if path.exists())
+    found = [(path, _ends(str(path), read_json(path))) for path in paths if path.exists()]
+    said = [(path, ends) for path, ends in found if ends is not None]
+    if said and said[0] != found[0] and said[0][1]:
+        message = f"{found[0][0]} names no eos_token_id: that of config.json ends a sequence, and not in transformers"
+        warnings.warn(message, JdsiWarning, stacklevel=2)
+    return said[0][1] if said else None
 
 
-def _first_ends(places: Iterable[tuple[str, Mapping[str, Any]]]) -> tuple[int, ...]:
-    """The `eos_token_id` of the first of several options that have one, each with its place."""
-    for place, options in places:
-        value = options.get("eos_token_id")
-        ids = [] if value is None else value if isinstance(value, list) else [value]
-        if not all(type(token) is int and 0 <= token < 2**31 for token in ids):
-            raise CheckpointError(f"{place}: eos_token_id is {value!r}; it must be null, a token id or a list of them")
-        if ids:
-            return tuple(ids)
-    return ()
+def _ends(place: str, options: Mapping[str, Any]) -> tuple[int, ...] | None:
+    value = options.get("eos_token_id")
+    ids = value if isinstance(value, list) else [value]
+    if value is not None and not all(type(token) is int and 0 <= token < 2**31 for token in ids):
+        raise CheckpointError(f"{place}: eos_token_id is {value!r}; it must be null, a token id or a list of them")
+    return None if value is None else tuple(ids)

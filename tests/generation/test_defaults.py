@@ -55,7 +55,7 @@ def theirs(folder: Path, prompt: list[int], logits: np.ndarray, **options: Any) 
 
 def ours(defaults: GenerationDefaults, prompt: list[int], logits: np.ndarray, **options: Any) -> np.ndarray:
     params = [defaults.fill(SamplingParams(**options), len(prompt), 1000)]
-    state = init_state(params, [prompt], vocab_size=VOCAB, eos_token_ids=defaults.eos_token_ids)
+    state = init_state(params, [prompt], vocab_size=VOCAB, eos_token_ids=defaults.eos_token_ids or ())
     return np.asarray(process(jnp.asarray(logits[None]), state, SamplerFeatures.of(params)))[0]
 
 
@@ -328,18 +328,24 @@ def test_values_that_are_none_name_file_and_key(tmp_path):
         ({"eos_token_id": 2}, {"eos_token_id": 3}, (2,)),
         ({"eos_token_id": [2, 0]}, {"eos_token_id": 3}, (2, 0)),
         ({"eos_token_id": None}, {"eos_token_id": 3}, (3,)),
-        ({"eos_token_id": []}, {"eos_token_id": 3}, (3,)),
+        ({"eos_token_id": []}, {"eos_token_id": 3}, ()),
         ({}, {"eos_token_id": [3]}, (3,)),
         (None, {"eos_token_id": 3}, (3,)),
-        (None, {}, ()),
-        (None, None, ()),
+        (None, {"eos_token_id": []}, ()),
+        (None, {}, None),
+        ({}, {}, None),
+        (None, None, None),
     ],
 )
 def test_end_of_sequence_ids(tmp_path, generation, config, ids):
     for name, value in (("generation_config.json", generation), ("config.json", config)):
         if value is not None:
             (tmp_path / name).write_text(json.dumps(value))
-    assert GenerationDefaults.read(tmp_path).eos_token_ids == ids
+    if generation is not None and generation.get("eos_token_id") is None and ids:
+        with pytest.warns(JdsiWarning, match="names no eos_token_id: that of config"):
+            assert GenerationDefaults.read(tmp_path).eos_token_ids == ids
+    else:
+        assert GenerationDefaults.read(tmp_path).eos_token_ids == ids
 
 
 @pytest.mark.parametrize("value", [True, -1, "2", 2.0, [2, None], [[2]], [True], [2, -1], {"a": 2}, 2**31], ids=repr)
