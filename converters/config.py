@@ -155,7 +155,7 @@ def spec_of(where: str | Path, family: Family, config: Any) -> TransformerSpec:
         ConfigError: an option is not supported, or its values describe no model; names the place.
     """
     for name, value in sorted(vars(config).items()):
-        if name.endswith(("dropout", "pdrop")) and isinstance(value, int | float) and not 0 <= value <= 1:
+        if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, int | float) and not 0 <= value <= 1:
             raise ConfigError(f"{where}: {name}={value!r} must be from 0 to 1")
     layers = config.num_hidden_layers
     if isinstance(layers, int) and not 0 <= layers <= _MOST_LAYERS:  # before anything is made for each

@@ -243,15 +243,17 @@ def judge(folder: Path, name: str, change: str, valid: Path | None = None) -> st
         return f"crash: {found.refused}"
     # What we refuse may be too much for transformers as well: layers without number, for one.
     right = theirs(folder, name, generate=valid is not None) if found.refused is None else Outcome()
-    # It reads a key of the index that nothing is made of.
-    if found.refused is None and right.refused is not None and not found.named and "metadata" not in change:
+    # It reads keys that nothing is made of here: of the index, and what to return beside the logits.
+    unread = any(key in change for key in ("metadata", "output_hidden_states", "output_attentions"))
+    if found.refused is None and right.refused is not None and not found.named and not unread:
         return f"we answer, transformers refuses: {right.refused}"
     if found.logits is not None and right.logits is not None:
         if found.logits.shape != right.logits.shape:
             return f"shapes {found.logits.shape} and {right.logits.shape}"
         if not np.allclose(found.logits, right.logits, rtol=1e-3, atol=1e-4, equal_nan=True):
             return f"another answer, by {np.abs(found.logits - right.logits).max()}"
-    if found.generated is not None and right.generated is not None and found.generated != right.generated:
+    generated = found.generated is not None and right.generated is not None
+    if generated and found.generated != right.generated and not found.named:
         return f"other tokens: {found.generated}, and {right.generated} of transformers"
     if found.refused is not None and "\n" in found.refused and "does not fit the model" not in found.refused:
         return f"more than a line: {found.refused}"
@@ -299,8 +301,9 @@ def run(count: int, seed: int, root: Path) -> list[Finding]:
         change, content = mutate(json.loads(file.read_text()), rng)
         asks = file.name == "generation_config.json" and name not in zoo.ENCODERS and rng.random() < 0.7
         if asks:
-            content = json.loads(file.read_text()) | generation_options(rng)
-            change = str(content)
+            options = generation_options(rng)
+            content = json.loads(file.read_text()) | options
+            change = str(options)
         if not asks and rng.random() < 0.2:
             more, content = mutate(content, rng)
             change += f"; {more}"

@@ -62,6 +62,8 @@ class AttentionSpec:
 
     def __post_init__(self) -> None:
         _check_sizes(num_heads=self.num_heads, num_kv_heads=self.num_kv_heads, head_dim=self.head_dim)
+        if self.window is not None:
+            _check_sizes(sliding_window=self.window)
 
     @property
     def qkv_rows(self) -> tuple[int, int, int]:
