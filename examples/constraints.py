@@ -1,6 +1,6 @@
 """Answers that have to be one of a few texts, and a bias of one's own: constraints in the jitted step.
 
-    python examples/constraints.py
+python examples/constraints.py
 """
 
 from collections.abc import Sequence

@@ -148,6 +148,12 @@ def generation_options(rng: random.Random) -> dict[str, Any]:
     return {key: rng.choice(_GENERATION[key]) for key in rng.sample(sorted(_GENERATION), rng.randint(1, 3))}
 
 
+# Keys that transformers stumbles over and that no logits depend on: of the index, what to return beside the logits, how
+# to compute them, and windows of families that have none, which its caches ask for.
+_UNREAD = ("metadata", "output_hidden_states", "output_attentions", "return_dict", "chunk_size_feed_forward")
+_WITHOUT_WINDOWS = ("llama", "gpt2", "gpt_neox", "falcon", "opt", "bert")
+
+
 @dataclasses.dataclass
 class Outcome:
     """What came of a folder: `refused` says why there is nothing else, `named` that a warning says what is not done."""
@@ -243,8 +249,7 @@ def judge(folder: Path, name: str, change: str, valid: Path | None = None) -> st
         return f"crash: {found.refused}"
     # What we refuse may be too much for transformers as well: layers without number, for one.
     right = theirs(folder, name, generate=valid is not None) if found.refused is None else Outcome()
-    # It reads keys that nothing is made of here: of the index, and what to return beside the logits.
-    unread = any(key in change for key in ("metadata", "output_hidden_states", "output_attentions"))
+    unread = any(key in change for key in _UNREAD) or (name in _WITHOUT_WINDOWS and "sliding_window" in change)
     if found.refused is None and right.refused is not None and not found.named and not unread:
         return f"we answer, transformers refuses: {right.refused}"
     if found.logits is not None and right.logits is not None:
