@@ -1,8 +1,8 @@
 """Random damage to the small files of a checkpoint folder, and what transformers and we make of it.
 
-    python tests/folder_fuzz.py COUNT [SEED]
+    python tests/folder_fuzz.py COUNT [SEED [FIRST]]
 
-tries so many and prints every disagreement.
+tries so many, from number FIRST on, and prints every disagreement.
 """
 
 import contextlib
@@ -12,6 +12,7 @@ import functools
 import io
 import json
 import random
+import resource
 import shutil
 import sys
 import tempfile
@@ -293,10 +294,10 @@ class Finding:
     what: str
 
 
-def run(count: int, seed: int, root: Path) -> list[Finding]:
+def run(count: int, seed: int, root: Path, first: int = 0) -> list[Finding]:
     """Tries `count` mutations."""
     valid, found = folders(root / "valid"), []
-    for i in range(count):
+    for i in range(first, first + count):
         rng = random.Random(f"{seed}-{i}")
         name = rng.choice(FAMILIES)
         folder = root / "mutated"
@@ -329,5 +330,8 @@ def run(count: int, seed: int, root: Path) -> list[Finding]:
 if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as place:
-        result = run(int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0, Path(place))
+        # What asks for more than a machine has is to fail where it asks.
+        resource.setrlimit(resource.RLIMIT_AS, (14 << 30, 14 << 30))
+        count, seed, first = (int(text) for text in (*sys.argv[1:], "0", "0")[:3])
+        result = run(count, seed, Path(place), first)
     print(f"{len(result)} disagreements")
