@@ -33,6 +33,7 @@ COMPANIONS = (
 )
 """Tokenizer and generation files; conversions copy those that exist."""
 
+_DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 _MOST_LAYERS = 10_000
 _DTYPES = {
     "float32": jnp.float32,
@@ -122,8 +123,12 @@ def load_config(folder: Path) -> Any:
         ConfigError: the `model_type` is not one of our families; lists them.
         CheckpointError: `config.json` is absent, damaged, or not accepted by transformers.
     """
-    model_type = read_config(folder)["model_type"]
+    stored = read_config(folder)
+    model_type = stored["model_type"]
     family_of(_file(folder), model_type)
+    for name in _DEPTHS:  # before config classes make a list of as many
+        if isinstance(stored.get(name), int) and not 0 <= stored[name] <= _MOST_LAYERS:
+            raise ConfigError(f"{_file(folder)}: {name}={stored[name]} must be from 0 to {_MOST_LAYERS}")
     from transformers import AutoConfig  # slow to import
 
     try:
@@ -157,9 +162,6 @@ def spec_of(where: str | Path, family: Family, config: Any) -> TransformerSpec:
     for name, value in sorted(vars(config).items()):
         if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, int | float) and not 0 <= value <= 1:
             raise ConfigError(f"{where}: {name}={value!r} must be from 0 to 1")
-    layers = config.num_hidden_layers
-    if isinstance(layers, int) and not 0 <= layers <= _MOST_LAYERS:  # before anything is made for each
-        raise ConfigError(f"{where}: num_hidden_layers={layers} must be from 0 to {_MOST_LAYERS}")
     padding, size = getattr(config, "pad_token_id", None), config.vocab_size
     if isinstance(padding, int) and isinstance(size, int) and not -size <= padding < size:
         raise ConfigError(f"{where}: pad_token_id={padding} is no token of the {size} there are")
