@@ -222,7 +222,9 @@ def _eos_token_ids(folder: Path) -> tuple[int, ...] | None:
 
 def _ends(place: str, options: Mapping[str, Any]) -> tuple[int, ...] | None:
     value = options.get("eos_token_id")
+    if value is None:
+        return None
     ids = value if isinstance(value, list) else [value]
-    if value is not None and not all(type(token) is int and 0 <= token < 2**31 for token in ids):
+    if not all(type(token) is int and 0 <= token < 2**31 for token in ids):
         raise CheckpointError(f"{place}: eos_token_id is {value!r}; it must be null, a token id or a list of them")
-    return None if value is None else tuple(ids)
+    return tuple(ids)
