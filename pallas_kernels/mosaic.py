@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import jax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
@@ -27,6 +29,35 @@ def store(ref: Any, value: Array) -> None:
         plgpu.store(ref, value, optimized=False)
     else:
         ref[...] = value
+
+
+def send_rows(source: Any, target: Any, index: jax.Array, blocks: int) -> None:
+    """Starts the copies of a block of columns, row by row, from shared to global memory.
+
+    A copy of contiguous numbers without a swizzle is one of so many bytes: neither an array's last column nor its last
+    row stops it, only the end of the whole array. So none may be longer than what is left of its row, and none empty.
+
+    Args:
+        source: `[rows or more, n]` in shared memory, not swizzled.
+        target: `[rows, columns]` in global memory.
+        index: where the block goes: to columns `index * n` and on, of which those past the end are left out.
+        blocks: `index` is below.
+    """
+    (rows, columns), size = target.shape, source.shape[1]
+    whole, rest = divmod(columns, size)
+
+    def copy(number: int) -> None:
+        for row in range(rows):
+            place = target.at[row, pl.ds(index * size, number)]
+            plgpu.copy_smem_to_gmem(source.at[row, pl.ds(0, number)], place, commit_group=False)
+
+    if blocks <= whole:
+        copy(size)
+    else:
+        pl.when(index < whole)(lambda: copy(size))
+        if rest:
+            pl.when(index == whole)(lambda: copy(rest))
+    plgpu.commit_smem_to_gmem_group()
 
 
 def tiled(columns: int, itemsize: int = 2) -> tuple[Any, Any]:

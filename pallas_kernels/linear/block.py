@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-from ..mosaic import store, tiled
+from ..mosaic import send_rows, store, tiled
 from . import prologue
 from .epilogue import activation, combine
 from .form import LinearForm
@@ -276,16 +276,9 @@ class Block:
             self.send(staged[operand], self.out.at[split, operand], tile)
 
     def send(self, staged: Any, out: Any, tile: jax.Array) -> None:
-        """Copies a tile to the result row by row: only so can it stop at `rows` and at the last token.
-
-        The copies of the last tile stop at the end of a row by themselves.
-        """
+        """Copies a tile to the result row by row: only so can it stop at `rows`, at a row's end, at the last token."""
         rows = self.plan.tiling.rows
-        for token in range(self.plan.problem.tokens):
-            plgpu.copy_smem_to_gmem(
-                staged.at[token, pl.ds(0, rows)], out.at[token, pl.ds(tile * rows, rows)], commit_group=False
-            )
-        plgpu.commit_smem_to_gmem_group()
+        send_rows(staged.at[:, pl.ds(0, rows)], out, tile, pl.cdiv(out.shape[1], rows))
 
 
 def _views(ref: Any, flat: bool) -> tuple[Any, Any]:

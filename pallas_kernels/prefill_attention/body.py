@@ -225,7 +225,11 @@ class _Block:
         return scores if visible is None else jnp.where(visible, scores, -jnp.inf)
 
     def store(self, out: Any, lse: Any, values: Float[Array, "64 Dv"], softmax: Softmax) -> None:
-        """Writes the result; copies end at the array's last query."""
+        """Writes the result.
+
+        Its copy is one of a box of swizzled tiles, which ends at the array's last query. That of the logarithms is one
+        of so many bytes, which nothing ends: their array has whole blocks of queries.
+        """
         reciprocal, logarithm = finish(softmax)
         self.out[...] = (values * _along_rows(reciprocal, values.shape)).astype(self.out.dtype)
         if lse is not None:

@@ -20,7 +20,7 @@ from ..device import Device
 from ..linear.block import store_transposed
 from ..linear.epilogue import activation, combine, reduce_splits
 from ..linear.form import LinearForm
-from ..mosaic import ACC, not_hopper, tiled
+from ..mosaic import ACC, not_hopper, send_rows, tiled
 from ..operator import Config
 from .tiling import CHUNK, MAX_TOKENS, ROWS, Shape, Tiling, best
 from .unpack import bit_patterns, operand
@@ -375,7 +375,10 @@ class _Block:
         return tuple(totals)
 
     def store(self, totals: Sequence[jax.Array]) -> None:
-        """The epilogue and the copy of the results, or the copy of the sums for a second pass."""
+        """The epilogue and the copy of the results, or the copy of the sums for a second pass.
+
+        The last tile may have blocks of rows that are partly or wholly past the end.
+        """
         out_tile, direct = self.scratch["out_tile"], self.tiling.splits == 1
         if self.last:
             plgpu.barrier_wait(self.scratch["last_arrived"])
@@ -389,14 +392,12 @@ class _Block:
         for (part, block), y in results.items():
             store_transposed(out_tile.at[part, :, self.own_rows(block)].T, y.astype(self.out.dtype))
         plgpu.commit_smem()
-        tile, split = lax.axis_index("tile"), lax.axis_index("split")
+        blocks = self.tiling.height // ROWS
         for part, block in results:
-            target = self.out if direct else self.out.at[split, part]
-            rows = self.own_rows(block)
-            columns = pl.ds(tile * self.tiling.height + rows.start, ROWS)
-            for token in range(self.shape.tokens):  # row by row, which stops at the last token
-                plgpu.copy_smem_to_gmem(out_tile.at[part, token, rows], target.at[token, columns], commit_group=False)
-        plgpu.commit_smem_to_gmem_group()
+            target = self.out if direct else self.out.at[lax.axis_index("split"), part]
+            index = lax.axis_index("tile") * blocks + self.over_rows * self.tiling.blocks + block
+            source = out_tile.at[part, :, self.own_rows(block)]
+            send_rows(source, target, index, -(-self.shape.out // self.tiling.height) * blocks)
         plgpu.wait_smem_to_gmem(0)
 
     def finish(self, products: Sequence[jax.Array], block: int) -> jax.Array:

@@ -314,7 +314,10 @@ def _load_queries(q: Any, scratch: Scratch, token: Array, heads: _Heads, tiling:
 def _store(
     values: Array, rows: Any, target: Callable[[Any, Any], Any], count: Array, heads: _Heads, tiling: Tiling
 ) -> None:
-    """Writes the block's own tokens, one copy each: the rows behind them are another sequence's."""
+    """Writes the block's own tokens, one copy each: the rows behind them are another sequence's.
+
+    No copy relies on an array's end to stop it: it is of as many heads of a token as there are, all with their columns.
+    """
     rows = rows.at[lax.axis_index("warpgroup")]
     for column in range(0, values.shape[1], _STORED):  # converting all at once would take registers from the values
         some = values[:, column : column + _STORED]
