@@ -19,6 +19,7 @@ from ..device import Device
 from ..mosaic import not_hopper, tiled
 from ..operator import Config
 from .body import QUERY_BLOCK, ROWS, WARPGROUPS, Inputs, Memory, attend
+from .reference import in_sight
 from .spans import segment_spans
 
 _REGISTERS = 176  # a thread's, of 255, for numbers of tiles
@@ -76,6 +77,9 @@ def run(
     # Rows in shared memory come in eights, and Mosaic wants whole ones in device memory too. Lengths from buckets are
     # multiples of eight; for others XLA copies.
     q = _padded(q, 1, 8, 0)
+    if keys % 8:
+        k, v, k_segments = in_sight(q, k, v, q_start, k_segments, form)
+        keys = k.shape[2]
     if keys % 8:
         k_lengths = jnp.full(q.shape[0], keys, jnp.int32) if k_lengths is None else jnp.minimum(k_lengths, keys)
         k, v = _padded(k, 2, 8, 0), _padded(v, 2, 8, 0)
