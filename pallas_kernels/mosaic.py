@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
@@ -29,6 +30,18 @@ def store(ref: Any, value: Array) -> None:
         plgpu.store(ref, value, optimized=False)
     else:
         ref[...] = value
+
+
+def block_indices(*sizes: int) -> list[jax.Array]:
+    """Where a block is in a grid of these sizes that is launched as one axis, "block"; the last index runs fastest.
+
+    Only along one axis does the hardware count past 65,535, which sequences times heads may well be.
+    """
+    rest, indices = lax.axis_index("block"), []
+    for size in reversed(sizes[1:]):
+        indices.append(lax.rem(rest, size))
+        rest = lax.div(rest, size)
+    return [rest, *reversed(indices)]
 
 
 def send_rows(source: Any, target: Any, index: jax.Array, blocks: int) -> None:

@@ -28,7 +28,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ..attention.form import AttentionForm
 from ..attention.tile import Softmax, finish, start, tile_scores
-from ..mosaic import store
+from ..mosaic import block_indices, store
 from .plan import ROWS, Inputs, Plan
 from .tiles import Memory, visible_tiles
 
@@ -40,7 +40,7 @@ def body(plan: Plan, inputs: Inputs, out: Any, lse: Any, memory: dict[str, Any])
 
     A part without visible keys writes zeros and -inf.
     """
-    row, split, column_tile = lax.axis_index("row"), lax.axis_index("split"), lax.axis_index("column_tile")
+    row, split, column_tile = block_indices(inputs.q.shape[0], plan.tiling.splits, plan.column_tiles)
     first_column = column_tile * plan.tiling.columns
     columns = pl.ds(first_column, plan.tiling.columns)
     group = lax.axis_index("warpgroup") if plan.warpgroups > 1 else None

@@ -160,8 +160,8 @@ def run(
             jax.ShapeDtypeStruct((*parts, width), jnp.float32),
         ],
         # Blocks that read the same keys stand side by side, to find them in the cache.
-        grid=(batch * kv_heads, plan.tiling.splits, plan.column_tiles),
-        grid_names=("row", "split", "column_tile"),
+        grid=(batch * kv_heads * plan.tiling.splits * plan.column_tiles,),
+        grid_names=("block",),
         scratch_types=plan.memory(),
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=plan.reduction_bytes),
         **threads,

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from ..attention.form import AttentionForm
 from ..attention.tile import Softmax, finish, start, tile_scores, update
-from ..mosaic import ACC
+from ..mosaic import ACC, block_indices
 from .spans import Span, geometric_span
 
 WARPGROUPS = 2
@@ -80,11 +80,13 @@ class _Block:
         self.inputs, self.memory, self.form = inputs, memory, form
         self.stages, self.size = memory.k.shape[:2]
         self.keys = inputs.k.shape[2]
-        self.head, self.row, self.warpgroup = map(lax.axis_index, ("head", "row", "warpgroup"))
+        blocks, (batch, _, heads, _) = pl.cdiv(queries, QUERY_BLOCK), inputs.q.shape
+        block, self.row, self.head = block_indices(blocks, batch, heads)
+        self.warpgroup = lax.axis_index("warpgroup")
         self.kv_head = lax.div(self.head, jnp.int32(inputs.q.shape[2] // inputs.k.shape[1]))
         self.q, self.out = (place.at[self.warpgroup] for place in memory.q_out)
         # Blocks with the most keys go first, so that short ones fill the end.
-        number = pl.cdiv(queries, QUERY_BLOCK) - 1 - lax.axis_index("block")
+        number = blocks - 1 - block
         begin = number * QUERY_BLOCK
         self.at = pl.ds(begin + self.warpgroup * ROWS, ROWS)
 

@@ -124,10 +124,10 @@ def _call(arrays: Inputs, form: AttentionForm, queries: int, tiling: Tiling, *, 
     results = plgpu.kernel(
         entry,
         out_type=out_type,
-        # The last name runs fastest. So heads that share keys run together, and blocks that see the most keys first,
-        # for the end to be filled with short ones.
-        grid=(blocks, batch, heads),
-        grid_names=("block", "row", "head"),
+        # Heads run fastest, for those that share keys to run together; blocks that see the most keys run first, for the
+        # end to be filled with short ones.
+        grid=(blocks * batch * heads,),
+        grid_names=("block",),
         num_threads=WARPGROUPS,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),

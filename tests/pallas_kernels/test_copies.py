@@ -16,10 +16,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jdsi.pallas_kernels import registry
+from jdsi.pallas_kernels import AttentionForm, Rotary, registry
+from jdsi.pallas_kernels.decode_attention import DECODE_ATTENTION
+from jdsi.pallas_kernels.kv_write.api import ROTARY_KV_WRITE
 from jdsi.pallas_kernels.linear import LinearForm
 from jdsi.pallas_kernels.mosaic import send_rows
 from jdsi.pallas_kernels.operator import ArgumentSpec
+from jdsi.pallas_kernels.prefill_attention import PREFILL_ATTENTION
 from jdsi.pallas_kernels.quantized_linear import WeightFormat, quantize
 from jdsi.pallas_kernels.quantized_linear.api import QUANTIZED_LINEAR
 from kernels import interpreted
@@ -92,6 +95,29 @@ def test_quantized_rows_that_end_within_a_tile(
     weight = jax.eval_shape(lambda: quantize(jnp.zeros((rows, inputs)), stored))
     x = jax.ShapeDtypeStruct((tokens, inputs), jnp.bfloat16)
     check(kernels_of(partial(QUANTIZED_LINEAR, implementation="pallas", form=form), x, weight, None, None))
+
+
+def test_launches_of_many_sequences() -> None:
+    """More heads, tokens or sequences than the hardware counts along most axes of a grid."""
+
+    def bfloat16(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+
+    def integers(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+    form, keys = AttentionForm(0.1), bfloat16(64, 8, 131072, 128)
+    few_tokens = bfloat16(64, 16, 64, 128), keys, keys, None, None, None, integers(64), integers(64)
+    check(kernels_of(partial(DECODE_ATTENTION, implementation="pallas", form=form), *few_tokens))
+    keys = bfloat16(16384, 8, 64, 64)
+    sequences = bfloat16(16384, 1, 8, 64), keys, keys, None, None, None, integers(16384), integers(16384)
+    check(kernels_of(partial(DECODE_ATTENTION, implementation="pallas", form=form), *sequences))
+    q, keys = bfloat16(65536, 8, 1, 64), bfloat16(65536, 1, 8, 64)
+    prompts = q, keys, keys, None, None, None, None
+    check(kernels_of(partial(PREFILL_ATTENTION, implementation="pallas", form=form, return_lse=False), *prompts))
+    q, k, memory, numbers = bfloat16(65536, 8, 64), bfloat16(65536, 2, 64), bfloat16(64, 2, 1024, 64), integers(65536)
+    write = partial(ROTARY_KV_WRITE, implementation="pallas", rotary=Rotary(64), ascending=False)
+    check(kernels_of(write, q, k, k, memory, memory, *[numbers] * 4, None, None))
 
 
 def stored_in_blocks(columns: int, *, whole: bool, grid: int = 2) -> Any:
