@@ -171,7 +171,8 @@ class _Block:
             self.copy(refill, "k", places=places)
         if self.group is not None:
             # Reductions of both warpgroups use the same scratch memory. That is well as long as they do the same one
-            # at the same time, in a single step: they have the same numbers.
+            # at the same time, in a single step, and write the same bits there: they have the same products of the same
+            # operands, summed in the same order. Nothing that makes a difference between them may come before.
             self.meet()
 
             @pl.when((self.group == 0) & (number > self.begin))
@@ -265,6 +266,9 @@ class _Block:
             values[...] = wide
             return values
 
+        # Where values are part of the keys, the product with the queries may read these rows before and after: it needs
+        # no fence, for it finds the same numbers in those that count, and what it makes of the others is masked. The
+        # product with the weights comes after `commit_smem`.
         @pl.when(rest < plan.tiling.keys)
         def _() -> None:
             @pl.loop(0, values.shape[1] // ROWS)

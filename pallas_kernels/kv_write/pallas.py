@@ -80,6 +80,9 @@ def why_not(
             return f"{name} of shape {array.shape} is empty"
         if array.shape[-1] > 1024:
             return f"the heads of {name} have {array.shape[-1]} numbers, more than 1024"
+    for name, memory in (("keys", keys), ("values", values)):
+        if math.prod(memory.shape[1:]) >= 2**31:  # threads count in 32 bits from a row's beginning
+            return f"a row of {name} has {math.prod(memory.shape[1:])} numbers, more than 2^31 - 1"
     if rotary is not None and rotary.interleaved and q.shape[2] % 2:
         return f"pairs are interleaved in a head of {q.shape[2]} numbers, which is odd"
     return None

@@ -166,9 +166,10 @@ class Block:
                     self.multiply(sums, lax.rem(step, tiling.stages), split * steps + index)
                     ahead = step - 1 + tiling.stages
 
-                    @pl.when((step > 0) & (ahead < mine * steps))
-                    def _() -> None:
-                        fetch(ahead)  # into the slot of the step before, whose products are done
+                    # Into the slot of the step before, whose products are done: this thread's, as it has waited for
+                    # them, and those of the other three warps, because Mosaic has all threads meet before each copy.
+                    # Whoever turns that off (`unsafe_no_auto_barriers`) has to have them meet once a step.
+                    pl.when((step > 0) & (ahead < mine * steps))(lambda: fetch(ahead))
 
                 return tuple(ref[...] for ref in sums)
 

@@ -10,8 +10,8 @@ from .blocks import QueryBlocks, count_up_to, most_blocks, query_blocks, running
 
 # Columns of `Schedule.items`.
 SEQUENCE, TOKEN, TOKENS, POSITION, BEGIN, END, SLOT, SPLITS = range(8)
-# For up to so many tokens the keys are split as far as that is of use, for more into accordingly fewer parts: the results
-# of parts are in float32, and those of many tokens would soon outweigh the keys.
+# Of up to so many tokens keys are split as far as it is of use, of more into accordingly fewer parts: the results of
+# parts are in float32, and those of many tokens would soon outweigh the keys.
 _FEW = 8
 
 
