@@ -51,6 +51,17 @@ def test_one_launch_where_nothing_is_split(name: str) -> None:
     assert " fusion(" not in text
 
 
+def test_xla_multiplies_where_parts_weigh_too_much() -> None:
+    left = [spec for spec in SPECS.values() if pallas.rather_xla(*spec.abstract(), device=H200, **spec.static)]
+    assert {"llama-8b qkv T=64 bfloat16", "llama-8b out T=64 bfloat16"} <= {spec.name for spec in left}
+    assert all(" T=64 " in spec.name for spec in left)
+    spec = SPECS["llama-8b down T=64 bfloat16"]
+    assert pallas.rather_xla(*spec.abstract(), device=H200, **spec.static) is None
+    out = SPECS["llama-8b out T=64 bfloat16"]
+    assert not kernels_of(partial(LINEAR, **out.static), *out.abstract())
+    assert kernels_of(partial(LINEAR, **spec.static), *spec.abstract())
+
+
 def test_a_fused_norm_waits_for_one_copy_of_each_array() -> None:
     """Before the first weights are asked for; and a residual comes in one copy a tile, however many tokens it has."""
     for name, copies in {
