@@ -32,6 +32,21 @@ def store(ref: Any, value: Array) -> None:
         ref[...] = value
 
 
+def store_transposed(ref: Any, values: jax.Array) -> None:
+    """Writes `values` [M, N], products or their like, to shared memory [N, M], whose transposed view is `ref`."""
+    values = plgpu.layout_cast(values, transposed_layout(values.dtype))
+    store(ref, values)
+
+
+def transposed_layout(dtype: Any) -> Any:
+    """The registers from which a matrix of products gets to the transposed place in shared memory, or from there.
+
+    A thread holds pairs of neighbours along N, which lie in different rows there. The hardware transposes 16-bit
+    matrices on the way; of wider ones the threads exchange pairs first.
+    """
+    return plgpu.Layout.WGMMA if dtype.itemsize == 2 else plgpu.Layout.WGMMA_TRANSPOSED
+
+
 def block_indices(*sizes: int) -> list[jax.Array]:
     """Where a block is in a grid of these sizes that is launched as one axis, "block"; the last index runs fastest.
 

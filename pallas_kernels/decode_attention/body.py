@@ -17,7 +17,7 @@ registers than there are.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -28,17 +28,19 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ..attention.form import AttentionForm
 from ..attention.tile import Softmax, finish, start, tile_scores
-from ..mosaic import block_indices, store
+from ..mosaic import block_indices, store, store_transposed
 from .plan import ROWS, Inputs, Plan
 from .tiles import Memory, visible_tiles
 
 _BY_COLUMN, _BY_ROW = plgpu.Layout.WGMMA.reduce(0), plgpu.Layout.WGMMA.reduce(1)
 
 
-def body(plan: Plan, inputs: Inputs, out: Any, lse: Any, memory: dict[str, Any]) -> None:
-    """Writes one part's result to `out[split, row, column, value dim]` and its logarithm to `lse[split, row, column]`.
+def body(plan: Plan, inputs: Inputs, results: Sequence[Any], memory: dict[str, Any]) -> None:
+    """Writes one part's result and logarithm; one without visible keys writes zeros and -inf.
 
-    A part without visible keys writes zeros and -inf.
+    Args:
+        results: `[split, row, column, value dim]` and `[split, row, column]`, or, where nothing is left to be combined,
+            what `decode_attention` returns alone.
     """
     row, split, column_tile = block_indices(inputs.q.shape[0], plan.tiling.splits, plan.column_tiles)
     first_column = column_tile * plan.tiling.columns
@@ -64,8 +66,12 @@ def body(plan: Plan, inputs: Inputs, out: Any, lse: Any, memory: dict[str, Any])
     sums, state = block.attend()
     scale, logarithm = finish(state)
     sums *= lax.broadcast_in_dim(scale, sums.shape, [1])
+    if plan.direct:
+        block.send(sums, results[0].at[sequence], head)
+        return
+    out, lse = results
     # Transposed, each thread has numbers that are neighbours in `out`.
-    store(out.at[split, row, columns, block.values].T, plgpu.layout_cast(sums, plgpu.Layout.WGMMA_TRANSPOSED))
+    store_transposed(out.at[split, row, columns, block.values].T, sums)
 
     @_on_leader(group)
     def _() -> None:
@@ -277,6 +283,21 @@ class _Block:
                 part[...] = _first_rows(part[...], rest)
 
         return values
+
+    def send(self, sums: jax.Array, out: Any, head: jax.Array) -> None:
+        """Copies each query's result to `out[token, head, value dim]`; what is behind the last query has no place."""
+        plan, staged = self.plan, self.memory["result"]
+        store_transposed(staged.T, sums.astype(staged.dtype))
+        plgpu.commit_smem()
+
+        @pl.loop(0, jnp.minimum(plan.tiling.columns, plan.length * plan.group - self.first_column))
+        def _(column: jax.Array) -> None:
+            query = self.first_column + column
+            place = out.at[lax.div(query, plan.group), head * plan.group + lax.rem(query, plan.group)]
+            plgpu.copy_smem_to_gmem(staged.at[column, pl.ds(0, plan.value_dim)], place, commit_group=False)
+
+        plgpu.commit_smem_to_gmem_group()
+        plgpu.wait_smem_to_gmem(0)
 
     def store_weights(self, target: Any, weights: jax.Array) -> None:
         """Each warpgroup, all of which hold the same weights, stores its part of the columns."""

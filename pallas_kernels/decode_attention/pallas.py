@@ -129,6 +129,7 @@ def run(
         capacity=unit * (1 if block_tables is None else block_tables.shape[1]),
         page=0 if block_tables is None else unit,
         pages=k.shape[0],
+        return_lse=return_lse,
     )
     width = plan.tiling.columns * plan.column_tiles
     inputs = Inputs(
@@ -145,20 +146,21 @@ def run(
     given = [x is not None for x in inputs]
 
     def decode_kernel(*refs: Any, **memory: Any) -> None:
-        *arrays, out, lse = refs
-        left = iter(arrays)
-        body(plan, Inputs(*(next(left) if there else None for there in given)), out, lse, memory)
+        left = iter(refs)
+        body(plan, Inputs(*(next(left) if there else None for there in given)), list(left), memory)
 
+    shape = batch, length, heads, values
     parts = (padded(plan.tiling.splits), batch * kv_heads)
+    out_type = [
+        jax.ShapeDtypeStruct((*parts, width, plan.value_rows), jnp.float32),
+        jax.ShapeDtypeStruct((*parts, width), jnp.float32),
+    ]
     threads: dict[str, Any] = {}
     if plan.warpgroups > 1:
         threads = {"num_threads": plan.warpgroups, "thread_name": "warpgroup"}
-    outs, lses = plgpu.kernel(
+    outs, *lses = plgpu.kernel(
         decode_kernel,
-        out_type=[
-            jax.ShapeDtypeStruct((*parts, width, plan.value_rows), jnp.float32),
-            jax.ShapeDtypeStruct((*parts, width), jnp.float32),
-        ],
+        out_type=[jax.ShapeDtypeStruct(shape, q.dtype)] if plan.direct else out_type,
         # Blocks that read the same keys stand side by side, to find them in the cache.
         grid=(batch * kv_heads * plan.tiling.splits * plan.column_tiles,),
         grid_names=("block",),
@@ -166,7 +168,9 @@ def run(
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=plan.reduction_bytes),
         **threads,
     )(*(x for x in inputs if x is not None))
-    out, lse = combine(outs, lses, plan.tiling.splits, (batch, length, heads, values), q.dtype, return_lse)
+    if plan.direct:
+        return outs
+    out, lse = combine(outs, lses[0], plan.tiling.splits, shape, q.dtype, return_lse)
     return (out, lse) if return_lse else out
 
 

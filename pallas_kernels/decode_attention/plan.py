@@ -14,6 +14,7 @@ from ..mosaic import tiled
 ROWS = 64  # of one tensor core operation
 _MOST_STAGES = 8
 _MOST_SPLITS = 64
+_RESULT = 8 * 1024  # bytes of shared memory for results, where those of a block are no more
 _RESERVED = 1024  # bytes of shared memory for barriers, and as many that the driver takes from every block
 
 
@@ -73,6 +74,7 @@ class Plan:
         capacity: keys a row can have, L or N * page.
         page: keys per page, 0 if not paged.
         pages: P.
+        return_lse: the logarithms are wanted too.
     """
 
     tiling: Tiling
@@ -89,6 +91,13 @@ class Plan:
     capacity: int
     page: int
     pages: int
+    return_lse: bool
+
+    @property
+    def direct(self) -> bool:
+        """The kernel writes the result itself, for there is nothing to combine; it has one warpgroup then."""
+        few = _result_bytes(self.value_rows, self.tiling.columns) > 0
+        return self.tiling.splits == 1 and not self.return_lse and few
 
     @property
     def narrow(self) -> bool:
@@ -143,6 +152,8 @@ class Plan:
             scales = plgpu.SMEM((stages, keys), jnp.float32)
             wide = _tiled((keys, self.value_rows), self.dtype, self.value_rows)
             memory |= {"k_scales": scales, "v_scales": scales, "wide": wide}
+        if self.direct:
+            memory["result"] = plgpu.SMEM((self.tiling.columns, self.value_rows), self.dtype)
         if self.warpgroups == 1:
             memory["weights"] = self.weights_memory
         else:
@@ -155,6 +166,12 @@ def _tiled(shape: tuple[int, ...], dtype: Any, line: int) -> Any:
     bits = jnp.dtype(dtype).itemsize * 8
     swizzle = plgpu.find_swizzle(line * bits)
     return plgpu.SMEM(shape, dtype, transforms=tiled(swizzle * 8 // bits, bits // 8))
+
+
+def _result_bytes(value_rows: int, columns: int) -> int:
+    """Shared memory through which a block writes its result, 0 where that would be too much."""
+    size = 2 * value_rows * columns
+    return size if size <= _RESULT else 0
 
 
 def _warpgroups(value_rows: int, columns: int) -> int:
@@ -198,7 +215,7 @@ def default_tiling(
     weights, reduction = columns * keys * 2, 128 * columns
     # Two warpgroups have weights where they reduce.
     fixed = max(weights, reduction) if _warpgroups(value_rows, columns) > 1 else weights + reduction
-    fixed += columns * dim * 2 + keys * value_rows * 2 * narrow + _RESERVED
+    fixed += columns * dim * 2 + keys * value_rows * 2 * narrow + _result_bytes(value_rows, columns) + _RESERVED
     # Two blocks share a multiprocessor where each can have three tiles: while one computes, the other's copies go on.
     shares = (device.shared_memory - _RESERVED) // 2, device.shared_memory
     half, whole = (min((share - fixed) // tile, _MOST_STAGES) for share in shares)

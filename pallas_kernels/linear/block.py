@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-from ..mosaic import send_rows, store, tiled
+from ..mosaic import send_rows, store_transposed, tiled, transposed_layout
 from . import prologue
 from .epilogue import activation, combine
 from .form import LinearForm
@@ -265,7 +265,7 @@ class Block:
         form = self.plan.form
         y = combine(sums, biases, form, activation(form.activation)).astype(self.plan.result)
         if "residual" in self.extras:
-            layout = _transposed_layout(y.dtype)
+            layout = transposed_layout(y.dtype)
             y = plgpu.layout_cast(y, layout) + plgpu.load(staged.T, layout=layout, optimized=False)
         store_transposed(staged.T, y)
         plgpu.commit_smem()
@@ -289,18 +289,3 @@ def _views(ref: Any, flat: bool) -> tuple[Any, Any]:
     """An operand in shared memory as TMA and as wgmma see it."""
     by_tma, by_wgmma = ref if flat else (ref, ref)
     return by_tma, by_wgmma
-
-
-def store_transposed(ref: Any, values: jax.Array) -> None:
-    """Writes `values` [M, N], products or their like, to shared memory [N, M], whose transposed view is `ref`."""
-    values = plgpu.layout_cast(values, _transposed_layout(values.dtype))
-    store(ref, values)
-
-
-def _transposed_layout(dtype: Any) -> Any:
-    """The registers from which a matrix of products gets to the transposed place in shared memory, or from there.
-
-    A thread holds pairs of neighbours along N, which lie in different rows there. The hardware transposes 16-bit
-    matrices on the way; of wider ones the threads exchange pairs first.
-    """
-    return _WGMMA if dtype.itemsize == 2 else plgpu.Layout.WGMMA_TRANSPOSED

@@ -17,10 +17,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ..device import Device
-from ..linear.block import store_transposed
 from ..linear.epilogue import activation, combine, reduce_splits
 from ..linear.form import LinearForm
-from ..mosaic import ACC, not_hopper, send_rows, tiled
+from ..mosaic import ACC, not_hopper, send_rows, store_transposed, tiled
 from ..operator import Config
 from .tiling import CHUNK, MAX_TOKENS, ROWS, Shape, Tiling, best
 from .unpack import across, bit_pattern, operand

@@ -20,6 +20,7 @@ from jdsi.pallas_kernels.decode_attention.pallas import candidates, run
 from jdsi.pallas_kernels.decode_attention.specs import decode_attention_specs, paged_decode_attention_specs
 from jdsi.pallas_kernels.device import H200
 from kernels import RELATIVE, interpreted_or_gpu, relative_error
+from lowered import kernels_of
 
 WINDOW, ALIBI = AttentionForm(0.125, window=50), Alibi((0.5, 0.05, 0.3, 0.7))
 EVERYTHING = AttentionForm(0.5, window=120, softcap=5.0, alibi=ALIBI)
@@ -126,6 +127,25 @@ def test_every_configuration_gives_the_same() -> None:
         with kernels():
             out = jax.jit(partial(run, config=config, **static))(*operands(case, arrays))
         assert relative_error(out, expected) <= RELATIVE["bfloat16"]
+
+
+def test_a_kernel_with_nothing_to_combine_writes_the_result_itself() -> None:
+    """Several queries and heads, more of them than a block takes, dims that no tensor core takes, latents."""
+    for case in (
+        Case((200, 0, 131), queries=3, heads=(14, 2)),
+        Case((200,), queries=8, heads=(16, 1), capacity=256),
+        Case((70, 200), dim=80),
+        Case((200,), narrow="int8", page=16, holes=0.2, dim=128),
+        Case((200,), heads=(4, 1), dim=576, value_dim=512, capacity=256),
+    ):
+        arrays = make(case, "bfloat16")
+        static: dict[str, Any] = {"form": case.form, "value_dim": case.value_dim, "device": H200}
+        alone = partial(run, config={"splits": 1}, **static)
+        [kernel] = kernels_of(alone, *operands(case, jax.eval_shape(lambda arrays=arrays: arrays)))
+        with kernels():
+            out = jax.jit(alone)(*operands(case, arrays))
+        assert kernel.results[0].shape == out.shape
+        assert relative_error(out, oracle(case, arrays)[0]) <= RELATIVE["bfloat16"]
 
 
 def test_parts_of_the_keys_combine() -> None:
