@@ -134,15 +134,14 @@ class Operator:
             return self.reference(*arrays, **static)
         tuned = self._tuned(arrays, device, static)
         first = tuned.get("implementation")
-        takes = [
-            name
-            for name in sorted(self.kernels, key=lambda name: name != first)
-            if first != "xla" and self.why_not(name, *arrays, device=device, **static) is None
-        ]
-        if not takes or (not tuned and self.rather_xla(takes[0], *arrays, device=device, **static)):
-            return self.reference(*arrays, **static)
-        # The default device says what there is, not where this call will run: lowering settles that.
-        return self._run(takes[0], arrays, device, static, tuned, wherever=has_target())
+        if first != "xla":
+            for name in sorted(self.kernels, key=lambda name: name != first):
+                if self.why_not(name, *arrays, device=device, **static) is None:
+                    if not tuned and self.rather_xla(name, *arrays, device=device, **static):
+                        break
+                    # The default device says what there is, not where this call will run: lowering settles that.
+                    return self._run(name, arrays, device, static, tuned, wherever=has_target())
+        return self.reference(*arrays, **static)
 
     def _tuned(self, arrays: Arrays, device: Device, static: Mapping[str, Any]) -> Mapping[str, Any]:
         return tuning.lookup(device.kind, self.name, self.bucket(*arrays, **static)) or {}

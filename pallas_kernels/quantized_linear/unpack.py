@@ -97,9 +97,10 @@ def spread(numbers: Int[Array, "rows inputs"]) -> Int[Array, "rows inputs"]:
 def _by_twos(numbers: Int[Array, "rows inputs"], change: Callable[[Any], Any]) -> Int[Array, "rows inputs"]:
     """What `change` makes of every two neighbours as a number of 32 bits, again as two, of 16 bits each."""
     layout = plgpu.Layout.WGMMA
-    result = plgpu.ShapeDtypeStruct(numbers.shape, jnp.int16, layout=layout)
+    result = plgpu.ShapeDtypeStruct(numbers.shape, jnp.dtype("int16"), layout=layout)
+    inline: Any = plgpu.inline_mgpu(arg_types=(layout,), return_type=result)
 
-    @plgpu.inline_mgpu(arg_types=(layout,), return_type=result)
+    @inline
     def changed(_: Any, numbers: Any) -> Any:
         wide = ir.IntegerType.get_signless(32)
 

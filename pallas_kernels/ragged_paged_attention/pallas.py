@@ -78,7 +78,7 @@ def run(
     if parts is not None and lse is not None:
         out = combine_parts(out, lse, parts, schedule, kv_heads, tiling)
     out = out[:, :, :v_dim]
-    if not return_lse:
+    if lse is None or not return_lse:
         return out
     lse = _by_token(lse, schedule, heads // kv_heads, tiling, splits)
     return out, jax.nn.logsumexp(lse, axis=0)
