@@ -16,7 +16,7 @@ from ..mosaic import not_hopper
 from ..operator import Config
 from .body import body
 from .combine import combine, padded
-from .plan import ROWS, Inputs, Plan, default_tiling, width_of_values
+from .plan import ROWS, Inputs, Plan, default_tiling, warpgroups, width_of_values
 
 
 def why_not(
@@ -63,8 +63,12 @@ def why_not(
         return f"{'a page has' if block_tables is not None else 'there is memory for'} {unit} keys, not a multiple of 8"
     if block_tables is not None and (unit < 16 or (unit % ROWS and ROWS % unit)):
         return f"pages of {unit} keys neither divide nor are divided by tiles of {ROWS}"
-    if default_tiling(q, k, v, block_tables, form, value_dim, device) is None:
+    tiling = default_tiling(q, k, v, block_tables, form, value_dim, device)
+    if tiling is None:
         return "a tile of keys does not fit into shared memory"
+    rows = -(-values // ROWS) * ROWS
+    if rows % (2 * ROWS) and warpgroups(rows, tiling.columns) == 2:
+        return f"values of {values} dimensions are not to be divided between two warpgroups by {ROWS}"
     return None
 
 

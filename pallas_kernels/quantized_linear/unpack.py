@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm
+from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import arith
 from jaxtyping import Array, Float, Int
 
 from .weight import RUN, WeightFormat
@@ -89,7 +89,7 @@ def spread(numbers: Int[Array, "rows inputs"]) -> Int[Array, "rows inputs"]:
     """The bits of numbers of 8 bits, with 8 zeros before them: one instruction for two neighbours, instead of three."""
 
     def permute(numbers: Any) -> Any:
-        return llvm.inline_asm(numbers.type, [numbers], "prmt.b32 $0, $1, 0, 0x4140;", "=r,r")
+        return utils.inline_ptx("prmt.b32 $0, $1, 0, 0x4140;", numbers, result_types=numbers.type)
 
     return _by_twos(numbers, permute)
 

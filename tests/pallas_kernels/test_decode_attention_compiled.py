@@ -48,6 +48,8 @@ SHAPES = {
     "narrow keys of many queries": Shape(8, 64, 8, 128, narrow="int8"),
     "a rank's heads of latents": Shape(1, 32, 1, 576, 512),
     "every form": Shape(2, 32, 8, 128, form=EVERYTHING),
+    "keys of 336 dims": Shape(1, 8, 8, 336),
+    "latents of 320 dims in many heads": Shape(1, 64, 1, 320, 256),
     "groups of seven": Shape(1, 28, 4, 128),
     "head dim 64": Shape(1, 32, 8, 64, dtype="float16"),
     "head dim 80": Shape(1, 32, 32, 80),

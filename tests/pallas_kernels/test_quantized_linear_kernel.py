@@ -125,15 +125,15 @@ def test_equals_float64_at_real_sizes(tokens: int, stored: WeightFormat, form: L
 def test_packed_instructions_do_what_the_interpreter_is_told() -> None:
     """The permutation of bytes as the kernel has it, worked out for every two numbers of 8 bits."""
     assembly: list[str] = []
-    inline_asm = unpack.llvm.inline_asm
+    inline_ptx = unpack.utils.inline_ptx
 
-    def noting(result: Any, operands: Any, text: str, *rest: Any, **options: Any) -> Any:
+    def noting(text: str, *operands: Any, **options: Any) -> Any:
         assembly.append(text)
-        return inline_asm(result, operands, text, *rest, **options)
+        return inline_ptx(text, *operands, **options)
 
     weight = jax.eval_shape(lambda: quantize(jnp.zeros((64, 128)), INT8))
     x = jax.ShapeDtypeStruct((8, 128), jnp.bfloat16)
-    with mock.patch.object(unpack.llvm, "inline_asm", noting):
+    with mock.patch.object(unpack.utils, "inline_ptx", noting):
         assert kernels_of(partial(QUANTIZED_LINEAR, implementation="pallas", form=PLAIN), x, weight, None, None)
     [instruction] = {text for text in assembly if "prmt" in text}
     other, selector = (int(word, 0) for word in re.fullmatch(r"prmt\.b32 \$0, \$1, (.*), (.*);", instruction).groups())
