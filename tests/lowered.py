@@ -63,10 +63,15 @@ class Copy:
         way = "store to" if self.store else "load from"
         return f"{'bulk' if self.bulk else 'boxed'} {way} an array {list(self.shape)} of {list(self.sizes)}"
 
+    @property
+    def known(self) -> bool:
+        """Whether its places are, in every dimension."""
+        return all(start is not None for start in self.starts)
+
     def runs(self) -> tuple[np.ndarray, np.ndarray]:
         """Where the runs of numbers that it copies begin and end in the array, counted without dimensions."""
+        assert self.known, f"{self}: memory decides where it begins"
         starts = [start for start in self.starts if start is not None]
-        assert len(starts) == len(self.starts), f"{self}: memory decides where it begins"
         strides = [math.prod(self.shape[axis + 1 :]) for axis in range(len(self.shape))]
         if self.bulk:
             begin = sum(start * stride for start, stride in zip(starts, strides, strict=True))
@@ -97,6 +102,8 @@ class Copy:
             return
         if math.prod(self.sizes) * self.itemsize % 16 or self.itemsize * math.prod(self.sizes) == 0:
             yield f"{self}: {math.prod(self.sizes) * self.itemsize} bytes, not a multiple of 16"
+        if self.known and (self.runs()[0] * self.itemsize % 16).any():
+            yield f"{self}: it begins where 16 bytes do not"
         for axis, (start, size, whole) in enumerate(zip(self.starts, self.sizes, self.shape, strict=True)):
             if start is None:
                 if axis:

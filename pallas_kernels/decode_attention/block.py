@@ -67,10 +67,6 @@ class Block(abc.ABC):
     def write(self, sums: jax.Array, state: Softmax, out: Any, lse: Any) -> None:
         """Writes the result to `out[column, value dim]` and its logarithm to `lse[column]`."""
 
-    @abc.abstractmethod
-    def send(self, sums: jax.Array, state: Softmax, out: Any, head: jax.Array) -> None:
-        """Writes the result of each query to `out[token, head, value dim]`."""
-
     @property
     def values(self) -> Any:
         """The value dims that this warpgroup sums."""

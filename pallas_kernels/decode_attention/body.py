@@ -47,6 +47,7 @@ def body(plan: Plan, inputs: Inputs, results: Sequence[Any], memory: dict[str, A
     plgpu.barrier_wait(memory["q_ready"])
     sums, state = block.attend()
     if plan.direct:
+        assert isinstance(block, ByKey)  # the others leave no shared memory to write results through
         block.send(sums, state, results[0].at[sequence], head)
     else:
         out, lse = results

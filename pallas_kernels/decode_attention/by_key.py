@@ -176,7 +176,7 @@ class ByKey(Block):
             store(lse, logarithm)
 
     def send(self, sums: jax.Array, state: Softmax, out: Any, head: jax.Array) -> None:
-        """Each query's with a copy of its own: what is behind the last query has no place."""
+        """Copies each query's result to `out[token, head, value dim]`; what is behind the last query has no place."""
         plan, staged, first_column = self.plan, self.memory["result"], self.span.first_column
         store_transposed(staged.T, self.finished(sums, state)[0].astype(staged.dtype))
         plgpu.commit_smem()

@@ -48,13 +48,8 @@ def check(kernels: Sequence[Kernel]) -> None:
     assert kernels
     assert not [fault for kernel in kernels for fault in kernel.faults()]
     for kernel in kernels:
-        stored = {copy.argument for copy in kernel.copies if copy.store and None not in map(_kind, copy.starts)}
-        for argument in stored:
+        for argument in {copy.argument for copy in kernel.copies if copy.store and copy.known}:
             assert (kernel.times_written(argument - kernel.operands) == 1).all(), kernel.name
-
-
-def _kind(start: np.ndarray | None) -> type | None:
-    return None if start is None else type(start)
 
 
 def check_specs(name: str, specs: Sequence[ArgumentSpec]) -> None:
