@@ -33,6 +33,8 @@ COMPANIONS = (
 )
 """Tokenizer and generation files; conversions copy those that exist."""
 
+_DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
+_MOST_LAYERS = 10_000
 _DTYPES = {
     "float32": jnp.float32,
     "fp32": jnp.float32,
@@ -105,7 +107,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def refuse_quantized(where: str | Path, quantization: Any) -> None:
     """Raises `CheckpointError` if a config says that its weights are quantised."""
-    if quantization:
+    if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise CheckpointError(f"{where}: weights quantised with {method!r} cannot be read; use the unquantised model")
 
@@ -121,8 +123,12 @@ def load_config(folder: Path) -> Any:
         ConfigError: the `model_type` is not one of our families; lists them.
         CheckpointError: `config.json` is absent, damaged, or not accepted by transformers.
     """
-    model_type = read_config(folder)["model_type"]
+    stored = read_config(folder)
+    model_type = stored["model_type"]
     family_of(_file(folder), model_type)
+    for name in _DEPTHS:  # before config classes make a list of as many
+        if isinstance(stored.get(name), int) and not 0 <= stored[name] <= _MOST_LAYERS:
+            raise ConfigError(f"{_file(folder)}: {name}={stored[name]} must be from 0 to {_MOST_LAYERS}")
     from transformers import AutoConfig  # slow to import
 
     try:
@@ -154,8 +160,11 @@ def spec_of(where: str | Path, family: Family, config: Any) -> TransformerSpec:
         ConfigError: an option is not supported, or its values describe no model; names the place.
     """
     for name, value in sorted(vars(config).items()):
-        if name.endswith(("dropout", "pdrop")) and isinstance(value, int | float) and not 0 <= value <= 1:
+        if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, int | float) and not 0 <= value <= 1:
             raise ConfigError(f"{where}: {name}={value!r} must be from 0 to 1")
+    padding, size = getattr(config, "pad_token_id", None), config.vocab_size
+    if isinstance(padding, int) and isinstance(size, int) and not -size <= padding < size:
+        raise ConfigError(f"{where}: pad_token_id={padding} is no token of the {size} there are")
     try:
         return family.spec(config)
     except ConfigError as error:

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from jdsi.errors import CheckpointError, JdsiWarning
 
@@ -32,7 +33,7 @@ class WeightFiles:
     index: Mapping[str, str] = MappingProxyType({})
 
     @classmethod
-    def of(cls, folder: Path, named: str | None = None) -> "WeightFiles":
+    def of(cls, folder: Path, named: Any = None) -> "WeightFiles":
         """The files that `transformers` would read: whole before sharded, safetensors before PyTorch's.
 
         One file is preferred to an index beside it, which an older model may have left, unless that index counts it
@@ -48,7 +49,7 @@ class WeightFiles:
         Warns:
             JdsiWarning: weights under the usual names are left that belong to another set.
         """
-        chosen = cls._named(folder, named) if named else cls._usual(folder) or cls._loose(folder)
+        chosen = cls._usual(folder) or cls._loose(folder) if named is None else cls._named(folder, named)
         taken = {file.name for file in chosen.files}
         if left := sorted(f.name for f in folder.iterdir() if _STANDARD.fullmatch(f.name) and f.name not in taken):
             warnings.warn(
@@ -59,8 +60,8 @@ class WeightFiles:
         return chosen
 
     @classmethod
-    def _named(cls, folder: Path, name: str) -> "WeightFiles":
-        if name != Path(name).name or not (folder / name).is_file():
+    def _named(cls, folder: Path, name: Any) -> "WeightFiles":
+        if not isinstance(name, str) or name != Path(name).name or not (folder / name).is_file():
             raise CheckpointError(
                 f"{folder}: config.json names {name!r} as transformers_weights, which is no file beside it"
             )

@@ -19,7 +19,8 @@ from jdsi.errors import (
     PeerError,
     PromptError,
 )
-from jdsi.generation import Chat, Classification, Completion, SamplingParams, TokenLogprob
+from jdsi.generation import Chat, Classification, Completion, SamplingParams, TokenAutomaton, TokenLogprob
+from jdsi.generation.defaults import GenerationDefaults
 from jdsi.generation.stream_events import StreamEvent
 from jdsi.inference import init_inference
 from jdsi.models import Transformer, TransformerSpec
@@ -32,6 +33,7 @@ __all__ = [
     "Classification",
     "Completion",
     "ConfigError",
+    "GenerationDefaults",
     "GenerationStats",
     "InferenceConfig",
     "InferenceEngine",
@@ -41,6 +43,7 @@ __all__ = [
     "PromptError",
     "SamplingParams",
     "StreamEvent",
+    "TokenAutomaton",
     "TokenLogprob",
     "Transformer",
     "TransformerSpec",

@@ -15,6 +15,7 @@ from jdsi.errors import ConfigError, nearest
 
 OFFLOADS = ("host", "nvme", "auto")
 KV_OFFLOADS = ("host", "nvme")
+GENERATION_CONFIGS = ("auto", "ignore")
 PARALLELISMS = ("auto", "latency", "throughput")
 _PIPELINE = {"micro_batches": None, "prompt_pieces": 1}  # neutral values
 _DEGREES = ("tensor_parallel", "pipeline_parallel", "data_parallel")
@@ -40,6 +41,8 @@ class InferenceConfig:
             the model that it is given. Then also what DeepSpeed takes, see `jdsi.converters.weight_list.weights_of`.
         strict: whether tensors of a checkpoint that the model does not use are an error, and not a warning.
         tokenizer: folder or hub id of the tokenizer; by default the model's own.
+        generation_config: `"auto"` takes sampling parameters that callers leave out from the `generation_config.json`
+            in the model's folder, `"ignore"` nothing but the ids that end a sequence.
         compilation_cache: keep compiled programs on disk: `True` (see `jdsi.runtime.enable_compilation_cache` for
             where), a folder, or `False`, which leaves JAX as it is.
         kernels: run hand-written GPU kernels where the device has them; without, XLA's own. Also spelt
@@ -77,6 +80,7 @@ class InferenceConfig:
     checkpoint: str | os.PathLike[str] | Mapping[str, Any] | None = None
     strict: bool = False
     tokenizer: str | os.PathLike[str] | None = None
+    generation_config: str = "auto"
     compilation_cache: bool | str | os.PathLike[str] = True
     kernels: bool = True
     offload: str | None = None
@@ -111,6 +115,9 @@ class InferenceConfig:
             )
         if not isinstance(self.checkpoint, str | os.PathLike | Mapping | None):
             raise ConfigError(f"checkpoint={self.checkpoint!r} must be a folder, a hub id or a description of files")
+        if self.generation_config not in GENERATION_CONFIGS:
+            hint = nearest(str(self.generation_config), GENERATION_CONFIGS)
+            raise ConfigError(f"generation_config={self.generation_config!r}{hint} must be one of {GENERATION_CONFIGS}")
         if self.memory_limit is not None:
             object.__setattr__(self, "memory_limit", parse_size(self.memory_limit))
             if self.offload is None and self.parallelism is None:

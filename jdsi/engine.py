@@ -1,5 +1,6 @@
 """The inference engine: a model, its tokenizer, `generate` and `classify`."""
 
+import dataclasses
 import time
 from collections.abc import Collection, Generator, Iterator, Sequence
 from pathlib import Path
@@ -13,26 +14,20 @@ from jdsi.config import InferenceConfig
 from jdsi.converters import ParameterSource, Progress, load_spec, save_parameters
 from jdsi.converters.save import Layout
 from jdsi.errors import CapacityError, ConfigError
-from jdsi.generation import (
-    Classification,
-    Completion,
-    CompletionBuilder,
-    FinishCode,
-    SampledTokens,
-    SamplingParams,
-    pad_rows,
-)
+from jdsi.generation import Classification, Completion, SampledTokens, SamplingParams, pad_rows
 from jdsi.generation.classification import Text, TextIntake, TokenRow, check_finite
+from jdsi.generation.defaults import GenerationDefaults
 from jdsi.generation.prompts import Prompt, encode_rows
 from jdsi.generation.requests import Intake, Request
 from jdsi.generation.stream_events import StreamEvent, events_of
 from jdsi.models import TransformerSpec
 from jdsi.runtime import Executor, GenerationStats, token_bucket
+from jdsi.runtime.batch import Batch
 from jdsi.runtime.batching import batches_of, most_requests, passes_of
 from jdsi.runtime.beam_decoding import beam_search
 from jdsi.runtime.classification import classify
 from jdsi.runtime.closing import closed_at_exit
-from jdsi.runtime.decoding import Batch, decode
+from jdsi.runtime.decoding import decode
 from jdsi.runtime.memory import peak_device_memory, peak_memory
 from jdsi.runtime.weight_stream import StreamReport
 
@@ -45,6 +40,7 @@ class InferenceEngine:
         tokenizer: a `transformers` tokenizer, or `None`.
         max_tokens: prompt plus generated tokens a sequence may have.
         eos_token_ids: ids that end a sequence.
+        generation_defaults: the values of sampling parameters that callers leave out.
         checkpoint: the folder that the model was loaded from, if it was.
         stats: of the last generation or classification.
     """
@@ -56,12 +52,16 @@ class InferenceEngine:
         *,
         tokenizer: Any = None,
         eos_token_ids: Sequence[int] = (),
+        generation_defaults: GenerationDefaults | None = None,
         checkpoint: Path | None = None,
     ) -> None:
         self.config = config
         self.checkpoint = checkpoint
         self.tokenizer = tokenizer
         self.eos_token_ids = tuple(eos_token_ids)
+        self.generation_defaults = generation_defaults or GenerationDefaults()
+        self.generation_defaults.check(executor.spec.vocab_size)
+        self.generation_defaults.warn()
         self.stats = GenerationStats()
         self._executor = executor
         self._streamed_before: StreamReport | None = None
@@ -146,27 +146,30 @@ class InferenceEngine:
 
         Args:
             prompts: one or several, each text, token ids, chat messages or a `Chat`.
-            sampling: for all, or one for each; greedy by default.
+            sampling: for all, or one for each; what it leaves out, and all of it by default, is as the model's folder
+                wants it, see `generation_defaults`.
 
         Returns:
-            One completion per prompt, in order. What a request is batched with does not change its tokens, unless two
-            tokens are equal to within the rounding of the model's dtype.
+            One completion per prompt, in order, with `alternatives` where several were asked for. What a request is
+            batched with does not change its tokens, unless two tokens are equal to within the rounding of the model's
+            dtype.
 
         Raises:
             PromptError: a prompt is empty, not understood, or has ids outside the vocabulary.
-            CapacityError: prompt plus `max_new_tokens` exceeds `max_tokens`.
+            CapacityError: prompt plus `max_new_tokens` exceeds `max_tokens`, or the prompt the folder's `max_length`.
             ConfigError: the model cannot generate, or the sampling parameters do not fit.
         """
         requests = self._intake.requests(prompts, sampling)
         self.stats = GenerationStats(prompt_tokens=sum(len(r.prompt) for r in requests))
         self._streamed_before = self._executor.stream_report()
-        done: dict[int, Completion] = {}
+        done: dict[int, dict[int, Completion]] = {request.index: {} for request in requests}
         for batch in self._batches([r for r in requests if r.params.num_beams > 1]):
-            done.update(self._beam_search(batch))
+            for index, completions in self._beam_search(batch).items():
+                done[index] = dict(enumerate(completions))
         for event in self._sample([r for r in requests if r.params.num_beams == 1]):
             if event.completion is not None:
-                done[event.index] = event.completion
-        return [done[i] for i in range(len(requests))]
+                done[event.index][event.choice] = event.completion
+        return [_together([found[choice] for choice in sorted(found)]) for found in done.values()]
 
     def _note_memory(self) -> None:
         self.stats.peak_memory_bytes, self.stats.peak_device_bytes = peak_memory(), peak_device_memory()
@@ -182,7 +185,9 @@ class InferenceEngine:
         """Like `generate`, token by token. Arguments are checked at the call, not at the first event."""
         requests = self._intake.requests(prompts, sampling)
         if any(r.params.num_beams > 1 for r in requests):
-            raise ConfigError("stream cannot run a beam search, which knows its text only at the end; use generate")
+            raise ConfigError(
+                "stream cannot run a beam search, which knows its text only at the end; use generate, or num_beams=1"
+            )
         self.stats = GenerationStats(prompt_tokens=sum(len(r.prompt) for r in requests))
         self._streamed_before = self._executor.stream_report()
         return closed_at_exit(self._sample(requests))
@@ -290,7 +295,7 @@ class InferenceEngine:
         Args:
             batch_sizes: numbers of prompts given at once.
             prompt_lengths: lengths of the longest prompt of a batch.
-            sampling: which sampler features and how many new tokens; by default greedy and as many as fit.
+            sampling: which sampler features and how many new tokens; by default those of `generate`.
             progress: show a bar.
 
         Returns:
@@ -300,13 +305,15 @@ class InferenceEngine:
 
         if self.spec.main_call in ("classify()", "pool()"):
             return self._warmup_classifier(batch_sizes, prompt_lengths, progress=progress)
-        params = sampling or self._intake.default_params(min(prompt_lengths, default=1))
+        asked = sampling or SamplingParams()
+        params = self._intake.filled(asked, [0] * min(prompt_lengths, default=1))
+        asked = dataclasses.replace(asked, max_new_tokens=params.max_new_tokens)
         longest = max(1, self.max_tokens - params.max_new_tokens)
-        most = most_requests(self.config.max_batch_size, params)
+        most = most_requests(self.config.max_batch_size, self._intake.requests([[0]], asked)[0])
         shapes = sorted({(min(b, most), min(n, longest)) for b in batch_sizes for n in prompt_lengths})
         by_bucket = {(b, token_bucket(n)): (b, n) for b, n in shapes}
         for batch, length in track(by_bucket.values(), description="compiling", disable=not progress):
-            requests = self._intake.requests([[0] * length] * batch, params)
+            requests = self._intake.requests([[0] * length] * batch, asked)
             if params.num_beams > 1:
                 self._beam_search(requests)
                 continue
@@ -330,37 +337,27 @@ class InferenceEngine:
 
     @property
     def _intake(self) -> Intake:
-        return Intake(self.spec, self.tokenizer, self.max_tokens, self.config.max_batch_size)
+        most = self.config.max_batch_size
+        return Intake(self.spec, self.tokenizer, self.max_tokens, most, self.generation_defaults)
 
     def _decode(
         self, batches: Sequence[list[Request]], dropped: Collection[int] = ()
     ) -> Iterator[tuple[int, SampledTokens]]:
         return decode(
             self._executor,
-            [Batch([r.prompt for r in batch], [r.params for r in batch]) for batch in batches],
+            [Batch.of(batch) for batch in batches],
             eos_token_ids=self.eos_token_ids,
             max_rows=self.config.max_batch_size,
             dropped=dropped,
         )
 
-    def _beam_search(self, batch: list[Request]) -> dict[int, Completion]:
+    def _beam_search(self, batch: list[Request]) -> dict[int, list[Completion]]:
         start = time.perf_counter()
-        prompts, params = [r.prompt for r in batch], [r.params for r in batch]
-        most = most_requests(self.config.max_batch_size, params[0])
-        names = [f"prompt {r.index}" for r in batch]
-        ends = self.eos_token_ids
-        found = beam_search(self._executor, prompts, params, eos_token_ids=ends, max_rows=most, names=names)
-        done = {}
-        for request, hypotheses in zip(batch, found, strict=True):
-            best = hypotheses[0]
-            builder = CompletionBuilder(SamplingParams(), self.tokenizer, request.prompt)
-            for token in best.token_ids[:-1]:
-                builder.add(token)
-            builder.add(best.token_ids[-1], FinishCode.STOP if best.finish_reason == "stop" else FinishCode.LENGTH)
-            done[request.index] = builder.completion()
-            self.stats.new_tokens += len(best.token_ids)
+        most = most_requests(self.config.max_batch_size, batch[0])
+        found = beam_search(self._executor, batch, self.tokenizer, eos_token_ids=self.eos_token_ids, max_requests=most)
+        self.stats.new_tokens += sum(len(one.token_ids) for completions in found for one in completions)
         self.stats.first_token_seconds += time.perf_counter() - start
-        return done
+        return {request.index: completions for request, completions in zip(batch, found, strict=True)}
 
     def _sample(self, requests: list[Request]) -> Generator[StreamEvent]:
         try:
@@ -372,7 +369,7 @@ class InferenceEngine:
 
     def _sample_together(self, batches: list[list[Request]]) -> Iterator[StreamEvent]:
         """Of batches that share passes."""
-        builders = [[request.builder(self.tokenizer) for request in batch] for batch in batches]
+        builders = [[r.builder(self.tokenizer) for r in batch for _ in range(r.params.n)] for batch in batches]
         dropped: set[int] = set()
         started: set[int] = set()
         for (index, step), seconds in _timed(self._decode(batches, dropped)):
@@ -386,6 +383,12 @@ class InferenceEngine:
                 yield event
             if all(b.finish_reason is not None for b in builders[index]):
                 dropped.add(index)
+
+
+def _together(completions: list[Completion]) -> Completion:
+    """The first, with the others as its alternatives."""
+    first, *others = completions
+    return dataclasses.replace(first, alternatives=others) if others else first
 
 
 def _timed[Item](steps: Iterator[Item]) -> Iterator[tuple[Item, float]]:

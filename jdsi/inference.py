@@ -15,7 +15,8 @@ from jdsi.converters.block_store import BlockStore
 from jdsi.converters.live_model import is_module
 from jdsi.engine import InferenceEngine
 from jdsi.errors import ConfigError
-from jdsi.generation.tokenizer import load_eos_token_ids, load_tokenizer, own_tokenizer
+from jdsi.generation.defaults import GenerationDefaults
+from jdsi.generation.tokenizer import load_tokenizer, own_tokenizer
 from jdsi.models import Transformer, parameters
 from jdsi.pallas_kernels.operator import Implementation
 from jdsi.runtime import Executor, ResidentExecutor, enable_compilation_cache
@@ -60,8 +61,7 @@ def init_inference(
     chosen = tokenizer if tokenizer is not None else parsed.tokenizer
     if isinstance(chosen, str | os.PathLike):
         chosen = load_tokenizer(chosen, required=True)
-    ends: tuple[int, ...] = ()
-    folder = None
+    defaults, folder = GenerationDefaults(), None
     if parsed.offload is not None and (isinstance(source, Transformer) or (is_module(source) and weights is None)):
         raise ConfigError("offload needs a checkpoint folder; this model is in memory already")
     if isinstance(source, Transformer):
@@ -78,8 +78,8 @@ def init_inference(
         # First of all, so that a folder that is no model's is told by its config and not by its tokenizer.
         stored = open_model(source, weights=weights, strict=parsed.strict)
         folder = stored.path
-        if folder is not None:
-            ends = load_eos_token_ids(folder)
+        use = parsed.generation_config
+        defaults = GenerationDefaults.read(folder, use) if folder else GenerationDefaults.of_model(source, use)
         chosen = own_tokenizer(source if folder is None else folder) if chosen is None else chosen
         if parsed.offload is not None:
             executor = _offloaded(stored, parsed, implementation)
@@ -87,12 +87,14 @@ def init_inference(
             executor = mesh_executor(stored, parsed, implementation)
         else:
             executor = ResidentExecutor(load_model(stored, dtype=parsed.dtype), implementation)
-    end = getattr(chosen, "eos_token_id", None)
-    if not ends and end is not None:
-        ends = (end,)
+    end, ends = getattr(chosen, "eos_token_id", None), defaults.eos_token_ids
+    if ends is None:
+        ends = () if end is None else (end,)
     if eos_token_ids is not None:
         ends = tuple(eos_token_ids)
-    return InferenceEngine(executor, parsed, tokenizer=chosen, eos_token_ids=ends, checkpoint=folder)
+    return InferenceEngine(
+        executor, parsed, tokenizer=chosen, eos_token_ids=ends, generation_defaults=defaults, checkpoint=folder
+    )
 
 
 def _offloaded(stored: StoredModel, config: InferenceConfig, implementation: Implementation | None) -> Executor:

@@ -23,7 +23,11 @@ Config = Mapping[str, Any]
 
 
 class KernelModule(Protocol):
-    """What the module of a kernel defines. `arrays` and `static` are those of the operator's reference."""
+    """What the module of a kernel defines. `arrays` and `static` are those of the operator's reference.
+
+    It may also define `rather_xla`, which takes what `why_not` takes: why the reference is expected to be as fast for
+    arguments that the kernel takes, or `None`. Only what has neither been named nor tuned heeds it.
+    """
 
     @staticmethod
     def why_not(*arrays: Any, device: Device, **static: Any) -> str | None:
@@ -99,6 +103,11 @@ class Operator:
             return f"it needs an NVIDIA GPU, not {device.kind}"
         return self.module(kernel).why_not(*arrays, device=device, **static)
 
+    def rather_xla(self, kernel: Implementation, *arrays: Any, device: Device, **static: Any) -> str | None:
+        """Why the reference is expected to be as fast as `kernel`, which takes the arguments, or `None`."""
+        ask = getattr(self.module(kernel), "rather_xla", None)
+        return None if ask is None else ask(*arrays, device=device, **static)
+
     def __call__(self, *arrays: Any, implementation: Implementation | None = None, **static: Any) -> Any:
         """The operator on `arrays`; `static` arguments are hashable. Under differentiation the reference runs.
 
@@ -128,6 +137,8 @@ class Operator:
         if first != "xla":
             for name in sorted(self.kernels, key=lambda name: name != first):
                 if self.why_not(name, *arrays, device=device, **static) is None:
+                    if not tuned and self.rather_xla(name, *arrays, device=device, **static):
+                        break
                     # The default device says what there is, not where this call will run: lowering settles that.
                     return self._run(name, arrays, device, static, tuned, wherever=has_target())
         return self.reference(*arrays, **static)

@@ -14,9 +14,11 @@ from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import reset_gpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from bulk_copies import bulk_copies
 from compilation import few_optimizations
 from jdsi.pallas_kernels.device import H200, target
 from jdsi.sharding.topology import topology_devices
+from lowered import recorded
 
 ON_GPU = os.environ.get("JDSI_TEST_GPU") == "1"
 RELATIVE = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3}
@@ -24,9 +26,12 @@ RELATIVE = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3}
 
 @contextlib.contextmanager
 def interpreted(cores: int = 2) -> Iterator[None]:
-    """Runs Mosaic GPU kernels in the interpreter on a Hopper GPU of `cores` multiprocessors; memory starts as NaN."""
+    """Runs Mosaic GPU kernels in the interpreter on a Hopper GPU of `cores` multiprocessors.
+
+    Memory starts as NaN; a copy to global memory that a GPU would not end with its row is an error.
+    """
     mode = plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True))
-    with mode, target(dataclasses.replace(H200, cores=cores)), few_optimizations():
+    with mode, target(dataclasses.replace(H200, cores=cores)), few_optimizations(), bulk_copies():
         try:
             yield
         except BaseException:
@@ -66,13 +71,14 @@ class Compiled:
 def compile_for_h200(function: Callable[..., Any], *arguments: Any, donate: tuple[int, ...] = ()) -> Compiled:
     """Compiles `function` for one H200; `arguments` are pytrees of shapes and dtypes, `None` included.
 
-    Kernels are chosen as on that GPU, so `implementation=None` finds them.
+    Kernels are chosen as on that GPU, so `implementation=None` finds them. On the way their launches and copies are
+    looked at: none may be beyond the hardware's limits, or leave a row of an array (see lowered.py).
     """
     mesh = Mesh(np.array(topology_devices("h200")), ("device",))
     everywhere = NamedSharding(mesh, PartitionSpec())
     placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), arguments)
     with target(H200), tempfile.TemporaryFile("w+") as file:
-        with _native_output_to(file.fileno()):
+        with _native_output_to(file.fileno()), recorded() as launches:
             text = jax.jit(function, donate_argnums=donate).lower(*placed).compile().as_text() or ""
         file.seek(0)
         report = file.read()
@@ -80,6 +86,7 @@ def compile_for_h200(function: Callable[..., Any], *arguments: Any, donate: tupl
         max(map(int, re.findall(r"Used (\d+) registers", report)), default=0),
         sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", report))),
     )
+    assert not [fault for launch in launches for fault in launch.faults()]
     # A kernel that this process has compiled before is not compiled, nor reported on, again.
     kernels = re.findall(r'kernel_hash = "((?:[^"\\]|\\.)*)"', text)
     reports = [_REPORTS.setdefault(kernel, found) for kernel in kernels]

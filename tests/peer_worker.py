@@ -11,17 +11,46 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import jax.numpy as jnp
 import numpy as np
 
 import jdsi
 
 PROMPTS = [[5, 9, 2, 7], [11, 4, 4, 60, 33, 21, 8, 9, 10, 70, 71, 72], [3]]
+
+
+def upwards(tokens: Any, lengths: Any, logits: Any) -> Any:
+    """A logits processor."""
+    return logits + 0.01 * jnp.arange(logits.shape[1])
+
+
+def downwards(tokens: Any, lengths: Any, logits: Any) -> Any:
+    """Another."""
+    return -upwards(tokens, lengths, -logits)
+
+
+class Letters:
+    """A tokenizer of 26 letters, so that stop strings are soon met."""
+
+    added_tokens_decoder: ClassVar[dict[int, Any]] = {}
+
+    def decode(self, token_ids: list[int], **_: Any) -> str:
+        return "".join(chr(97 + token % 26) for token in token_ids)
+
+    def convert_ids_to_tokens(self, ids: int) -> str:
+        return self.decode([ids])
+
+
 SAMPLINGS = {
     "greedy": jdsi.SamplingParams(max_new_tokens=6, ignore_eos=True, logprobs=2),
     "seeded": jdsi.SamplingParams(max_new_tokens=6, temperature=0.8, top_p=0.9, repetition_penalty=1.2, seed=3),
     "beams": jdsi.SamplingParams(max_new_tokens=5, num_beams=3),
+    "stopped": jdsi.SamplingParams(max_new_tokens=6, num_beams=3, n=3, stop=[*"aeiou"]),
+    "choices": jdsi.SamplingParams(
+        max_new_tokens=5, temperature=0.9, seed=4, n=2, guidance_scale=1.5, logits_processor=upwards
+    ),
 }
 
 
@@ -38,7 +67,9 @@ def answers(engine: jdsi.InferenceEngine, samplings: list[str]) -> dict[str, Any
     if engine.spec.classifier is not None:
         found["classified"] = [one.logits.tolist() for one in engine.classify(PROMPTS)]
     for name in samplings:
-        found[name] = [c.token_ids for c in engine.generate(PROMPTS, SAMPLINGS[name])]
+        engine.tokenizer = Letters() if name == "stopped" else None
+        completions = engine.generate(PROMPTS, SAMPLINGS[name])
+        found[name] = [[c.token_ids for c in (first, *first.alternatives)] for first in completions]
     return found
 
 
@@ -75,6 +106,9 @@ def disagreement(folder: Path, process: int) -> dict[str, Any]:
     found["prompts"] = error(lambda: both.generate([[3, 4 + process]], short))
     longer = jdsi.SamplingParams(max_new_tokens=2 + process)
     found["sampling"] = error(lambda: both.generate([[3, 4]], longer))
+    function = downwards if process else upwards
+    function = jdsi.SamplingParams(max_new_tokens=2, logits_processor=function)
+    found["function"] = error(lambda: both.generate([[3, 4]], function))
     found["call"] = error(lambda: both.forward([[3, 4]]) if process else both.generate([[3, 4]], short))
     unseeded = jdsi.SamplingParams(max_new_tokens=12, temperature=3.0, ignore_eos=True)
     found["unseeded"] = [[c.token_ids for c in both.generate(PROMPTS, unseeded)] for _ in range(2)]

@@ -10,8 +10,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import transformers
+from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 from checkpoints import save_llama, save_script, save_tokenizer
@@ -186,6 +188,44 @@ def test_chats_from_files(jdsi: Command, folder: Path, tmp_path: Path) -> None:
         assert message in found.stderr
 
 
+def test_a_folder_that_says_two_things(jdsi: Command, folder: Path, tmp_path: Path) -> None:
+    """Two sets of weights, a head that the config ties, tensors of no use, weights elsewhere: each a line, once."""
+    model, other = tmp_path / "model", tmp_path / "other"
+    shutil.copytree(folder, model)
+    save_llama(other, seed=1)
+    ask = ("--prompt-ids", "5,6,7", "--max-new-tokens", 8, "--json")
+
+    def tokens(*arguments: object) -> tuple[list[int], list[str]]:
+        done = jdsi("generate", *arguments, *ask)
+        assert done.returncode == 0, done.stderr
+        warned = [line for line in done.stderr.splitlines() if line.startswith("jdsi: warning: ")]
+        return json.loads(done.stdout)["completions"][0]["token_ids"], warned
+
+    plain, warned = tokens(folder)
+    assert warned == []
+    elsewhere = tokens(other)[0]
+    assert tokens(model, "--checkpoint", other) == (elsewhere, [])
+    assert plain != elsewhere
+    (other / "list.json").write_text(json.dumps({"type": "x", "checkpoints": ["model.safetensors"], "version": 1}))
+    assert tokens(model, "--checkpoint", other / "list.json") == (elsewhere, [])
+
+    tensors = load_file(model / "model.safetensors") | {"v_head.weight": np.ones((1, 48), np.float32)}
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    (model / "pytorch_model.bin").write_bytes(b"of yesterday")
+    config = json.loads((model / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (model / "config.json").write_text(json.dumps(config))
+    for arguments in ((model,), (model, "--offload", "nvme"), (model, "--tensor-parallel", 2)):
+        found, warned = tokens(*arguments)
+        assert found == plain
+        assert [line.split(": ", 3)[3].split(" ")[0] for line in warned] == ["holds", "config.json", "not"], warned
+    refused = jdsi("generate", model, *ask, "--strict")
+    assert refused.returncode == 1
+    assert "1 not known to this family" in refused.stderr
+    assert jdsi("convert", model, tmp_path / "hf", "--to", "hf", "--strict").returncode == 1
+    assert jdsi("convert", model, tmp_path / "hf", "--to", "hf").returncode == 0
+    assert tokens(tmp_path / "hf") == (plain, [])
+
+
 def test_inspect(jdsi: Command, folder: Path) -> None:
     report = json.loads(jdsi("inspect", folder, "--json").stdout)
     assert report["family"] == "llama"
@@ -197,9 +237,67 @@ def test_inspect(jdsi: Command, folder: Path) -> None:
     assert "layers.1.feed_forward.down.weight" in shown.stdout
 
 
+def test_what_the_folder_asks_for_and_the_command_says(jdsi: Command, tmp_path: Path) -> None:
+    shutil.copytree(TINY, tmp_path / "model")
+    asked = {"eos_token_id": 1, "do_sample": True, "top_p": 0.5, "max_new_tokens": 6, "top_h": 0.4}
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(asked))
+    (tmp_path / "sampling.json").write_text('{"top_p": 0.5, "top_k": 50, "max_new_tokens": 7, "seed": 3}')
+
+    def answer(*options: object) -> tuple[str, str]:
+        done = jdsi("generate", tmp_path / "model", "--prompt", "def ", *options)
+        assert done.returncode == 0, done.stderr
+        return done.stdout, done.stderr
+
+    by_folder, said = answer("--seed", 3)
+    assert "jdsi: warning: " in said
+    assert "asks for top_h, which cannot be honoured\n" in said
+    file = f"@{tmp_path / 'sampling.json'}"
+    asked_anew, said = answer(
+        "--generation-config", "ignore", "--temperature", 1, "--max-new-tokens", 6, "--sampling", file
+    )
+    assert asked_anew == by_folder
+    assert "warning" not in said
+    greedy = answer("--temperature", 0)[0]
+    assert greedy == answer("--generation-config", "ignore", "--sampling", '{"max_new_tokens": 6}')[0]
+    assert greedy != by_folder
+    report = json.loads(jdsi("inspect", tmp_path / "model", "--json").stdout)
+    assert report["generation"] == {
+        "temperature": 1.0,
+        "top_k": 50,
+        "top_p": 0.5,
+        "max_new_tokens": 6,
+        "eos_token_ids": [1],
+        "unsupported": ["top_h"],
+    }
+    assert "generation: temperature=1.0, top_k=50," in jdsi("inspect", tmp_path / "model").stdout
+
+
+def test_several_results_and_what_must_not_be_in_them(jdsi: Command, folder: Path) -> None:
+    options = ("generate", folder, "--prompt", "def f(", "--max-new-tokens", 9)
+    sampled = (*options, "--temperature", 1, "--seed", 3, "--n", 3, "--bad-words", "x", "--suppress-tokens", "5,6")
+    found = json.loads(jdsi(*sampled, "--json").stdout)["completions"][0]
+    assert len(found["alternatives"]) == 2
+    results = [found, *found["alternatives"]]
+    assert not any({5, 6} & set(one["token_ids"]) for one in results)
+    shown = jdsi(*sampled)
+    assert shown.stdout == "".join(f"def f({one['text']}\n" for one in results)
+    beams = json.loads(jdsi(*options, "--num-beams", 3, "--n", 2, "--length-penalty", 0.5, "--json").stdout)
+    first = beams["completions"][0]
+    assert first["score"] > first["alternatives"][0]["score"]
+    guided = jdsi(*options, "--guidance-scale", 2, "--negative-prompt", "def g(", "--stop-token-ids", "7")
+    assert guided.returncode == 0, guided.stderr
+    assert guided.stdout != jdsi(*options).stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("generate", "FOLDER", "--prompt", "x", "--stream", "--n", "2", "--temperature", "1"), "--n"),
+        (("generate", "FOLDER", "--prompt", "x", "--suppress-tokens", "1;2"), "--suppress-tokens '1;2' must be"),
+        (("generate", "FOLDER", "--prompt", "x", "--n", "2"), "greedy search has one result"),
+        (("generate", "FOLDER", "--prompt", "x", "--sampling", "{"), "cannot be read"),
+        (("generate", "FOLDER", "--prompt", "x", "--sampling", "[1]"), "must be an object"),
+        (("generate", "FOLDER", "--prompt", "x", "--sampling", '{"stop_strings": "x"}'), "did you mean 'stop'"),
         (("generate", "FOLDER"), "at least one --prompt"),
         (("generate", "FOLDER", "--prompt-ids", "5,x"), "numbers with commas"),
         (("generate", "FOLDER", "--prompt-file", "/nowhere/file"), "cannot be read"),

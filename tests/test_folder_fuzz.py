@@ -23,7 +23,7 @@ def test_the_judge_sees_another_answer(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(folder_fuzz, "TOKENS", [[1, 2, 3]])
     right = folder_fuzz.theirs(folder, "llama")
     monkeypatch.undo()
-    monkeypatch.setattr(folder_fuzz, "theirs", lambda *_: right)
+    monkeypatch.setattr(folder_fuzz, "theirs", lambda *_, **__: right)
     assert str(folder_fuzz.judge(folder, "llama", "")).startswith("shapes")
     right.logits = folder_fuzz.ours(folder).logits + 1e-3
     assert str(folder_fuzz.judge(folder, "llama", "")).startswith("another answer")

@@ -17,8 +17,10 @@ from .engine_options import (
     Offload,
     PipelineParallel,
     ProcessId,
+    Strict,
     TensorParallel,
     Tokenizer,
+    Weights,
     join_others,
     silence,
 )
@@ -56,6 +58,8 @@ def classify(
     process_id: ProcessId = None,
     kernels: Kernels = True,
     tokenizer: Tokenizer = None,
+    checkpoint: Weights = None,
+    strict: Strict = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Label texts, or pairs of texts, with a sequence classifier: a line for each, the label and its score."""
@@ -67,6 +71,8 @@ def classify(
         model,
         dtype=dtype,
         tokenizer=tokenizer,
+        checkpoint=checkpoint,
+        strict=strict,
         offload=offload,
         memory_limit=memory_limit,
         gpu_direct=gpu_direct,

@@ -23,6 +23,9 @@ def convert(
     group_size: Annotated[
         int | None, typer.Option(help="Inputs that share a scale of --quantize: 32, 64 or 128, by default 128.")
     ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Refuse tensors that the model does not use, instead of leaving them out.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing checkpoint.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, no progress bar.")] = False,
 ) -> None:
@@ -39,6 +42,7 @@ def convert(
         max_shard_size=max_shard_size,
         quantize=quantize,
         group_size=group_size,
+        strict=strict,
         overwrite=overwrite,
         progress=None if as_json else ProgressBar("converting"),
     )

@@ -32,6 +32,11 @@ Coordinator = Annotated[
 NumProcesses = Annotated[int | None, typer.Option(help="How many do.", rich_help_panel=PARALLELISM)]
 ProcessId = Annotated[int | None, typer.Option(help="Which of them this is; 0 prints.", rich_help_panel=PARALLELISM)]
 Kernels = Annotated[bool, typer.Option(help="Use hand-written GPU kernels.")]
+Strict = Annotated[bool, typer.Option("--strict", help="Refuse tensors that the model does not use.")]
+Weights = Annotated[
+    str | None,
+    typer.Option("--checkpoint", help="Where the weights are, if not MODEL: a folder, hub id or JSON list of files."),
+]
 Tokenizer = Annotated[str | None, typer.Option(help="Folder or hub id, if not the model's own.")]
 
 

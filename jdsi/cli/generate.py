@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from jdsi.errors import ConfigError
+
 from .engine_options import (
     PARALLELISM,
     Coordinator,
@@ -20,13 +22,15 @@ from .engine_options import (
     Offload,
     PipelineParallel,
     ProcessId,
+    Strict,
     TensorParallel,
     Tokenizer,
+    Weights,
     join_others,
     silence,
 )
 from .progress import progress_line
-from .prompts import read_prompts
+from .prompts import read_prompts, token_ids
 
 _SAMPLING = "Sampling"
 _PROMPTS = "Prompts (each may be repeated)"
@@ -54,18 +58,44 @@ def generate(
             rich_help_panel=_PROMPTS,
         ),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.", rich_help_panel=_SAMPLING)] = 128,
-    min_new_tokens: Annotated[int, typer.Option(help="Do not stop before.", rich_help_panel=_SAMPLING)] = 0,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.", rich_help_panel=_SAMPLING)] = 0.0,
-    top_k: Annotated[int, typer.Option(help="0 is off.", rich_help_panel=_SAMPLING)] = 0,
-    top_p: Annotated[float, typer.Option(help="1 is off.", rich_help_panel=_SAMPLING)] = 1.0,
-    min_p: Annotated[float, typer.Option(help="0 is off.", rich_help_panel=_SAMPLING)] = 0.0,
-    repetition_penalty: Annotated[float, typer.Option(help="1 is off.", rich_help_panel=_SAMPLING)] = 1.0,
-    presence_penalty: Annotated[float, typer.Option(help="0 is off.", rich_help_panel=_SAMPLING)] = 0.0,
-    frequency_penalty: Annotated[float, typer.Option(help="0 is off.", rich_help_panel=_SAMPLING)] = 0.0,
-    no_repeat_ngram: Annotated[int, typer.Option(help="0 is off.", rich_help_panel=_SAMPLING)] = 0,
-    num_beams: Annotated[int, typer.Option(help="Beam search of this width.", rich_help_panel=_SAMPLING)] = 1,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Stop after this many tokens.", rich_help_panel=_SAMPLING)
+    ] = None,
+    min_new_tokens: Annotated[int | None, typer.Option(help="Do not stop before.", rich_help_panel=_SAMPLING)] = None,
+    n: Annotated[
+        int | None, typer.Option("--n", help="Results for each prompt, sampled or beams.", rich_help_panel=_SAMPLING)
+    ] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy.", rich_help_panel=_SAMPLING)] = None,
+    top_k: Annotated[int | None, typer.Option(help="0 is off.", rich_help_panel=_SAMPLING)] = None,
+    top_p: Annotated[float | None, typer.Option(help="1 is off.", rich_help_panel=_SAMPLING)] = None,
+    min_p: Annotated[float | None, typer.Option(help="0 is off.", rich_help_panel=_SAMPLING)] = None,
+    typical_p: Annotated[float | None, typer.Option(help="1 is off.", rich_help_panel=_SAMPLING)] = None,
+    epsilon_cutoff: Annotated[float | None, typer.Option(help="0 is off.", rich_help_panel=_SAMPLING)] = None,
+    eta_cutoff: Annotated[float | None, typer.Option(help="0 is off.", rich_help_panel=_SAMPLING)] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="1 is off.", rich_help_panel=_SAMPLING)] = None,
+    presence_penalty: Annotated[float | None, typer.Option(help="0 is off.", rich_help_panel=_SAMPLING)] = None,
+    frequency_penalty: Annotated[float | None, typer.Option(help="0 is off.", rich_help_panel=_SAMPLING)] = None,
+    no_repeat_ngram: Annotated[int | None, typer.Option(help="0 is off.", rich_help_panel=_SAMPLING)] = None,
+    bad_words: Annotated[
+        list[str] | None, typer.Option(help="A word that must not occur.", rich_help_panel=_SAMPLING)
+    ] = None,
+    suppress_tokens: Annotated[
+        str | None, typer.Option(help="Token ids that must not occur, as 1,2.", rich_help_panel=_SAMPLING)
+    ] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="Away from the negative prompt; 1 is off.", rich_help_panel=_SAMPLING)
+    ] = None,
+    negative_prompt: Annotated[
+        str | None, typer.Option(help="By default the prompt's last token.", rich_help_panel=_SAMPLING)
+    ] = None,
+    num_beams: Annotated[int | None, typer.Option(help="Beam search of this width.", rich_help_panel=_SAMPLING)] = None,
+    length_penalty: Annotated[
+        float | None, typer.Option(help="With beams: above 0 favours length.", rich_help_panel=_SAMPLING)
+    ] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End at this text.", rich_help_panel=_SAMPLING)] = None,
+    stop_token_ids: Annotated[
+        str | None, typer.Option(help="End at these tokens, as 1,2.", rich_help_panel=_SAMPLING)
+    ] = None,
     ignore_eos: Annotated[
         bool, typer.Option("--ignore-eos", help="Go on behind EOS.", rich_help_panel=_SAMPLING)
     ] = False,
@@ -73,6 +103,17 @@ def generate(
         int | None, typer.Option(help="With --json: report this many top tokens per step.", rich_help_panel=_SAMPLING)
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.", rich_help_panel=_SAMPLING)] = None,
+    sampling: Annotated[
+        str | None,
+        typer.Option(
+            help="These and more as a JSON object, or @FILE with one, see docs/generation.md; other options win.",
+            rich_help_panel=_SAMPLING,
+        ),
+    ] = None,
+    generation_config: Annotated[
+        str,
+        typer.Option(help="ignore: not what the model's folder asks for by default.", rich_help_panel=_SAMPLING),
+    ] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     offload: Offload = None,
     memory_limit: Annotated[
@@ -102,6 +143,8 @@ def generate(
     process_id: ProcessId = None,
     kernels: Kernels = True,
     tokenizer: Tokenizer = None,
+    checkpoint: Weights = None,
+    strict: Strict = False,
     stream: Annotated[bool, typer.Option("--stream", help="Print text as it comes (one prompt).")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -115,28 +158,45 @@ def generate(
         raise typer.BadParameter("--stream prints one prompt's text as it comes; leave out --json and further prompts")
     if logprobs is not None and not as_json:
         raise typer.BadParameter("--logprobs is shown only with --json")
-    sampling = SamplingParams(
-        max_new_tokens=max_new_tokens,
-        min_new_tokens=min_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        presence_penalty=presence_penalty,
-        frequency_penalty=frequency_penalty,
-        no_repeat_ngram=no_repeat_ngram,
-        num_beams=num_beams,
-        stop=tuple(stop or ()),
-        ignore_eos=ignore_eos,
-        logprobs=logprobs,
-        seed=seed,
-    )
+    own = {
+        "max_new_tokens": max_new_tokens,
+        "min_new_tokens": min_new_tokens,
+        "n": n,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "typical_p": typical_p,
+        "epsilon_cutoff": epsilon_cutoff,
+        "eta_cutoff": eta_cutoff,
+        "repetition_penalty": repetition_penalty,
+        "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty,
+        "no_repeat_ngram": no_repeat_ngram,
+        "bad_words": bad_words or None,
+        "suppress_tokens": None if suppress_tokens is None else token_ids(suppress_tokens, "--suppress-tokens"),
+        "guidance_scale": guidance_scale,
+        "negative_prompt": negative_prompt,
+        "num_beams": num_beams,
+        "length_penalty": length_penalty,
+        "stop": stop or None,
+        "stop_token_ids": None if stop_token_ids is None else token_ids(stop_token_ids, "--stop-token-ids"),
+        "ignore_eos": ignore_eos or None,
+        "logprobs": logprobs,
+        "seed": seed,
+    }
+    given = {name: value for name, value in own.items() if value is not None}
+    params = SamplingParams.from_dict({**_sampling(sampling), **given})
+    if stream and params.given.get("n", 1) > 1:
+        raise typer.BadParameter("--stream prints one result's text as it comes; leave out --n")
     first = join_others(distributed, coordinator, num_processes, process_id)
     engine = init_inference(
         model,
         dtype=dtype,
         tokenizer=tokenizer,
+        checkpoint=checkpoint,
+        strict=strict,
+        generation_config=generation_config,
         offload=offload,
         memory_limit=memory_limit,
         gpu_direct=gpu_direct,
@@ -154,12 +214,12 @@ def generate(
         if choice is not None and first:
             sys.stderr.write(f"{choice.explain()}\n")
         with contextlib.nullcontext() if first else silence():
-            _run(engine, prompts, sampling, stream=stream, as_json=as_json)
+            _run(engine, prompts, params, stream=stream, as_json=as_json)
 
 
 def _run(engine: Any, prompts: list[Any], sampling: Any, *, stream: bool, as_json: bool) -> None:
     if stream:
-        for event in engine.stream(prompts, sampling):
+        for event in engine.stream(prompts, dataclasses.replace(sampling, n=1)):
             sys.stdout.write(event.text if engine.tokenizer is not None else f"{event.token_id} ")
             sys.stdout.flush()
         sys.stdout.write("\n")
@@ -173,6 +233,20 @@ def _run(engine: Any, prompts: list[Any], sampling: Any, *, stream: bool, as_jso
         return
     for shown, completion in zip(prompts, completions, strict=True):
         lead = shown if isinstance(shown, str) else ""
-        text = completion.text if engine.tokenizer is not None else ",".join(map(str, completion.token_ids))
-        sys.stdout.write(f"{lead}{text}\n")
+        for one in (completion, *completion.alternatives):
+            text = one.text if engine.tokenizer is not None else ",".join(map(str, one.token_ids))
+            sys.stdout.write(f"{lead}{text}\n")
     sys.stderr.write(f"{engine.stats.summary()}\n")
+
+
+def _sampling(text: str | None) -> dict[str, Any]:
+    """The sampling parameters in a JSON object, or in the file behind an @."""
+    if text is None:
+        return {}
+    try:
+        options = json.loads(Path(text[1:]).read_text() if text.startswith("@") else text)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--sampling {text} cannot be read: {error}") from error
+    if not isinstance(options, dict):
+        raise ConfigError(f"--sampling holds a JSON {type(options).__name__}; it must be an object")
+    return options

@@ -27,7 +27,7 @@ def inspect(
 
     if verify:
         _verify(model)
-    report = _report(load_spec(model)) | _stored(model)
+    report = _report(load_spec(model)) | _stored(model) | {"generation": _generation(model)}
     if as_json:
         json.dump(report, sys.stdout)
         sys.stdout.write("\n")
@@ -57,6 +57,21 @@ def _report(spec: TransformerSpec) -> dict[str, Any]:
         "kv_bytes_per_token": {dtype: kv_values * size for dtype, size in _ITEM_BYTES.items()} if spec.causal else None,
         "spec": dataclasses.asdict(spec),
         "shapes": shapes,
+    }
+
+
+def _generation(model: str) -> dict[str, Any]:
+    """How the folder wants the model sampled, by the names of `SamplingParams`."""
+    from jdsi.converters.location import resolve_config
+    from jdsi.generation.defaults import GenerationDefaults
+
+    found = GenerationDefaults.read(resolve_config(model))
+    lengths = {"max_length": found.max_length, "min_length": found.min_length}
+    return {
+        **found.values,
+        **{name: length for name, length in lengths.items() if length is not None},
+        "eos_token_ids": found.eos_token_ids,
+        "unsupported": found.unsupported,
     }
 
 
@@ -103,6 +118,8 @@ def _show(report: dict[str, Any], every_parameter: bool) -> None:
         console.print(f"layers {first} to {last}:" if last > first else f"layer {first}:", layer)
     for key in ("embedding", "norm", "head", "classifier"):
         console.print(f"{key}:", spec[key])
+    asked = ", ".join(f"{name}={value}" for name, value in report["generation"].items() if value != ())
+    console.print("generation:", asked or "greedy")
     if every_parameter:
         formats = report["quantization"]
         table = Table("parameter", "shape", "values", *(["stored in"] if formats else []))

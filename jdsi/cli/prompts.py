@@ -31,8 +31,8 @@ def read_prompts(
     return [*found, *map(token_ids, ids)]
 
 
-def token_ids(line: str) -> list[int]:
-    """Ids of --prompt-ids.
+def token_ids(line: str, option: str = "--prompt-ids") -> list[int]:
+    """Ids that an option names.
 
     Raises:
         PromptError: they are not numbers with commas between them.
@@ -40,7 +40,7 @@ def token_ids(line: str) -> list[int]:
     try:
         return [int(part) for part in line.split(",")]
     except ValueError:
-        raise PromptError(f"--prompt-ids {line!r} must be numbers with commas between them, as 5,6,7") from None
+        raise PromptError(f"{option} {line!r} must be numbers with commas between them, as 5,6,7") from None
 
 
 def _read_text(name: str) -> str:

@@ -5,16 +5,13 @@ from jdsi.generation.chat import Chat
 from jdsi.generation.classification import Classification
 from jdsi.generation.completion import Completion, CompletionBuilder, FinishReason, TokenLogprob
 from jdsi.generation.detokenizer import Detokenizer
+from jdsi.generation.features import SamplerFeatures
 from jdsi.generation.padding import pad_rows
 from jdsi.generation.sampler import SampledTokens, process, sample
-from jdsi.generation.sampler_state import (
-    FinishCode,
-    SamplerFeatures,
-    SamplerState,
-    init_state,
-)
+from jdsi.generation.sampler_state import FinishCode, SamplerState, init_state
 from jdsi.generation.sampling_params import SamplingParams, check_vocabulary
 from jdsi.generation.stopping import StopStrings
+from jdsi.generation.token_automaton import TokenAutomaton
 
 __all__ = [
     "Chat",
@@ -29,6 +26,7 @@ __all__ = [
     "SamplerState",
     "SamplingParams",
     "StopStrings",
+    "TokenAutomaton",
     "TokenLogprob",
     "beam",
     "check_vocabulary",

@@ -72,6 +72,11 @@ class TokenRow:
     tokens: list[int]
     token_types: list[int] | None = None
 
+    @property
+    def rows(self) -> int:
+        """Rows of a batch that it takes."""
+        return 1
+
 
 @dataclasses.dataclass(frozen=True)
 class TextIntake:

@@ -33,12 +33,16 @@ class Completion:
             last one completes that string, so the tokens decode to more than `text`.
         finish_reason: `"stop"` (end of sequence, stop token or stop string) or `"length"`.
         logprobs: one for each of `token_ids` if asked for.
+        alternatives: the other results where several were asked for; of a beam search best first.
+        score: of a beam search: log-probability divided by length to the power of `length_penalty`.
     """
 
     text: str
     token_ids: list[int]
     finish_reason: FinishReason
     logprobs: list[TokenLogprob] | None = None
+    alternatives: list["Completion"] = dataclasses.field(default_factory=list)
+    score: float | None = None
 
 
 class CompletionBuilder:
@@ -62,6 +66,7 @@ class CompletionBuilder:
         *,
         name: str = "the request",
     ):
+        params = params.filled()
         if params.stop and tokenizer is None:
             raise ConfigError(f"sampling parameter stop={params.stop!r} must be left out where there is no tokenizer")
         self._params = params
@@ -87,7 +92,7 @@ class CompletionBuilder:
             raise JdsiError(
                 f"token {len(self._token_ids)} of {self._name} could not be chosen: its largest logit is not finite. "
                 "Either the model's output has NaN or infinity (a damaged checkpoint, or float16 where bfloat16 is "
-                "needed), or no_repeat_ngram and min_new_tokens left no token"
+                "needed), or bans, constraints and functions of the request left no token"
             )
         self._token_ids.append(int(token_id))
         if logprob is not None and self._params.logprobs is not None:

@@ -4,6 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+NO_TOKEN = -1
+"""What stands where a row has fewer tokens than another."""
+
 
 def pad_rows(rows: Sequence[Sequence[int]], width: int, fill: int = 0) -> np.ndarray:
     """`[B, width]` int32: each row at the left of its line, `fill` to the right; a row must not exceed `width`."""

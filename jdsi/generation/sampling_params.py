@@ -1,171 +1,235 @@
 """What one request asks of the sampler."""
 
 import dataclasses
-import math
-import numbers
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Self
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NoReturn, Self
 
 from jdsi.errors import ConfigError, nearest
 
-_INT32_MAX = 2**31 - 1  # what the device counts in
+from .sampling_checks import check_values, contradictions, wrong
+from .sampling_fields import FIELDS, NEUTRAL, TRUNCATION, Unfit
+from .token_automaton import TokenAutomaton
+from .transformers_names import RENAMED, UNSUPPORTED
+
+AllowedTokens = Callable[..., Any] | TokenAutomaton | Sequence[Sequence[int]]
+LogitsProcessor = Callable[..., Any]
+Biases = Mapping[int, float] | Mapping[tuple[int, ...], float] | Sequence[tuple[Sequence[int], float]]
 
 
-@dataclasses.dataclass(frozen=True)
+class _LeftOut:
+    """The type of `LEFT_OUT`, of which nothing but its identity is of use: all else is an error, not an answer."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "LEFT_OUT"
+
+    def __reduce__(self) -> str:
+        return "LEFT_OUT"
+
+    def _misused(self, *_: object) -> NoReturn:
+        raise TypeError("this sampling parameter was left out; only SamplingParams.filled() has a value for it")
+
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _misused
+    __bool__ = __int__ = __float__ = __index__ = __len__ = __iter__ = _misused
+    __hash__ = object.__hash__
+
+
+LEFT_OUT: Any = _LeftOut()
+"""The value of the fields of `SamplingParams` that the caller leaves to the model's folder."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class SamplingParams:
-    """How the tokens of one request are chosen and when it ends. The default is greedy search.
+    """How the tokens of one request are chosen and when it ends.
 
-    Anything that would have no effect next to the other fields raises instead: truncation needs a temperature, beam
-    options need beams. Only a `seed` may be given without effect, since programs pass one whatever the temperature.
+    A field that is left out takes the value of the model folder's `generation_config.json`, and without one there its
+    neutral value, given below; see docs/generation.md. One that is given wins, also where it is neutral. Without both
+    the search is greedy. What could have no effect next to the other fields raises instead, but for a `seed`, and
+    for truncation beside `temperature=0`, since programs pass them whatever the temperature.
 
     Attributes:
-        max_new_tokens: the request ends with `"length"` after this many tokens.
+        max_new_tokens: the request ends with `"length"` after this many tokens; 128, or as many as fit.
         min_new_tokens: end-of-sequence and `stop_token_ids` have probability zero, and a `stop` string that is whole
-            does not count, before this many tokens.
+            does not count, before this many tokens; 0.
+        n: results for the prompt: of sampling each with its own noise, the first as without `n`; of a beam search the
+            `n` best; 1.
         temperature: divides the logits; 0 takes the most probable token (lowest id of equals).
         top_k: keep the `top_k` most probable tokens and those tied with the last of them; 0 keeps all.
         top_p: keep the most probable tokens up to and including the one whose cumulative probability reaches `top_p`,
             and those tied with it; 1 keeps all.
         min_p: keep tokens at least `min_p` times as probable as the most probable one; 0 keeps all.
+        typical_p: keep the tokens closest to the average surprise up to this much of the probability
+            (arXiv:2202.00666), and those tied with the last of them; 1 keeps all.
+        epsilon_cutoff: keep tokens at least this probable (arXiv:2210.15191); 0 keeps all.
+        eta_cutoff: the same, with a bound that falls where many tokens are probable; 0 keeps all.
+        min_tokens_to_keep: no truncation keeps fewer tokens; 1.
         repetition_penalty: divides positive and multiplies negative logits of tokens in the prompt or the output
-            (arXiv:1909.05858, section 4.1).
-        presence_penalty: subtracted once from the logit of every token already generated.
-        frequency_penalty: subtracted from a token's logit as many times as it was generated.
+            (arXiv:1909.05858, section 4.1); 1.
+        presence_penalty: subtracted once from the logit of every token already generated; 0.
+        frequency_penalty: subtracted from a token's logit as many times as it was generated; 0.
         no_repeat_ngram: no sequence of this many tokens occurs twice in prompt plus output; 0 is off.
+        logit_bias: numbers added to the logits of tokens: a mapping from token ids, or from tuples of ids, whose last
+            token is changed where it would complete them. Minus infinity bans. Kept as pairs.
+        bad_words_ids: sequences of token ids that must not occur. Kept as tuples.
+        bad_words: texts of which this is true, as words of their own and as ends of longer ones, in the way that the
+            tokenizer cuts them.
+        suppress_tokens: ids that must not occur.
+        begin_suppress_tokens: ids that the output must not begin with.
+        forced_bos_token_id: what the output begins with behind a prompt of one token, as in encoder-decoder models.
+        forced_eos_token_id: what it ends with where it reaches `max_new_tokens`; one id or several. Kept as a tuple.
+        exponential_decay_length_penalty: `(start, factor)`: behind `start` tokens the logits of what ends the request
+            are raised by their distance from 0 times `factor ** tokens - 1`.
+        allowed_tokens: what may come next: a JAX function `(tokens[B, L], lengths[B]) -> allowed[B, V]` of prompts and
+            outputs, in which what lies past a row's length has no meaning; or a `TokenAutomaton` or its table.
+        logits_processor: a JAX function `(tokens[B, L], lengths[B], logits[B, V]) -> logits[B, V]`, applied before
+            temperature and truncation. Functions are compiled in: pass the same object again, and compute row by row.
+        guidance_scale: how many times as far as they are the log-probabilities are moved away from those behind the
+            negative prompt (arXiv:2306.17806); takes two rows of the batch. 1 is off.
+        negative_prompt: text or token ids; by default the last token of the prompt. Kept as a tuple where it is ids.
         stop: a string or strings that end the request; the text ends before the one that is whole first. They may have
             the content of special tokens in them. Kept as a tuple.
         stop_token_ids: ids that end the request as end-of-sequence does. Kept as a tuple.
         ignore_eos: the model's end-of-sequence ids neither end the request nor are they held back.
         logprobs: `None` for none, else how many of the most probable tokens to report beside the chosen one. They are
             of the model's own distribution, before penalties, temperature and truncation.
-        seed: makes the tokens a function of the logits; `None` draws a fresh seed per request. Changes nothing at
-            temperature 0.
+        seed: makes the tokens a function of the logits; `None` draws a fresh seed per request. Changes nothing where
+            nothing is drawn.
         num_beams: 1, or the width of a beam search.
-        length_penalty: beams are ranked by log-probability divided by length to this power.
+        length_penalty: beams are ranked by log-probability divided by length to this power; 1.
         early_stopping: `True` ends a beam search at `num_beams` finished hypotheses, `False` when the best running beam
             would not do better at its present length, `"never"` when it cannot do better at any length.
+        renormalize_logits: in a beam search, log-probabilities are normalised again behind all that changed them.
     """
 
-    max_new_tokens: int = 128
-    min_new_tokens: int = 0
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    no_repeat_ngram: int = 0
-    stop: Sequence[str] = ()
-    stop_token_ids: Sequence[int] = ()
-    ignore_eos: bool = False
-    logprobs: int | None = None
-    seed: int | None = None
-    num_beams: int = 1
-    length_penalty: float = 1.0
-    early_stopping: bool | Literal["never"] = False
+    max_new_tokens: int = LEFT_OUT
+    min_new_tokens: int = LEFT_OUT
+    n: int = LEFT_OUT
+    temperature: float = LEFT_OUT
+    top_k: int = LEFT_OUT
+    top_p: float = LEFT_OUT
+    min_p: float = LEFT_OUT
+    typical_p: float = LEFT_OUT
+    epsilon_cutoff: float = LEFT_OUT
+    eta_cutoff: float = LEFT_OUT
+    min_tokens_to_keep: int = LEFT_OUT
+    repetition_penalty: float = LEFT_OUT
+    presence_penalty: float = LEFT_OUT
+    frequency_penalty: float = LEFT_OUT
+    no_repeat_ngram: int = LEFT_OUT
+    logit_bias: Biases = LEFT_OUT
+    bad_words_ids: Sequence[Sequence[int]] = LEFT_OUT
+    bad_words: Sequence[str] = LEFT_OUT
+    suppress_tokens: Sequence[int] = LEFT_OUT
+    begin_suppress_tokens: Sequence[int] = LEFT_OUT
+    forced_bos_token_id: int | None = LEFT_OUT
+    forced_eos_token_id: int | Sequence[int] = LEFT_OUT
+    exponential_decay_length_penalty: tuple[int, float] | None = LEFT_OUT
+    allowed_tokens: AllowedTokens | None = LEFT_OUT
+    logits_processor: LogitsProcessor | None = LEFT_OUT
+    guidance_scale: float = LEFT_OUT
+    negative_prompt: str | Sequence[int] | None = LEFT_OUT
+    stop: Sequence[str] = LEFT_OUT
+    stop_token_ids: Sequence[int] = LEFT_OUT
+    ignore_eos: bool = LEFT_OUT
+    logprobs: int | None = LEFT_OUT
+    seed: int | None = LEFT_OUT
+    num_beams: int = LEFT_OUT
+    length_penalty: float = LEFT_OUT
+    early_stopping: bool | Literal["never"] = LEFT_OUT
+    renormalize_logits: bool = LEFT_OUT
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            self._set("stop", (self.stop,))
-        for name in ("stop", "stop_token_ids"):
-            value = getattr(self, name)
-            if not isinstance(value, list | tuple | set | frozenset):
-                raise self._wrong(name, "a sequence")
-            self._set(name, tuple(value))
-        if not all(isinstance(s, str) and s for s in self.stop):
-            raise self._wrong("stop", "non-empty strings")
-        if not all(_is_int(i) and 0 <= i <= _INT32_MAX for i in self.stop_token_ids):
-            raise self._wrong("stop_token_ids", f"token ids from 0 to {_INT32_MAX}")
-        self._set("stop_token_ids", tuple(int(i) for i in self.stop_token_ids))
+        given = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is LEFT_OUT:
+                continue
+            try:
+                given[field.name] = FIELDS[field.name].check(value)
+            except Unfit as error:
+                raise wrong(field.name, value, str(error)) from None
+            object.__setattr__(self, field.name, given[field.name])
+        object.__setattr__(self, "_given", given)
+        for name, right in contradictions(given):
+            raise wrong(name, given[name], right)
 
-        self._integer("max_new_tokens", 1)
-        self._integer("min_new_tokens", 0)
-        self._integer("top_k", 0, hint="; 0 keeps every token")
-        self._integer("no_repeat_ngram", 0, hint="; 0 is off")
-        self._integer("num_beams", 1)
-        if self.logprobs is not None:
-            self._integer("logprobs", 0, hint=", or None")
-        if self.seed is not None:
-            self._integer("seed", 0, 2**64 - 1, hint=", or None")
-        self._real("temperature", 0.0, hint="; 0 is greedy")
-        self._real("top_p", 0.0, 1.0, above=True, hint="; 1 keeps every token")
-        self._real("min_p", 0.0, 1.0, hint="; 0 keeps every token")
-        self._real("repetition_penalty", 0.0, above=True, hint="; 1 is off")
-        self._real("presence_penalty", -2.0, 2.0)
-        self._real("frequency_penalty", -2.0, 2.0)
-        self._real("length_penalty", -math.inf)
-        if not isinstance(self.ignore_eos, bool):
-            raise self._wrong("ignore_eos", "True or False")
-        if not (isinstance(self.early_stopping, bool) or self.early_stopping == "never"):
-            raise self._wrong("early_stopping", "True, False or 'never'")
-        self._reject_contradictions()
+    @property
+    def given(self) -> Mapping[str, Any]:
+        """The fields that are not left out, with their values."""
+        return vars(self).get("_given", {})
 
-    def _reject_contradictions(self) -> None:
-        if self.min_new_tokens > self.max_new_tokens:
-            raise self._wrong("min_new_tokens", f"at most max_new_tokens={self.max_new_tokens}")
-        if self.num_beams > 1:
-            unusable = ("temperature", "presence_penalty", "frequency_penalty", "stop", "logprobs", "seed")
-            why = f"left out with num_beams={self.num_beams}: beam search is deterministic and returns whole sequences"
-        else:
-            unusable = ("length_penalty", "early_stopping")
-            why = "left out without beam search (num_beams is 1)"
-        for name in unusable:
-            if getattr(self, name) != _DEFAULTS[name]:
-                raise self._wrong(name, why)
-        for name in ("top_k", "top_p", "min_p"):
-            if self.temperature == 0.0 and getattr(self, name) != _DEFAULTS[name]:
-                raise self._wrong(name, "left out with temperature=0 (greedy), or used with temperature > 0")
+    def filled(self, defaults: Mapping[str, Any] | None = None, source: str = "the defaults") -> "SamplingParams":
+        """All fields with values: those given here, else those in `defaults`, else neutral ones.
+
+        Truncation beside temperature 0 becomes neutral.
+
+        Args:
+            defaults: for what is left out here.
+            source: what error messages call them.
+
+        Raises:
+            ConfigError: fields contradict each other, or truncation is given and nothing says the temperature.
+        """
+        if vars(self).get("_filled"):
+            return self
+        values = {**NEUTRAL, **(defaults or {}), **self.given}
+        if values["temperature"] == 0:
+            for name in TRUNCATION:
+                if name in self.given and "temperature" not in self.given and values[name] != NEUTRAL[name]:
+                    raise wrong(name, values[name], "used with a temperature above 0, such as temperature=1")
+                values[name] = NEUTRAL[name]
+        for name, right in contradictions(values):
+            raise wrong(name, values[name], right, "" if name in self.given else f" of {source}")
+        complete = SamplingParams(**values)
+        object.__setattr__(complete, "_filled", True)
+        return complete
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> Self:
-        """Parameters from a mapping; raises `ConfigError` that names every unknown key and the nearest valid one."""
-        unknown = [f"{key!r}{nearest(str(key), _DEFAULTS)}" for key in options if key not in _DEFAULTS]
+        """Parameters from a mapping; raises `ConfigError` that names every unknown key and what it is called here."""
+        unknown = [f"{key!r}{_hint(str(key))}" for key in options if key not in FIELDS]
         if unknown:
-            raise ConfigError(f"unknown sampling parameter {', '.join(unknown)}; valid are {', '.join(_DEFAULTS)}")
+            raise ConfigError(f"unknown sampling parameter {', '.join(unknown)}; valid are {', '.join(FIELDS)}")
         return cls(**options)
 
     @property
     def greedy(self) -> bool:
-        """Whether no random number is used."""
+        """Whether no random number is used; of filled parameters."""
         return self.temperature == 0.0
 
-    def _set(self, name: str, value: object) -> None:
-        object.__setattr__(self, name, value)
+    @property
+    def changes(self) -> dict[str, Any]:
+        """The fields that are given and not neutral."""
+        return {name: value for name, value in self.given.items() if value != NEUTRAL[name]}
 
-    def _wrong(self, name: str, right: str) -> ConfigError:
-        return ConfigError(f"sampling parameter {name}={getattr(self, name)!r} must be {right}")
+    @property
+    def described(self) -> dict[str, Any]:
+        """`changes` in words that are the same in every process: functions by name."""
+        return {name: name_of(value) if callable(value) else value for name, value in self.changes.items()}
 
-    def _integer(self, name: str, low: int, high: int | None = None, hint: str = "") -> None:
-        value = getattr(self, name)
-        high = _INT32_MAX if high is None else high
-        if not _is_int(value) or not low <= value <= high:
-            raise self._wrong(name, f"an integer from {low} to {high}{hint}")
-        self._set(name, int(value))
+    def __eq__(self, other: object) -> bool:
+        return self.given == other.given if isinstance(other, SamplingParams) else NotImplemented
 
-    def _real(self, name: str, low: float, high: float = math.inf, above: bool = False, hint: str = "") -> None:
-        value = getattr(self, name)
-        bounds = "" if low == -math.inf else f" {'above' if above else 'of at least'} {low:g}"
-        bounds = f"a finite number{bounds}" + ("" if high == math.inf else f" and at most {high:g}")
-        number = float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
-        if not math.isfinite(number) or not low <= number <= high or (above and number == low):
-            raise self._wrong(name, bounds + hint)
-        self._set(name, number)
+    def __hash__(self) -> int:
+        return hash(tuple(self.given.items()))
+
+    def __repr__(self) -> str:
+        return f"SamplingParams({', '.join(f'{name}={value!r}' for name, value in self.given.items())})"
 
 
 def check_vocabulary(params: SamplingParams, vocab_size: int) -> None:
-    """Raises `ConfigError` where `logprobs` or `stop_token_ids` ask for more tokens than the `vocab_size` there are."""
-    if (params.logprobs or 0) > vocab_size:
-        raise ConfigError(
-            f"sampling parameter logprobs={params.logprobs} must be at most the {vocab_size} tokens there are"
-        )
-    for token in params.stop_token_ids:
-        if token >= vocab_size:
-            raise ConfigError(f"sampling parameter stop_token_ids has {token}; the vocabulary ends at {vocab_size - 1}")
+    """Raises `ConfigError` where fields that are given ask for other tokens than the `vocab_size` there are."""
+    check_values(params.given, vocab_size)
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+def name_of(function: Callable[..., Any]) -> str:
+    """Where a function was defined: the same in every process that runs the same program."""
+    kind = function if hasattr(function, "__qualname__") else type(function)
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
-_DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(SamplingParams)}
+def _hint(name: str) -> str:
+    if name in RENAMED:
+        return f" (did you mean {RENAMED[name]!r}?)"
+    return " (not supported)" if name in UNSUPPORTED else nearest(name, FIELDS)

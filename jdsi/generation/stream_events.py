@@ -18,26 +18,29 @@ class StreamEvent:
         text: text that became certain; may be empty.
         token_id: the token.
         completion: the whole answer with the request's last event, else `None`.
+        choice: which of the `n` results for the prompt.
     """
 
     index: int
     text: str
     token_id: int
     completion: Completion | None = None
+    choice: int = 0
 
 
 def events_of(
     step: SampledTokens, requests: Sequence[Request], builders: Sequence[CompletionBuilder]
 ) -> Iterator[StreamEvent]:
-    """What a step adds to the requests of its rows that are still open; their builders take the tokens."""
-    for row, (request, builder) in enumerate(zip(requests, builders, strict=True)):
+    """What a step adds to the results that are still open, `n` for each request; their builders take the tokens."""
+    choices = ((request, choice) for request in requests for choice in range(request.params.n))
+    for row, ((request, choice), builder) in enumerate(zip(choices, builders, strict=True)):
         broken = step.finish[row] == FinishCode.ERROR
         if builder.finish_reason is not None or not (step.valid[row] or broken):
             continue
         token = int(step.tokens[row])
         text = builder.add(token, int(step.finish[row]), _logprob(step, row))
         done = builder.completion() if builder.finish_reason is not None else None
-        yield StreamEvent(request.index, text, token, done)
+        yield StreamEvent(request.index, text, token, done, choice)
 
 
 def _logprob(step: SampledTokens, row: int) -> TokenLogprob | None:

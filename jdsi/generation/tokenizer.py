@@ -1,4 +1,4 @@
-"""Loading a checkpoint's tokenizer and the ids that end its sequences."""
+"""Loading a checkpoint's tokenizer."""
 
 import os
 import warnings
@@ -84,22 +84,3 @@ def _own_class(config: Mapping[str, Any]) -> str | None:
     named = where.get("AutoTokenizer") if isinstance(where, Mapping) else where
     classes = [named] if isinstance(named, str) else [name for name in named or () if isinstance(name, str)]
     return classes[-1] if classes else None
-
-
-def load_eos_token_ids(folder: Path) -> tuple[int, ...]:
-    """Ids that end a sequence: of `generation_config.json` if it names any, else of `config.json`.
-
-    Raises:
-        CheckpointError: a file is not a JSON object, or its `eos_token_id` is neither null, an id nor a list of ids.
-    """
-    for name in ("generation_config.json", "config.json"):
-        path = folder / name
-        if not path.exists():
-            continue
-        value = read_json(path).get("eos_token_id")
-        ids = [] if value is None else value if isinstance(value, list) else [value]
-        if not all(type(token) is int and 0 <= token < 2**31 for token in ids):
-            raise CheckpointError(f"{path}: eos_token_id is {value!r}; it must be null, a token id or a list of them")
-        if ids:
-            return tuple(ids)
-    return ()

@@ -145,8 +145,7 @@ class ContiguousContext:
         q = q.reshape(self.batch, self.new_tokens, *q.shape[1:])
         out: Any  # a pair only where logarithms are asked for
         if self.empty and self.new_tokens > 1:
-            k, v = (memory[:, :, : self.new_tokens] for memory in (keys, values))
-            out = prefill_attention(q, k, v, form)
+            out = prefill_attention(q, keys, values, form)  # of the whole memory: a slice would be a copy of it
         elif self.new_tokens <= _FEW:
             out = decode_attention(q, keys, values, form, q_start=self.lengths)
         else:

@@ -1,10 +1,18 @@
 """What a model is, as data: one frozen description per layer, so that heterogeneous stacks need no flags."""
 
 import dataclasses
+import numbers
 from typing import Literal
 
+from jdsi.errors import ConfigError
 from jdsi.pallas_kernels import Alibi, Rotary
 from jdsi.pallas_kernels.activations import known_activation
+
+
+def _check_sizes(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, numbers.Integral) or not 1 <= size < 2**31:
+            raise ConfigError(f"{name} is {size!r}; it must be an integer from 1 to {2**31 - 1}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +60,11 @@ class AttentionSpec:
     out_bias: bool = False
     qk_norm: RmsNormSpec | None = None
 
+    def __post_init__(self) -> None:
+        _check_sizes(num_heads=self.num_heads, num_kv_heads=self.num_kv_heads, head_dim=self.head_dim)
+        if self.window is not None:
+            _check_sizes(sliding_window=self.window)
+
     @property
     def qkv_rows(self) -> tuple[int, int, int]:
         """Rows of q, k and v inside the fused projection."""
@@ -73,6 +86,7 @@ class MlpSpec:
 
     def __post_init__(self) -> None:
         known_activation(self.activation)
+        _check_sizes(width=self.width)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +137,9 @@ class LearnedPositions:
 
     entries: int
     offset: int = 0
+
+    def __post_init__(self) -> None:
+        _check_sizes(entries=self.entries)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,6 +239,9 @@ class TransformerSpec:
     norm: NormSpec | None
     head: HeadSpec | None
     classifier: ClassifierSpec | None = None
+
+    def __post_init__(self) -> None:
+        _check_sizes(vocab_size=self.vocab_size, width=self.width, max_positions=self.max_positions)
 
     @property
     def causal(self) -> bool:

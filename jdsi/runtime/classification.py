@@ -14,8 +14,8 @@ from jdsi.kv_cache import PackedContext
 from jdsi.models import classified_tokens
 
 from . import peers
+from .batch import PaddedPrompts, padded_rows
 from .batching import batch_share, passes_of
-from .decoding import PaddedPrompts, padded_rows
 from .executor import Executor, Step, unchanged
 
 Outputs = Float[np.ndarray, " outputs"]

@@ -9,74 +9,40 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from jdsi.generation import SampledTokens, SamplerFeatures, SamplerState, SamplingParams, init_state, pad_rows, sample
+from jdsi.generation import (
+    SampledTokens,
+    SamplerFeatures,
+    SamplerState,
+    SamplingParams,
+    init_state,
+    sample,
+)
+from jdsi.generation.carried import joined_rows, rows_of
 from jdsi.kv_cache import join_rows
 
 from . import peers
+from .batch import Batch, PaddedPrompts, padded_rows, spread_rows
 from .executor import Executor, Step
-from .shapes import batch_bucket, capacity_bucket, token_bucket
+from .row_selection import select_rows
+from .shapes import capacity_bucket
 
 
 @dataclasses.dataclass(frozen=True)
 class SampleEpilogue:
-    """The sampler as an `Epilogue`."""
+    """The sampler as an `Epilogue`; `choices` spreads the logits of a request over as many rows of the sampler."""
 
     features: SamplerFeatures
+    choices: int = 1
 
-    def __call__(self, logits: Float[Array, "B V"], state: SamplerState) -> tuple[SampledTokens, SamplerState]:
+    def __call__(self, logits: Float[Array, "R V"], state: SamplerState) -> tuple[SampledTokens, SamplerState]:
+        if self.choices > 1:
+            logits = logits[spread_rows(logits.shape[0], self.choices, self.features)]
         return sample(logits, state, self.features)
-
-
-@dataclasses.dataclass(frozen=True)
-class PaddedPrompts:
-    """Prompts as one right-padded batch; rows past the real ones repeat the first prompt.
-
-    Attributes:
-        tokens: `[B * S]`, row by row.
-        lengths: `[B]`.
-        last: `[B]`, index in `tokens` of each row's last token.
-        width: S.
-    """
-
-    tokens: np.ndarray
-    lengths: np.ndarray
-    last: np.ndarray
-    width: int
-
-    @classmethod
-    def of(cls, prompts: Sequence[Sequence[int]], rows: int) -> "PaddedPrompts":
-        """Pads to `rows` rows and the bucket of the longest prompt."""
-        filled = [*prompts, *[prompts[0]] * (rows - len(prompts))]
-        lengths = np.array([len(p) for p in filled], np.int32)
-        width = token_bucket(int(lengths.max()))
-        tokens = pad_rows(filled, width)
-        last = np.arange(rows, dtype=np.int32) * width + lengths - 1
-        return cls(tokens.reshape(-1), lengths, last, width)
-
-    def part(self, rows: slice) -> "PaddedPrompts":
-        """Some of the rows."""
-        lengths = self.lengths[rows]
-        last = np.arange(len(lengths), dtype=np.int32) * self.width + lengths - 1
-        return PaddedPrompts(self.tokens.reshape(-1, self.width)[rows].reshape(-1), lengths, last, self.width)
 
 
 def new_context(executor: Executor, rows: int, width: int, new_tokens: int) -> Any:
     """An empty KV cache for prompts padded to `width` and up to `new_tokens` more."""
     return executor.new_context(rows, capacity_bucket(width + new_tokens))
-
-
-def padded_rows(executor: Executor, prompts: int, max_rows: int) -> int:
-    """Rows that a batch of so many prompts is padded to."""
-    rows, multiple = min(batch_bucket(prompts), max(prompts, max_rows)), executor.row_multiple
-    return -(-rows // multiple) * multiple
-
-
-@dataclasses.dataclass(frozen=True)
-class Batch:
-    """Requests decoded together: `prompts` are token ids, `params` one per prompt."""
-
-    prompts: Sequence[Sequence[int]]
-    params: Sequence[SamplingParams]
 
 
 def decode(
@@ -87,15 +53,16 @@ def decode(
     max_rows: int,
     dropped: Collection[int] = (),
 ) -> Iterator[tuple[int, SampledTokens]]:
-    """Generates for batches that share every pass, yielding one token per row and step as NumPy arrays.
+    """Generates for batches that share every pass, yielding one token per result and step as NumPy arrays.
 
     While a step's tokens are read, the next step is already running where the executor wants that, so that reading
-    never holds the device up. Rows past a batch's prompts are padding and never valid. A batch ends when every row of
-    it has; the iterator when every batch has, and closing it earlier is fine.
+    never holds the device up. The results for a prompt lie side by side; rows past those of a batch's prompts are
+    padding and never valid. A batch ends when every row of it has; the iterator when every batch has, and closing it
+    earlier is fine.
 
     Args:
         executor: runs the model.
-        batches: each of at most `max_rows` prompts.
+        batches: each of at most `max_rows` rows of the model.
         eos_token_ids: end the requests that do not ignore them.
         max_rows: no batch is padded beyond.
         dropped: batches, by index, nobody waits for any more; the caller may add to it at any time.
@@ -104,11 +71,11 @@ def decode(
         The batch's index and its tokens.
     """
     batches = _agreed(executor, batches, eos_token_ids, max_rows)
-    rows = [padded_rows(executor, len(batch.prompts), max_rows) for batch in batches]
-    running = [
-        _Running.start(executor, i, batch, n, eos_token_ids)
-        for i, (batch, n) in enumerate(zip(batches, rows, strict=True))
-    ]
+    running = []
+    for index, batch in enumerate(batches):
+        most = max(1, max_rows // (batch.group * batch.choices))
+        requests = padded_rows(executor, len(batch.prompts), most)
+        running.append(_Running.start(executor, index, batch, requests, eos_token_ids))
     ahead = False  # the first tokens are read at once, for the decode program may have to be compiled first
     while running:
         outcomes = iter(executor.steps([step for one in running for step in one.steps]))
@@ -133,8 +100,8 @@ def _agreed(
     number = executor.agree(
         {
             "call": "generate",
-            "prompts": [batch.prompts for batch in batches],
-            "sampling": [batch.params for batch in batches],
+            "prompts": [batch.rows() for batch in batches],
+            "sampling": [[p.described for p in batch.params] for batch in batches],
             "eos_token_ids": eos_token_ids,
             "max_batch_size": max_rows,
         }
@@ -154,40 +121,48 @@ class _Running:
     """A batch between two passes: `steps` are what it wants run next, the pieces of its prompts or one for all rows."""
 
     index: int
+    features: SamplerFeatures
+    choices: int
     steps: list[Step]
     steps_left: int
     unread: list[SampledTokens] = dataclasses.field(default_factory=list)
 
     @classmethod
-    def start(cls, executor: Executor, index: int, batch: Batch, rows: int, eos_token_ids: Sequence[int]) -> "_Running":
-        idle = rows - len(batch.prompts)
-        padded = PaddedPrompts.of(batch.prompts, rows)
+    def start(
+        cls, executor: Executor, index: int, batch: Batch, requests: int, eos_token_ids: Sequence[int]
+    ) -> "_Running":
+        padded = PaddedPrompts.of(batch.rows(), requests * batch.group)
+        params, prompts = batch.results(requests - len(batch.prompts))
         features = SamplerFeatures.of(batch.params)
         state = init_state(
-            [*batch.params, *[None] * idle],
-            [*batch.prompts, *[()] * idle],
-            vocab_size=executor.spec.vocab_size,
-            eos_token_ids=eos_token_ids,
-            features=features,
+            params, prompts, vocab_size=executor.spec.vocab_size, eos_token_ids=eos_token_ids, features=features
         )
         new_tokens = max(p.max_new_tokens for p in batch.params)
+        epilogue = SampleEpilogue(features, batch.choices)
         steps = []
-        for piece in _pieces(rows, executor.prompt_pieces, executor.row_multiple):
-            prompts = padded.part(piece)
-            context = new_context(executor, len(prompts.lengths), padded.width, new_tokens)
-            context = context.extend(prompts.lengths, padded.width)
-            own = state if len(prompts.lengths) == rows else jax.tree.map(lambda leaf, piece=piece: leaf[piece], state)
-            steps.append(Step(prompts.tokens, context, prompts.last, SampleEpilogue(features), own))
-        return cls(index, steps, new_tokens)
+        for piece in _pieces(requests, executor.prompt_pieces, executor.row_multiple):
+            part = padded.part(_times(piece, batch.group))
+            context = new_context(executor, len(part.lengths), padded.width, new_tokens)
+            context = context.extend(part.lengths, padded.width)
+            whole = len(part.lengths) == requests * batch.group
+            own = state if whole else rows_of(state, _times(piece, batch.choices))
+            steps.append(Step(part.tokens, context, part.last, epilogue, own))
+        return cls(index, features, batch.choices, steps, new_tokens)
 
     def advance(self, outcomes: Sequence[tuple[SampledTokens, Any, SamplerState]]) -> None:
-        step = self.steps[0]
         sampled, context, state = outcomes[0] if len(outcomes) == 1 else _joined(outcomes)
-        if step.wanted is not None:
+        if self.steps[0].wanted is not None:
+            if self.choices > 1:
+                context = select_rows(context, spread_rows(context.batch, self.choices, self.features))
             context = context.extend(np.ones(context.batch, np.int32), 1)
-        self.steps = [Step(sampled.tokens, context, None, step.epilogue, state)]
+        fed = sampled.tokens if sampled.fed is None else sampled.fed
+        self.steps = [Step(fed, context, None, SampleEpilogue(self.features), state)]
         self.steps_left -= 1
         self.unread.append(sampled)
+
+
+def _times(rows: slice, factor: int) -> slice:
+    return slice(rows.start * factor, rows.stop * factor)
 
 
 def _pieces(rows: int, wanted: int, multiple: int) -> list[slice]:
@@ -201,4 +176,4 @@ def _pieces(rows: int, wanted: int, multiple: int) -> list[slice]:
 def _joined(outcomes: Sequence[tuple[SampledTokens, Any, SamplerState]]) -> tuple[SampledTokens, Any, SamplerState]:
     """The rows of several pieces as those of one batch."""
     sampled, contexts, states = zip(*outcomes, strict=True)
-    return join_rows(sampled), type(contexts[0]).join(contexts), join_rows(states)
+    return join_rows(sampled), type(contexts[0]).join(contexts), joined_rows(states)

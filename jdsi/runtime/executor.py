@@ -6,11 +6,12 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jdsi.converters import ParameterSource
 from jdsi.models import TransformerSpec
-from jdsi.sharding import Parallelism
+from jdsi.sharding import DATA, Parallelism
 
 from .weight_stream import StreamReport
 
@@ -44,6 +45,11 @@ class Step:
     carry: Any
     token_types: Int[Array | np.ndarray, " T"] | None = None
     classify: bool = False
+
+
+def carry_specs(carry: Any) -> Any:
+    """How an epilogue's state lies on a mesh: its first dimension over "data", unless it says otherwise."""
+    return carry.partition() if hasattr(carry, "partition") else PartitionSpec(DATA)
 
 
 class Executor(Protocol):

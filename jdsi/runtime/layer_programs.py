@@ -18,7 +18,7 @@ from jdsi.models.tensor_parallel import local_spec, without_padding
 from jdsi.pallas_kernels.operator import Implementation, default_implementation
 from jdsi.sharding import DATA, TENSOR, axis_index
 
-from .executor import Epilogue
+from .executor import Epilogue, carry_specs
 from .placement import Streamed, Weights
 
 _ROWS, _WHOLE, _EACH = PartitionSpec(DATA), PartitionSpec(), PartitionSpec((DATA, TENSOR))
@@ -115,8 +115,9 @@ class LayerPrograms:
                 outputs = self._outputs(weights, arrays, hidden, wanted, classify=classify)
                 return *epilogue(outputs, carry), outputs[:1, 0]
 
-            specs = ([w.specs for w in weights], _ROWS, _ROWS, _ROWS)
-            result, carry, done = self._mapped(body, specs, (_ROWS, _ROWS, _EACH))(arrays, hidden, wanted, carry)
+            carried = carry_specs(carry)
+            specs = ([w.specs for w in weights], _ROWS, _ROWS, carried)
+            result, carry, done = self._mapped(body, specs, (_ROWS, carried, _EACH))(arrays, hidden, wanted, carry)
             return lax.with_sharding_constraint(result, NamedSharding(self._mesh, _WHOLE)), carry, done
 
         return jax.jit(run, static_argnames=("epilogue", "classify"), donate_argnames="carry")

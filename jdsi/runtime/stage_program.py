@@ -20,7 +20,7 @@ from jdsi.models.tensor_parallel import SEQUENCE_PARALLEL_TOKENS, local_spec, sp
 from jdsi.pallas_kernels.operator import Implementation, default_implementation
 from jdsi.sharding import DATA, TENSOR, all_gather, axis_index, axis_size, own_part
 
-from .executor import Epilogue
+from .executor import Epilogue, carry_specs
 
 _ROWS, _WHOLE = PartitionSpec(DATA), PartitionSpec()
 
@@ -143,9 +143,17 @@ class StageProgram:
             placed(ids, _ROWS) if self.first else placed(hidden, self.hidden_spec(tokens)),
             jax.tree.map(placed, context, context.partition()),
             wanted=placed(wanted, _ROWS) if self.last and prompt else None,
-            carry=jax.tree.map(lambda leaf: placed(leaf, _ROWS), carry) if self.last else (),
+            carry=self._abstract_carry(carry) if self.last else (),
         )
         return self._jitted.lower(self.abstract_parameters(), *self._arguments(given), epilogue=epilogue)
+
+    def _abstract_carry(self, carry: Any) -> Any:
+        specs = carry_specs(carry)
+        if isinstance(specs, PartitionSpec):
+            specs = jax.tree.map(lambda _: specs, carry)
+        return jax.tree.map(
+            lambda leaf, spec: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self.sharding(spec)), carry, specs
+        )
 
     def step(
         self, leaves: list[Array], given: StageInput, epilogue: Epilogue, *, classify: bool = False
@@ -181,6 +189,7 @@ class StageProgram:
         classify: bool = False,
     ) -> tuple[Any, AttentionContext, Any]:
         total = context.positions.shape[0]
+        carried = carry_specs(carry)
         memory, seen = context.partition(), jax.eval_shape(lambda: context.commit()).partition()
 
         def body(leaves, tokens, hidden, context, token_types, wanted, carry):
@@ -198,8 +207,8 @@ class StageProgram:
         result, context, carry = jax.shard_map(
             body,
             mesh=self.mesh,
-            in_specs=(self._leaf_specs, _ROWS, self.hidden_spec(total), memory, _ROWS, _ROWS, _ROWS),
-            out_specs=(_ROWS if self.last else self.hidden_spec(total), seen, _ROWS),
+            in_specs=(self._leaf_specs, _ROWS, self.hidden_spec(total), memory, _ROWS, _ROWS, carried),
+            out_specs=(_ROWS if self.last else self.hidden_spec(total), seen, carried),
             check_vma=False,
         )(leaves, tokens, hidden, context, token_types, wanted, carry)
         if self.last:  # what is read by the host, and by every device of the first stage

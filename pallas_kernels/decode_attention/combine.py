@@ -4,6 +4,7 @@ As plain `jnp` it becomes up to five kernels: XLA computes maxima, weights and s
 share them. All of that is far less work than a launch.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Shaped
 
 from ..attention.tile import LOWEST
-from ..mosaic import store
+from ..mosaic import block_indices, store
 
 _WARPS = 4
 _LANES = 32
@@ -55,14 +56,14 @@ def combine(
         return out, _by_token(lses[0], shape[:3]) if return_lse else None
     chunk = next(n for n in (64, 32, 16) if values % n == 0)
     tile = (outs.shape[0], chunk)
+    grid = batch, length, kv_heads, group, values // chunk
     layout = _layout(chunk)
     by_part = layout.reduce(1)
 
     def body(outs: Any, lses: Any, out: Any, *lse: Any) -> None:
-        query, dims = lax.axis_index("query"), pl.ds(lax.axis_index("chunk") * chunk, chunk)
-        token, head = lax.div(query, heads), lax.rem(query, heads)
-        row = lax.div(token, length) * kv_heads + lax.div(head, group)
-        column = lax.rem(token, length) * group + lax.rem(head, group)
+        sequence, token, kv_head, head, piece = block_indices(*grid)
+        row, column = sequence * kv_heads + kv_head, token * group + head
+        query, dims = lax.div(lax.axis_index("block"), grid[-1]), pl.ds(piece * chunk, chunk)
         parts = plgpu.load(outs.at[:, row, column, dims], layout=layout, optimized=False)
         logarithms = plgpu.load(lses.at[:, row, column], layout=by_part, optimized=False)
         if splits < tile[0]:
@@ -77,7 +78,7 @@ def combine(
         store(out.at[query, dims], (sums / safe).astype(dtype))
         if lse:
 
-            @pl.when(lax.axis_index("chunk") == 0)
+            @pl.when(piece == 0)
             def _() -> None:
                 lse[0][query] = jnp.where(total == 0, -jnp.inf, top + jnp.log(safe))
 
@@ -86,8 +87,8 @@ def combine(
     out, *lse = plgpu.kernel(
         body,
         out_type=types if return_lse else types[:1],
-        grid=(queries, values // chunk),
-        grid_names=("query", "chunk"),
+        grid=(math.prod(grid),),
+        grid_names=("block",),
     )(outs, lses)
     return out.reshape(shape), lse[0].reshape(shape[:3]) if lse else None
 

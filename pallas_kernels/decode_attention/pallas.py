@@ -16,7 +16,7 @@ from ..mosaic import not_hopper
 from ..operator import Config
 from .body import body
 from .combine import combine, padded
-from .plan import ROWS, Inputs, Plan, default_tiling, width_of_values
+from .plan import ROWS, Inputs, Plan, default_tiling, warpgroups, width_of_values
 
 
 def why_not(
@@ -63,8 +63,12 @@ def why_not(
         return f"{'a page has' if block_tables is not None else 'there is memory for'} {unit} keys, not a multiple of 8"
     if block_tables is not None and (unit < 16 or (unit % ROWS and ROWS % unit)):
         return f"pages of {unit} keys neither divide nor are divided by tiles of {ROWS}"
-    if default_tiling(q, k, v, block_tables, form, value_dim, device) is None:
+    tiling = default_tiling(q, k, v, block_tables, form, value_dim, device)
+    if tiling is None:
         return "a tile of keys does not fit into shared memory"
+    rows = -(-values // ROWS) * ROWS
+    if rows % (2 * ROWS) and warpgroups(rows, tiling.columns) == 2:
+        return f"values of {values} dimensions are not to be divided between two warpgroups by {ROWS}"
     return None
 
 
@@ -129,6 +133,7 @@ def run(
         capacity=unit * (1 if block_tables is None else block_tables.shape[1]),
         page=0 if block_tables is None else unit,
         pages=k.shape[0],
+        return_lse=return_lse,
     )
     width = plan.tiling.columns * plan.column_tiles
     inputs = Inputs(
@@ -145,28 +150,31 @@ def run(
     given = [x is not None for x in inputs]
 
     def decode_kernel(*refs: Any, **memory: Any) -> None:
-        *arrays, out, lse = refs
-        left = iter(arrays)
-        body(plan, Inputs(*(next(left) if there else None for there in given)), out, lse, memory)
+        left = iter(refs)
+        body(plan, Inputs(*(next(left) if there else None for there in given)), list(left), memory)
 
+    shape = batch, length, heads, values
     parts = (padded(plan.tiling.splits), batch * kv_heads)
+    out_type = [
+        jax.ShapeDtypeStruct((*parts, width, plan.value_rows), jnp.float32),
+        jax.ShapeDtypeStruct((*parts, width), jnp.float32),
+    ]
     threads: dict[str, Any] = {}
     if plan.warpgroups > 1:
         threads = {"num_threads": plan.warpgroups, "thread_name": "warpgroup"}
-    outs, lses = plgpu.kernel(
+    outs, *lses = plgpu.kernel(
         decode_kernel,
-        out_type=[
-            jax.ShapeDtypeStruct((*parts, width, plan.value_rows), jnp.float32),
-            jax.ShapeDtypeStruct((*parts, width), jnp.float32),
-        ],
+        out_type=[jax.ShapeDtypeStruct(shape, q.dtype)] if plan.direct else out_type,
         # Blocks that read the same keys stand side by side, to find them in the cache.
-        grid=(batch * kv_heads, plan.tiling.splits, plan.column_tiles),
-        grid_names=("row", "split", "column_tile"),
+        grid=(batch * kv_heads * plan.tiling.splits * plan.column_tiles,),
+        grid_names=("block",),
         scratch_types=plan.memory(),
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=plan.reduction_bytes),
         **threads,
     )(*(x for x in inputs if x is not None))
-    out, lse = combine(outs, lses, plan.tiling.splits, (batch, length, heads, values), q.dtype, return_lse)
+    if plan.direct:
+        return outs
+    out, lse = combine(outs, lses[0], plan.tiling.splits, shape, q.dtype, return_lse)
     return (out, lse) if return_lse else out
 
 

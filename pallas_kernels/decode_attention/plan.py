@@ -14,6 +14,7 @@ from ..mosaic import tiled
 ROWS = 64  # of one tensor core operation
 _MOST_STAGES = 8
 _MOST_SPLITS = 64
+_RESULT = 8 * 1024  # bytes of shared memory for results, where those of a block are no more
 _RESERVED = 1024  # bytes of shared memory for barriers, and as many that the driver takes from every block
 
 
@@ -73,6 +74,7 @@ class Plan:
         capacity: keys a row can have, L or N * page.
         page: keys per page, 0 if not paged.
         pages: P.
+        return_lse: the logarithms are wanted too.
     """
 
     tiling: Tiling
@@ -89,11 +91,27 @@ class Plan:
     capacity: int
     page: int
     pages: int
+    return_lse: bool
+
+    @property
+    def direct(self) -> bool:
+        """The kernel writes the result itself, for there is nothing to combine; it has one warpgroup then."""
+        few = _result_bytes(self.value_rows, self.tiling.columns) > 0
+        return self.tiling.splits == 1 and not self.return_lse and few
 
     @property
     def narrow(self) -> bool:
         """Keys and values are quantised."""
         return self.kv_dtype != self.dtype
+
+    @property
+    def dims_at_once(self) -> int:
+        """Dims of queries and keys in one turn of a loop of products, whole tiles of shared memory.
+
+        Unrolled, the addresses of all the operands would take the registers that the sums need.
+        """
+        tile = plgpu.find_swizzle(self.dim * 16) // 2
+        return max(dims for dims in range(tile, 257, tile) if self.dim % dims == 0)
 
     @property
     def value_rows(self) -> int:
@@ -108,7 +126,12 @@ class Plan:
     @property
     def warpgroups(self) -> int:
         """How many share the value dims, so that the sums fit into their registers: 128 numbers a thread at most."""
-        return _warpgroups(self.value_rows, self.tiling.columns)
+        return warpgroups(self.value_rows, self.tiling.columns)
+
+    @property
+    def by_query(self) -> bool:
+        """Queries lie along the rows of the products, see by_query.py."""
+        return _by_query(self.shared, self.value_rows, self.tiling.columns)
 
     @property
     def copies(self) -> int:
@@ -118,7 +141,7 @@ class Plan:
     @property
     def reduction_bytes(self) -> int:
         """Scratch memory with which a reduction among warps takes a single step."""
-        return 128 * self.tiling.columns
+        return 0 if self.by_query else 128 * self.tiling.columns
 
     @property
     def weights_memory(self) -> Any:
@@ -143,10 +166,15 @@ class Plan:
             scales = plgpu.SMEM((stages, keys), jnp.float32)
             wide = _tiled((keys, self.value_rows), self.dtype, self.value_rows)
             memory |= {"k_scales": scales, "v_scales": scales, "wide": wide}
+        if self.direct:
+            memory["result"] = plgpu.SMEM((self.tiling.columns, self.value_rows), self.dtype)
         if self.warpgroups == 1:
             memory["weights"] = self.weights_memory
         else:
             memory["meeting"] = plgpu.Barrier(num_arrivals=self.warpgroups)
+        if self.by_query:
+            memory["weights"] = _tiled((ROWS, keys), self.dtype, keys // 2)  # of which each writes half the keys'
+            memory["numbers"] = plgpu.SMEM((2, ROWS), jnp.float32)
         return memory
 
 
@@ -157,7 +185,18 @@ def _tiled(shape: tuple[int, ...], dtype: Any, line: int) -> Any:
     return plgpu.SMEM(shape, dtype, transforms=tiled(swizzle * 8 // bits, bits // 8))
 
 
-def _warpgroups(value_rows: int, columns: int) -> int:
+def _result_bytes(value_rows: int, columns: int) -> int:
+    """Shared memory through which a block writes its result, 0 where that would be too much."""
+    size = 2 * value_rows * columns
+    return size if size <= _RESULT else 0
+
+
+def _by_query(shared: bool, value_rows: int, columns: int) -> bool:
+    return shared and columns == ROWS and warpgroups(value_rows, columns) == 2
+
+
+def warpgroups(value_rows: int, columns: int) -> int:
+    """How many warpgroups the sums of so many value dims and queries need."""
     return 2 if value_rows * columns > 64 * 128 else 1
 
 
@@ -187,7 +226,7 @@ def default_tiling(
     column_tiles = -(-queries // (32 if v is not None and value_rows > 128 else 64))
     columns = -(-queries // (8 * column_tiles)) * 8
     weights = reduction = 0
-    if _warpgroups(value_rows, columns) > 1:
+    if warpgroups(value_rows, columns) > 1:
         columns = -(-columns // 16) * 16
     # Tiles of short lines are longer, so that a copy has 8 KB and the latencies of a step count less.
     key_bytes = (dim + (0 if v is None else value_rows)) * k.dtype.itemsize
@@ -196,9 +235,12 @@ def default_tiling(
         keys = ROWS
     tile = keys * (key_bytes + 8 * narrow)
     weights, reduction = columns * keys * 2, 128 * columns
-    # Two warpgroups have weights where they reduce.
-    fixed = max(weights, reduction) if _warpgroups(value_rows, columns) > 1 else weights + reduction
-    fixed += columns * dim * 2 + keys * value_rows * 2 * narrow + _RESERVED
+    fixed = weights + reduction
+    if _by_query(v is None, value_rows, columns):
+        fixed = weights + 2 * 4 * ROWS
+    elif warpgroups(value_rows, columns) > 1:  # weights lie where the reductions were
+        fixed = max(weights, reduction)
+    fixed += columns * dim * 2 + keys * value_rows * 2 * narrow + _result_bytes(value_rows, columns) + _RESERVED
     # Two blocks share a multiprocessor where each can have three tiles: while one computes, the other's copies go on.
     shares = (device.shared_memory - _RESERVED) // 2, device.shared_memory
     half, whole = (min((share - fixed) // tile, _MOST_STAGES) for share in shares)

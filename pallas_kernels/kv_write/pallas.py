@@ -7,18 +7,18 @@ computed once a block, one a thread, and shared.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from ..device import Device
-from ..mosaic import not_hopper, store
+from ..mosaic import block_indices, not_hopper, store
 from ..operator import Config
 from ..rotary import Rotary, rotary_frequencies
 from ..varying import varying_axes
@@ -80,6 +80,9 @@ def why_not(
             return f"{name} of shape {array.shape} is empty"
         if array.shape[-1] > 1024:
             return f"the heads of {name} have {array.shape[-1]} numbers, more than 1024"
+    for name, memory in (("keys", keys), ("values", values)):
+        if math.prod(memory.shape[1:]) >= 2**31:  # threads count in 32 bits from a row's beginning
+            return f"a row of {name} has {math.prod(memory.shape[1:])} numbers, more than 2^31 - 1"
     if rotary is not None and rotary.interleaved and q.shape[2] % 2:
         return f"pairs are interleaved in a head of {q.shape[2]} numbers, which is odd"
     return None
@@ -129,11 +132,13 @@ def run(
     ]
     blocks = [x.shape[1] // job.heads for x, job in zip(new, jobs, strict=True)]  # of each token
 
+    grid = (q.shape[0], sum(blocks))
+
     def kv_write_kernel(*refs: Any) -> None:
         source_refs, refs = refs[: len(new)], refs[len(new) :]
         (rows_ref, slots_ref, *angles), refs = refs[: len(indices)], refs[len(indices) :]
         memory_refs, (*turned_ref, table, maxima, barrier) = refs[: len(memory)], refs[len(memory) :]
-        token, block = lax.axis_index("token"), lax.axis_index("block")
+        token, block = block_indices(*grid)
         row, slot = rows_ref[token], slots_ref[token]
         inside = (row >= 0) & (row < keys.shape[0]) & (slot >= 0) & (slot < keys.shape[2])
 
@@ -164,8 +169,8 @@ def run(
     kernel = plgpu.kernel(
         kv_write_kernel,
         out_type=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in new[2:]],
-        grid=(q.shape[0], sum(blocks)),
-        grid_names=("token", "block"),
+        grid=(math.prod(grid),),
+        grid_names=("block",),
         scratch_types=[
             plgpu.SMEM((2, max(job.table for job in jobs)), jnp.float32),
             plgpu.SMEM((3, max(job.heads for job in jobs)), jnp.float32),

@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-from ..mosaic import store, tiled
+from ..mosaic import send_rows, store_transposed, tiled, transposed_layout
 from . import prologue
 from .epilogue import activation, combine
 from .form import LinearForm
@@ -66,6 +66,9 @@ def call(plan: Plan, x: Array, weight: Array, **extras: Array | None) -> Array:
     """The kernel: the result `[T, out]`, or float32 `[splits, operands, T, out rounded up]` for a second pass."""
     problem, tiling = plan.problem, plan.tiling
     present = {name: array for name, array in extras.items() if array is not None}
+    # Of the dimensions they have in shared memory, so that one copy brings all.
+    norm = {name: array.reshape(-1, tiling.step) for name, array in present.items() if name.startswith("norm_")}
+    present |= norm
     if plan.direct:
         out = jax.ShapeDtypeStruct((plan.problem.tokens, problem.outputs), plan.result)
     else:
@@ -97,10 +100,12 @@ def _scratch(plan: Plan, dtype: Any, present: Mapping[str, Array]) -> dict[str, 
         # without tiles TMA takes any array.
         return plgpu.RefUnion(plgpu.SMEM(shape, dtype, transforms=(swizzle,)), tiled) if flat else tiled
 
-    chunks = problem.inputs // tiling.step if problem.resident else tiling.stages * plan.x_copies
+    slots = tiling.stages * plan.x_copies
     scratch: dict[str, Any] = {
         "weights_s": operand(problem.flat, tiling.stages, problem.operands, padded, tiling.step),
-        "x_s": operand(problem.flat or problem.ragged, chunks, columns, plan.x_step),
+        "x_s": operand(False, columns, problem.inputs)
+        if problem.resident
+        else operand(problem.flat or problem.ragged, slots, columns, plan.x_step),
         "staged_s": [plgpu.SMEM((columns, padded), plan.result if plan.direct else jnp.float32)]
         * (1 if plan.direct else problem.operands),
         "arrived": plgpu.Barrier(
@@ -109,13 +114,12 @@ def _scratch(plan: Plan, dtype: Any, present: Mapping[str, Array]) -> dict[str, 
     }
     if "bias" in present:
         scratch["bias_s"] = plgpu.SMEM((problem.operands, padded), present["bias"].dtype)
-    if arrivals := problem.operands * ("bias" in present) + plan.problem.tokens * ("residual" in present):
+    if arrivals := problem.operands * ("bias" in present) + ("residual" in present):
         scratch["extras_arrived"] = plgpu.Barrier(num_arrivals=arrivals)
     if problem.resident:
-        norm = {name: array for name, array in present.items() if name.startswith("norm_")}
-        for name, array in norm.items():
-            scratch[f"{name}_s"] = plgpu.SMEM((chunks, tiling.step), array.dtype)
-        scratch["x_arrived"] = plgpu.Barrier(num_arrivals=chunks * (1 + len(norm)))
+        norm = {f"{name}_s": array for name, array in present.items() if name.startswith("norm_")}
+        scratch |= {name: plgpu.SMEM(array.shape, array.dtype) for name, array in norm.items()}
+        scratch["x_arrived"] = plgpu.Barrier(num_arrivals=1 + len(norm))
     return scratch
 
 
@@ -149,9 +153,8 @@ class Block:
         if problem.resident:
             plgpu.barrier_wait(self.scratch["x_arrived"])
             assert plan.form.norm is not None
-            prologue.normalise(
-                self.scratch["x_s"], self.scratch.get("norm_weight_s"), self.scratch.get("norm_bias_s"), plan.form.norm
-            )
+            norm = self.scratch.get("norm_weight_s"), self.scratch.get("norm_bias_s")
+            prologue.normalise(self.scratch["x_s"], *norm, plan.form.norm, tiling.step)
 
         @pl.loop(0, mine)
         def _(turn: jax.Array) -> None:
@@ -166,9 +169,10 @@ class Block:
                     self.multiply(sums, lax.rem(step, tiling.stages), split * steps + index)
                     ahead = step - 1 + tiling.stages
 
-                    @pl.when((step > 0) & (ahead < mine * steps))
-                    def _() -> None:
-                        fetch(ahead)  # into the slot of the step before, whose products are done
+                    # Into the slot of the step before, whose products are done: this thread's, as it has waited for
+                    # them, and those of the other three warps, because Mosaic has all threads meet before each copy.
+                    # Whoever turns that off (`unsafe_no_auto_barriers`) has to have them meet once a step.
+                    pl.when((step > 0) & (ahead < mine * steps))(lambda: fetch(ahead))
 
                 return tuple(ref[...] for ref in sums)
 
@@ -220,7 +224,7 @@ class Block:
         )
 
     def fetch_extras(self, tile: jax.Array) -> None:
-        """Starts the loads of what the epilogue adds, one row of the residual at a time: its rows are [T, out]."""
+        """Starts the loads of what the epilogue adds; of the residual as much as the buffer is wide, in one copy."""
         problem, tiling = self.plan.problem, self.plan.tiling
         if "bias" in self.extras:
             for operand in range(problem.operands):
@@ -230,22 +234,22 @@ class Block:
                     self.scratch["extras_arrived"],
                 )
         if "residual" in self.extras:
-            for token in range(self.plan.problem.tokens):
-                plgpu.copy_gmem_to_smem(
-                    self.extras["residual"].at[token, pl.ds(tile * tiling.rows, tiling.rows)],
-                    self.scratch["staged_s"][0].at[token, pl.ds(0, tiling.rows)],
-                    self.scratch["extras_arrived"],
-                )
+            [staged] = self.scratch["staged_s"]
+            place = pl.ds(tile * 0, staged.shape[0]), pl.ds(tile * tiling.rows, staged.shape[1])
+            plgpu.copy_gmem_to_smem(self.extras["residual"].at[place], staged, self.scratch["extras_arrived"])
 
     def multiply(self, sums: Sequence[Any], slot: jax.Array, step: jax.Array) -> None:
         """Waits for a step's operands and starts its products; those of the step before are done on return."""
         plan, weights, x = self.plan, self.weights()[1], self.xs()[1]
-        first = step if plan.problem.resident else slot * plan.x_copies
         plgpu.barrier_wait(self.scratch["arrived"].at[slot])
         for copy in range(plan.x_copies):
             inputs = pl.ds(copy * plan.x_step, plan.x_step)
+            if plan.problem.resident:
+                columns = x.at[:, pl.ds(step * plan.x_step, plan.x_step)].T
+            else:
+                columns = x.at[slot * plan.x_copies + copy].T
             for operand, ref in enumerate(sums):
-                plgpu.wgmma(ref, weights.at[slot, operand, :, inputs], x.at[first + copy].T)
+                plgpu.wgmma(ref, weights.at[slot, operand, :, inputs], columns)
         plgpu.wgmma_wait(len(sums) * plan.x_copies)
 
     def write_result(self, sums: Sequence[jax.Array], tile: jax.Array) -> None:
@@ -261,7 +265,7 @@ class Block:
         form = self.plan.form
         y = combine(sums, biases, form, activation(form.activation)).astype(self.plan.result)
         if "residual" in self.extras:
-            layout = _transposed_layout(y.dtype)
+            layout = transposed_layout(y.dtype)
             y = plgpu.layout_cast(y, layout) + plgpu.load(staged.T, layout=layout, optimized=False)
         store_transposed(staged.T, y)
         plgpu.commit_smem()
@@ -276,34 +280,12 @@ class Block:
             self.send(staged[operand], self.out.at[split, operand], tile)
 
     def send(self, staged: Any, out: Any, tile: jax.Array) -> None:
-        """Copies a tile to the result row by row: only so can it stop at `rows` and at the last token.
-
-        The copies of the last tile stop at the end of a row by themselves.
-        """
+        """Copies a tile to the result row by row: only so can it stop at `rows`, at a row's end, at the last token."""
         rows = self.plan.tiling.rows
-        for token in range(self.plan.problem.tokens):
-            plgpu.copy_smem_to_gmem(
-                staged.at[token, pl.ds(0, rows)], out.at[token, pl.ds(tile * rows, rows)], commit_group=False
-            )
-        plgpu.commit_smem_to_gmem_group()
+        send_rows(staged.at[:, pl.ds(0, rows)], out, tile, pl.cdiv(out.shape[1], rows))
 
 
 def _views(ref: Any, flat: bool) -> tuple[Any, Any]:
     """An operand in shared memory as TMA and as wgmma see it."""
     by_tma, by_wgmma = ref if flat else (ref, ref)
     return by_tma, by_wgmma
-
-
-def store_transposed(ref: Any, values: jax.Array) -> None:
-    """Writes `values` [M, N], products or their like, to shared memory [N, M], whose transposed view is `ref`."""
-    values = plgpu.layout_cast(values, _transposed_layout(values.dtype))
-    store(ref, values)
-
-
-def _transposed_layout(dtype: Any) -> Any:
-    """The registers from which a matrix of products gets to the transposed place in shared memory, or from there.
-
-    A thread holds pairs of neighbours along N, which lie in different rows there. The hardware transposes 16-bit
-    matrices on the way; of wider ones the threads exchange pairs first.
-    """
-    return _WGMMA if dtype.itemsize == 2 else plgpu.Layout.WGMMA_TRANSPOSED

@@ -21,6 +21,7 @@ from .partition import LAUNCH, TILE, Problem, aligned, best, cost, fitted, units
 
 MAX_TOKENS = 64  # beyond, the product is on its way to compute-bound and XLA's matrix product is the right tool
 _SLACK = 4 * 1024  # barriers and the compiler's own scratch
+_MUCH = 0.2  # of the weights' traffic, for parts: cuBLAS, which shares `x` among blocks, needs none
 
 
 def why_not(
@@ -51,6 +52,28 @@ def why_not(
     if inputs % 8:
         return f"in must be a multiple of 8, for rows of 16 bytes that TMA can read, not {inputs}"
     return None
+
+
+def rather_xla(
+    x: Array,
+    weight: Array,
+    bias: Array | None = None,
+    residual: Array | None = None,
+    norm_weight: Array | None = None,
+    norm_bias: Array | None = None,
+    *,
+    device: Device,
+    form: LinearForm = PLAIN,
+) -> str | None:
+    """Why XLA is expected to be as fast, or `None`: small products of many tokens. Predicted, not measured."""
+    plan = _plan(x, weight, bias, (norm_weight, norm_bias), device, form)
+    if plan.tiling.splits == 1:
+        return None
+    parts = 2 * 4 * plan.tiling.splits * len(x) * weight.shape[0]  # written and read
+    share = parts / (weight.size * weight.dtype.itemsize)
+    if share <= _MUCH:
+        return None
+    return f"the parts of {plan.tiling.splits} splits take {share:.0%} of the traffic of the weights"
 
 
 def run(

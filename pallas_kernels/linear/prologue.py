@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -15,38 +16,37 @@ _LAYOUT = plgpu.Layout.WGMMA_TRANSPOSED
 
 
 def fetch(x: Any, x_s: Any, per_input: Sequence[tuple[Any, Any]], barrier: Any) -> None:
-    """Starts the copies of `x` and of the norm's weight and bias, on all of which `barrier` waits.
+    """Starts the copies of `x` and of the norm's weight and bias, one each, which `barrier` waits for.
 
     Args:
         x: `[T, in]` in global memory; rows past its end arrive as zeros.
-        x_s: `[chunks, columns, step]` in shared memory, tiled and swizzled as wgmma wants it.
-        per_input: pairs of `[in]` in global and `[chunks, step]` in shared memory.
-        barrier: takes an arrival of each of them for every chunk.
+        x_s: `[columns, in]` in shared memory, tiled and swizzled as wgmma wants it.
+        per_input: pairs of `[chunks, step]` in global and in shared memory.
+        barrier: takes an arrival of each.
     """
-    chunks, columns, step = x_s.shape
-
-    @pl.loop(0, chunks)
-    def _(chunk: jax.Array) -> None:
-        inputs = pl.ds(chunk * step, step)
-        plgpu.copy_gmem_to_smem(x.at[pl.ds(chunk * 0, columns), inputs], x_s.at[chunk], barrier)
-        for source, destination in per_input:
-            plgpu.copy_gmem_to_smem(source.at[inputs], destination.at[chunk], barrier)
+    first = lax.axis_index("block") * 0  # traced, for only then may an index reach past an array
+    plgpu.copy_gmem_to_smem(x.at[pl.ds(first, x_s.shape[0])], x_s, barrier)
+    for source, destination in per_input:
+        plgpu.copy_gmem_to_smem(source, destination, barrier)
 
 
-def normalise(x_s: Any, weight_s: Any, bias_s: Any, form: NormForm) -> None:
+def normalise(x_s: Any, weight_s: Any, bias_s: Any, form: NormForm, step: int) -> None:
     """Replaces the rows in `x_s` by their norms: statistics in float32, rounded to the dtype of `x_s`.
 
-    The sums of a row stay spread over the threads until the last chunk: one exchange between warps per statistic.
+    It goes over `step` inputs at a time. The sums of a row stay spread over the threads until the last of them: one
+    exchange between warps per statistic.
     """
-    chunks, columns, step = x_s.shape
-    inputs = chunks * step
-    shape = (step, columns)
+    columns, inputs = x_s.shape
+    chunks, shape = inputs // step, (step, columns)
+
+    def place(index: jax.Array) -> Any:
+        return x_s.at[:, pl.ds(index * step, step)].T
 
     def chunk(index: jax.Array) -> jax.Array:
-        return plgpu.load(x_s.at[index].T, layout=_LAYOUT).astype(jnp.float32)
+        return plgpu.load(place(index), layout=_LAYOUT).astype(jnp.float32)
 
     def over_rows(values: jax.Array) -> jax.Array:
-        return jax.lax.broadcast_in_dim(values, shape, (1,))
+        return lax.broadcast_in_dim(values, shape, (1,))
 
     def mean(square: bool, centre: jax.Array | None) -> jax.Array:
         def add(index: jax.Array, sums: jax.Array) -> jax.Array:
@@ -54,14 +54,14 @@ def normalise(x_s: Any, weight_s: Any, bias_s: Any, form: NormForm) -> None:
             return sums + (values * values if square else values)
 
         zeros = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), _LAYOUT)
-        return jnp.sum(jax.lax.fori_loop(0, chunks, add, zeros), axis=0) * (1 / inputs)
+        return jnp.sum(lax.fori_loop(0, chunks, add, zeros), axis=0) * (1 / inputs)
 
     centre = mean(False, None) if form.centred else None
-    scale = jax.lax.rsqrt(mean(True, centre) + form.eps)
+    scale = lax.rsqrt(mean(True, centre) + form.eps)
 
     def per_input(ref: Any, index: jax.Array) -> jax.Array:
         values = plgpu.load(ref.at[index], layout=_LAYOUT.reduce(1), optimized=False).astype(jnp.float32)
-        return jax.lax.broadcast_in_dim(values + form.weight_offset if ref is weight_s else values, shape, (0,))
+        return lax.broadcast_in_dim(values + form.weight_offset if ref is weight_s else values, shape, (0,))
 
     @pl.loop(0, chunks)
     def _(index: jax.Array) -> None:
@@ -71,6 +71,6 @@ def normalise(x_s: Any, weight_s: Any, bias_s: Any, form: NormForm) -> None:
             values = values * per_input(weight_s, index)
         if bias_s is not None:
             values = values + per_input(bias_s, index)
-        x_s.at[index].T[...] = values.astype(x_s.dtype)
+        place(index)[...] = values.astype(x_s.dtype)
 
     plgpu.commit_smem()  # before wgmma reads what was written

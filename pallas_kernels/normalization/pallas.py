@@ -25,6 +25,7 @@ from .form import NormForm
 
 _WARPS, _LANES = 4, 32  # of a warpgroup, of a warp
 _MAX_WARPGROUPS = 8  # 1024 threads, the most a block may have
+_FEW = 64  # rows, which leave half of a Hopper GPU's multiprocessors idle
 _NARROW = 512  # a row that a single warp holds in 16 registers a thread
 
 
@@ -110,6 +111,13 @@ def why_not(
     if not Tiling.all(width, x.dtype.itemsize):
         return f"the width must be 32 to {_NARROW}, or a multiple of 4 up to about 32768, not {width}"
     return None
+
+
+def rather_xla(x: Float[Array, "T E"], *_: Any, device: Device, form: NormForm) -> str | None:
+    """Why XLA is expected to be as fast, or `None`: few rows take the time of one, whoever does it. Predicted."""
+    if len(x) > _FEW:
+        return None
+    return f"{len(x)} rows are too few to fill the device: latency is all there is"
 
 
 def candidates(x: Float[Array, "T E"], *_: Any, device: Device, form: NormForm) -> Sequence[Config]:

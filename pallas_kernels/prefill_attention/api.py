@@ -19,7 +19,8 @@ def _bucket(
     form: AttentionForm,
     return_lse: bool = False,
 ) -> str:
-    queries, keys = (1 << max(n - 1, 0).bit_length() for n in (q.shape[1], k.shape[2]))
+    seen = reference.keys_in_sight(q, k, q_start, form)
+    queries, keys = (1 << max(n - 1, 0).bit_length() for n in (q.shape[1], seen))
     kind = "causal" if form.causal else "full"
     extras = {
         "window": form.window is not None,
@@ -57,7 +58,8 @@ def prefill_attention(
         q, k, v: query head h reads key/value head `h // (H // K)`. q and k are already rotated (`form.rotary` is not
             read). Where keys are hidden there must still be finite numbers in memory.
         form: scale, mask kind, bias.
-        q_start: index of each row's first query, not negative; 0 by default.
+        q_start: index of each row's first query, not negative; by default 0, and memory with room for more keys than
+            queries may be given whole to a causal form: what lies behind the last query is not read.
         k_lengths: keys from this index on are hidden; all are there by default.
         q_segments, k_segments: packed sequences, both or neither: a query sees only keys of its own segment. A segment
             is contiguous, and negative numbers mark padding, which sees nothing and is not seen.

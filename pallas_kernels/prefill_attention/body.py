@@ -1,9 +1,12 @@
 """What one block of the prefill kernel does: 128 queries of one head, against every key that one of them sees.
 
 Its two warpgroups of 64 queries take turns: while one has the tensor cores for its matrix products, the other does its
-exponentials. Keys and values arrive in shared memory a few steps ahead, fetched by the first warpgroup; the turns also
-tell it when a place is free. There is no warpgroup that only fetches: a block of two can have 255 registers a thread,
-whereas three rely on `setmaxnreg`, which is ignored where XLA assembles kernels with nvJitLink.
+exponentials. A turn is for the products of one step's weights and values and of the next step's queries and keys, or,
+where registers are too few for that, for one of the two.
+
+Keys and values arrive in shared memory a few steps ahead, fetched by the first warpgroup; the turns also tell it when a
+place is free. There is no warpgroup that only fetches: a block of two can have 255 registers a thread, whereas three
+rely on `setmaxnreg`, which is ignored where XLA assembles kernels with nvJitLink.
 """
 
 import functools
@@ -18,7 +21,7 @@ from jaxtyping import Array, Float
 
 from ..attention.form import AttentionForm
 from ..attention.tile import Softmax, finish, start, tile_scores, update
-from ..mosaic import ACC
+from ..mosaic import ACC, block_indices
 from .spans import Span, geometric_span
 
 WARPGROUPS = 2
@@ -80,11 +83,13 @@ class _Block:
         self.inputs, self.memory, self.form = inputs, memory, form
         self.stages, self.size = memory.k.shape[:2]
         self.keys = inputs.k.shape[2]
-        self.head, self.row, self.warpgroup = map(lax.axis_index, ("head", "row", "warpgroup"))
+        blocks, (batch, _, heads, _) = pl.cdiv(queries, QUERY_BLOCK), inputs.q.shape
+        block, self.row, self.head = block_indices(blocks, batch, heads)
+        self.warpgroup = lax.axis_index("warpgroup")
         self.kv_head = lax.div(self.head, jnp.int32(inputs.q.shape[2] // inputs.k.shape[1]))
         self.q, self.out = (place.at[self.warpgroup] for place in memory.q_out)
         # Blocks with the most keys go first, so that short ones fill the end.
-        number = pl.cdiv(queries, QUERY_BLOCK) - 1 - lax.axis_index("block")
+        number = blocks - 1 - block
         begin = number * QUERY_BLOCK
         self.at = pl.ds(begin + self.warpgroup * ROWS, ROWS)
 
@@ -100,6 +105,9 @@ class _Block:
         self.steps = self.span.last - self.span.first
         self.slope = None if inputs.slopes is None else inputs.slopes[self.head]
         self.q_segments = None
+        # Both products in one turn keep the tensor cores busier, but weights then wait in registers. Beside a bias, or
+        # wide values and segments, none are left for them: the compiler would spill.
+        self.together = form.alibi is None and (inputs.q_segments is None or inputs.v.shape[-1] <= 128)
 
     def fetch_first(self) -> None:
         """Brings the queries, and as many keys and values as there is space for."""
@@ -150,7 +158,10 @@ class _Block:
         values = plgpu.layout_cast(values, plgpu.Layout.WGMMA)
         # The second warpgroup is half a step behind: so it waits once more before, the first once more after.
         pl.when(self.warpgroup == 1)(self._pass_turn)
-        values, softmax = lax.fori_loop(0, self.steps, self._step, (values, softmax))
+        if self.together:
+            values, softmax = lax.cond(self.steps > 0, self._steps_together, lambda *carry: carry, values, softmax)
+        else:
+            values, softmax = lax.fori_loop(0, self.steps, self._step, (values, softmax))
         pl.when(self.warpgroup == 0)(self._pass_turn)
         return values, softmax
 
@@ -159,7 +170,31 @@ class _Block:
         plgpu.barrier_wait(self.memory.turn)
 
     def _step(self, step: Array, carry: tuple[Array, Softmax]) -> tuple[Array, Softmax]:
+        """A turn at the tensor cores for the scores and, after the softmax, one for the values."""
         values, softmax = carry
+        rescale, weights, softmax = self._softmax(step, self._scores(step), softmax)
+        values = self._rescaled(values, rescale)
+        values, weights, softmax = self._next_turn(step, (values, weights, softmax))
+        # The other warpgroup has begun this step, so it is done with the values of the step before.
+        self._in_place_of(step - 1, self._fetch_values)
+        return self._weigh(step, values, weights), softmax
+
+    def _steps_together(self, values: Array, softmax: Softmax) -> tuple[Array, Softmax]:
+        """Turns at the tensor cores for the values of one step and the scores of the next."""
+        _, weights, softmax = self._softmax(jnp.int32(0), self._scores(jnp.int32(0)), softmax)
+        carry = values, *self._next_turn(jnp.int32(0), (weights, softmax))
+
+        def step(step: Array, carry: tuple[Array, Array, Softmax]) -> tuple[Array, Array, Softmax]:
+            values, weights, softmax = carry
+            values, raw = self._weighed_and_scores(step, values, weights)
+            rescale, weights, softmax = self._softmax(step, raw, softmax)
+            return self._next_turn(step, (self._rescaled(values, rescale), weights, softmax))
+
+        values, weights, softmax = lax.fori_loop(1, self.steps, step, carry)
+        return self._weigh(self.steps - 1, values, weights), softmax
+
+    def _scores(self, step: Array) -> Array:
+        """The products of queries and keys, in this warpgroup's turn, which it passes on."""
         slot = self._slot(step)
         plgpu.barrier_wait(self.memory.k_ready.at[slot])
 
@@ -170,27 +205,58 @@ class _Block:
             self._in_place_of(step - 1, self._fetch_keys)
             return scores[...]
 
-        raw = pl.run_scoped(products, ACC((ROWS, self.size), jnp.float32))
+        return pl.run_scoped(products, ACC((ROWS, self.size), jnp.float32))
+
+    def _weighed_and_scores(self, step: Array, values: Array, weights: Array) -> tuple[Array, Array]:
+        """The sum with the values of the step before, and the scores of this one: both in one turn."""
+        slot, before = self._slot(step), self._slot(step - 1)
+        plgpu.barrier_wait(self.memory.k_ready.at[slot])
+
+        def products(scores: Any) -> tuple[Array, Array]:
+            def both(values: Any) -> None:
+                plgpu.wgmma(values, weights, self.memory.v.at[before])
+                plgpu.wgmma(scores, self.q, self.memory.k.at[slot].T)
+                self._pass_turn()
+                # The other warpgroup has its weights of the step before, so it is done with the keys, and with the
+                # values of the step before that.
+                self._in_place_of(step - 1, self._fetch_keys)
+                self._in_place_of(step - 2, self._fetch_values)
+
+            weighed: Any = pl.run_state(both)(ACC.init(values))
+            return weighed, scores[...]
+
+        return pl.run_scoped(products, ACC((ROWS, self.size), jnp.float32))
+
+    def _softmax(self, step: Array, raw: Array, softmax: Softmax) -> tuple[Array, Array, Softmax]:
+        """What to multiply the sums with, the weights of the step, and the state."""
         distance = None if self.form.alibi is None else self._distance(step)
         scores, factor = tile_scores(raw, self.form, distance, slope=self.slope, masked=False)
         block = self.span.first + step
         clean = (block >= self.span.clean_from) & (block < self.span.clean_to)
         scores = lax.cond(clean, lambda scores: scores, lambda scores: self._hide(scores, step), scores)
         weights, rescale, softmax = update(softmax, scores, factor)
-        values, weights = values * _along_rows(rescale, values.shape), weights.astype(self.inputs.v.dtype)
+        return rescale, weights.astype(self.inputs.v.dtype), softmax
+
+    def _rescaled(self, values: Array, rescale: Array) -> Array:
+        return values * _along_rows(rescale, values.shape)
+
+    def _next_turn(self, step: Array, carry: Any) -> Any:
+        """Waits for the next turn and for the values of `step`."""
         # Nothing of this may sink below, into this warpgroup's own turn at the tensor cores.
-        values, weights, softmax = lax.optimization_barrier((values, weights, softmax))
+        carry = lax.optimization_barrier(carry)
         plgpu.barrier_arrive(self.memory.turn)
-        plgpu.barrier_wait(self.memory.v_ready.at[slot])
+        plgpu.barrier_wait(self.memory.v_ready.at[self._slot(step)])
         plgpu.barrier_wait(self.memory.turn)
-        # The other warpgroup has begun this step, so it is done with the values of the step before.
-        self._in_place_of(step - 1, self._fetch_values)
+        return carry
+
+    def _weigh(self, step: Array, values: Array, weights: Array) -> Array:
+        """Adds the weighted values of a step."""
 
         def weigh(values: Any) -> None:
-            plgpu.wgmma(values, weights, self.memory.v.at[slot])
+            plgpu.wgmma(values, weights, self.memory.v.at[self._slot(step)])
 
         weighed: Any = pl.run_state(weigh)(ACC.init(values))
-        return weighed, softmax
+        return weighed
 
     def _number(self, axis: int) -> Array:
         return plgpu.broadcasted_iota(jnp.int32, (ROWS, self.size), axis, layout=plgpu.Layout.WGMMA)
@@ -225,7 +291,11 @@ class _Block:
         return scores if visible is None else jnp.where(visible, scores, -jnp.inf)
 
     def store(self, out: Any, lse: Any, values: Float[Array, "64 Dv"], softmax: Softmax) -> None:
-        """Writes the result; copies end at the array's last query."""
+        """Writes the result.
+
+        Its copy is one of a box of swizzled tiles, which ends at the array's last query. That of the logarithms is one
+        of so many bytes, which nothing ends: their array has whole blocks of queries.
+        """
         reciprocal, logarithm = finish(softmax)
         self.out[...] = (values * _along_rows(reciprocal, values.shape)).astype(self.out.dtype)
         if lse is not None:

@@ -19,6 +19,7 @@ from ..device import Device
 from ..mosaic import not_hopper, tiled
 from ..operator import Config
 from .body import QUERY_BLOCK, ROWS, WARPGROUPS, Inputs, Memory, attend
+from .reference import in_sight
 from .spans import segment_spans
 
 _REGISTERS = 176  # a thread's, of 255, for numbers of tiles
@@ -72,10 +73,13 @@ def run(
 ) -> Any:
     """See `prefill_attention`."""
     queries, keys = q.shape[1], k.shape[2]
-    tiling = _tiling(q, v, q_segments, device, config)
+    tiling = _tiling(q, v, q_segments, form, device, config)
     # Rows in shared memory come in eights, and Mosaic wants whole ones in device memory too. Lengths from buckets are
     # multiples of eight; for others XLA copies.
     q = _padded(q, 1, 8, 0)
+    if keys % 8:
+        k, v, k_segments = in_sight(q, k, v, q_start, k_segments, form)
+        keys = k.shape[2]
     if keys % 8:
         k_lengths = jnp.full(q.shape[0], keys, jnp.int32) if k_lengths is None else jnp.minimum(k_lengths, keys)
         k, v = _padded(k, 2, 8, 0), _padded(v, 2, 8, 0)
@@ -120,10 +124,10 @@ def _call(arrays: Inputs, form: AttentionForm, queries: int, tiling: Tiling, *, 
     results = plgpu.kernel(
         entry,
         out_type=out_type,
-        # The last name runs fastest. So heads that share keys run together, and blocks that see the most keys first,
-        # for the end to be filled with short ones.
-        grid=(blocks, batch, heads),
-        grid_names=("block", "row", "head"),
+        # Heads run fastest, for those that share keys to run together; blocks that see the most keys run first, for the
+        # end to be filled with short ones.
+        grid=(blocks * batch * heads,),
+        grid_names=("block",),
         num_threads=WARPGROUPS,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
@@ -193,18 +197,23 @@ def candidates(
     return_lse: bool = False,
 ) -> Sequence[Config]:
     """See `KernelModule.candidates`."""
-    return [dataclasses.asdict(tiling) for tiling in _tilings(q, v, q_segments, device)]
+    return [dataclasses.asdict(tiling) for tiling in _tilings(q, v, q_segments, form, device)]
 
 
 def _tilings(
-    q: Float[Array, "B S H D"], v: Float[Array, "B K L Dv"], q_segments: Array | None, device: Device
+    q: Float[Array, "B S H D"],
+    v: Float[Array, "B K L Dv"],
+    q_segments: Array | None,
+    form: AttentionForm,
+    device: Device,
 ) -> list[Tiling]:
     """Every tiling that fits, the default first: few steps, and as much as possible on its way."""
     dim, value_dim = q.shape[-1], v.shape[-1]
-    # Of a warpgroup's numbers each thread has half of a row's: values, scores, and two weights to a register.
-    blocks = [n for n in (128, 64) if value_dim / 2 + n / 2 + n / 4 <= _REGISTERS]
-    tilings = [Tiling(block, stages) for block in blocks for stages in (4, 3, 2)]
     segments = q_segments is not None
+    # Of a warpgroup's numbers each thread has half of a row's: values, scores, and two weights to a register.
+    others = 32 if segments and form.alibi is not None else 0  # slopes and numbers of segments, and what both lead to
+    blocks = (128, 64) if value_dim / 2 + 64 + 32 + others <= _REGISTERS else (64,)
+    tilings = [Tiling(block, stages) for block in blocks for stages in (4, 3, 2)]
     return [t for t in tilings if t.shared_memory(dim, value_dim, segments=segments) <= device.shared_memory]
 
 
@@ -212,7 +221,8 @@ def _tiling(
     q: Float[Array, "B S H D"],
     v: Float[Array, "B K L Dv"],
     q_segments: Array | None,
+    form: AttentionForm,
     device: Device,
     config: Config | None,
 ) -> Tiling:
-    return dataclasses.replace(_tilings(q, v, q_segments, device)[0], **(config or {}))
+    return dataclasses.replace(_tilings(q, v, q_segments, form, device)[0], **(config or {}))

@@ -22,6 +22,7 @@ def prefill_attention(
 ) -> Float[Array, "B S H Dv"] | tuple[Float[Array, "B S H Dv"], Float[Array, "B S H"]]:
     """See `api.prefill_attention`. For the logarithms all scores are in memory at once."""
     batch, queries, heads, _ = q.shape
+    k, v, k_segments = in_sight(q, k, v, q_start, k_segments, form)
     keys = k.shape[2]
     query, key = jnp.arange(queries, dtype=jnp.int32), jnp.arange(keys, dtype=jnp.int32)
     start = jnp.zeros(batch, jnp.int32) if q_start is None else q_start
@@ -40,6 +41,26 @@ def prefill_attention(
         return out
     lse = jax.nn.logsumexp(_masked_scores(q, k, form, **positions), axis=-1).reshape(batch, heads, queries)
     return out, jnp.where(seen, lse.swapaxes(1, 2), -jnp.inf)
+
+
+def keys_in_sight(
+    q: Float[Array, "B S H D"], k: Float[Array, "B K L D"], q_start: Array | None, form: AttentionForm
+) -> int:
+    """How many keys, from the first on, queries can see by their indices alone; memory may have room for more."""
+    return min(q.shape[1], k.shape[2]) if form.causal and q_start is None else k.shape[2]
+
+
+def in_sight(
+    q: Float[Array, "B S H D"],
+    k: Float[Array, "B K L D"],
+    v: Float[Array, "B K L Dv"],
+    q_start: Array | None,
+    k_segments: Int[Array, "B L"] | None,
+    form: AttentionForm,
+) -> tuple[Array, Array, Array | None]:
+    """`k`, `v` and `k_segments` without keys that are out of sight."""
+    keys = keys_in_sight(q, k, q_start, form)
+    return k[:, :, :keys], v[:, :, :keys], None if k_segments is None else k_segments[:, :keys]
 
 
 def _visible(

@@ -17,13 +17,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ..device import Device
-from ..linear.block import store_transposed
 from ..linear.epilogue import activation, combine, reduce_splits
 from ..linear.form import LinearForm
-from ..mosaic import ACC, not_hopper, tiled
+from ..mosaic import ACC, not_hopper, send_rows, store_transposed, tiled
 from ..operator import Config
 from .tiling import CHUNK, MAX_TOKENS, ROWS, Shape, Tiling, best
-from .unpack import bit_patterns, operand
+from .unpack import across, bit_pattern, operand
 from .weight import BLOCK, QuantizedWeight, WeightFormat
 
 _ROW = plgpu.Layout.WGMMA.reduce(1)
@@ -97,7 +96,7 @@ def run(
         "values": weight.values.reshape(parts, out, -1),
         "scales": None if per_row else scales,
         "zeros": None if weight.zeros is None else weight.zeros.reshape(-1, parts, out),
-        "patterns": _patterns(shape, x.dtype),
+        "pattern": _pattern(shape, x.dtype),
     }
     last = {
         "scales": scales[0] if per_row else None,
@@ -128,7 +127,10 @@ def _call(
     block = partial(_Block, shape=shape, tiling=tiling, stored=weight.format, form=form)
 
     def body(streamed: dict[str, Any], last: dict[str, Any], out: Any, **scratch: Any) -> None:
-        block(streamed, last, out, scratch).run()
+        # Here, for the compiler asks for the index anew at every place in a loop that it is named in.
+        warpgroup = lax.axis_index("warpgroup")
+        place = lax.div(warpgroup, tiling.inputs), lax.rem(warpgroup, tiling.inputs)
+        block(streamed, last, out, scratch, *place).run()
 
     return plgpu.kernel(
         body,
@@ -184,11 +186,12 @@ def _scratch(
     return scratch
 
 
-def _patterns(shape: Shape, dtype: jnp.dtype) -> jax.Array | None:
-    """What `operand` wants in memory; constants do where there is no register left to keep them in."""
+def _pattern(shape: Shape, dtype: jnp.dtype) -> jax.Array | None:
+    """What `operand` wants in memory; a constant does where there is no register left to keep it in."""
     stored = shape.weight.format
-    bits = bit_patterns(stored, dtype)
-    return jnp.array(bits, jnp.int16) if bits and (stored.group != 32 or shape.columns <= 32) else None
+    bits = bit_pattern(stored, dtype)
+    there = bits is not None and (stored.group != 32 or shape.columns <= 32)
+    return jnp.array([bits], jnp.int16) if there else None
 
 
 def groups_of(stored: WeightFormat) -> int:
@@ -204,12 +207,18 @@ def _fetched(streamed: Mapping[str, Any], stored: WeightFormat) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class _Block:
-    """One thread block, while it is traced."""
+    """One thread block, while it is traced.
+
+    Attributes:
+        over_rows, over_inputs: which rows and which inputs of the block are this warpgroup's.
+    """
 
     streamed: Mapping[str, Any]
     last: Mapping[str, Any]
     out: Any
     scratch: Mapping[str, Any]
+    over_rows: jax.Array
+    over_inputs: jax.Array
     shape: Shape
     tiling: Tiling
     stored: WeightFormat
@@ -222,49 +231,41 @@ class _Block:
 
     def run(self) -> None:
         tiling, stages = self.tiling, self.tiling.stages
-        warpgroup, split = lax.axis_index("warpgroup"), lax.axis_index("split")
+        split, first = lax.axis_index("split"), (self.over_rows == 0) & (self.over_inputs == 0)
         steps = tiling.steps(self.shape)
         whole = -(-self.shape.inputs // (tiling.inputs * CHUNK))
         mine = lax.min(steps, whole - split * steps)
-        patterns = [jnp.int16(bits) for bits in bit_patterns(self.stored, self.streamed["x"].dtype)]
-        if "patterns" in self.streamed:
-            patterns = [self.streamed["patterns"][n] for n in range(len(patterns))]
+        pattern, bits = None, bit_pattern(self.stored, self.streamed["x"].dtype)
+        if bits is not None:
+            pattern = self.streamed["pattern"][0] if "pattern" in self.streamed else jnp.int16(bits)
 
-        @pl.when(warpgroup == 0)
+        @pl.when(first)
         def _() -> None:
             for step in range(stages):
                 pl.when(step < mine)(partial(self.fetch, jnp.int32(step), split * steps + step))
             self.fetch_last()
 
-        def step(index: jax.Array, totals: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-            slot = lax.rem(index, stages)
+        def step(index: jax.Array, carry: tuple[jax.Array, tuple[jax.Array, ...]]) -> Any:
+            slot, totals = carry
             plgpu.barrier_wait(self.scratch["arrived"].at[slot])
-            totals = self.add_products(slot, split * steps + index, totals, patterns)
+            totals = self.add_products(slot, split * steps + index, totals, pattern)
             plgpu.commit_smem()  # this thread's reads of the slot come before the copies that overwrite it
             plgpu.barrier_arrive(self.scratch["consumed"].at[slot])
             ahead = index - 1 + stages
 
-            @pl.when((warpgroup == 0) & (index > 0) & (ahead < mine))
+            @pl.when(first & (index > 0) & (ahead < mine))
             def _() -> None:
-                before = lax.rem(ahead, stages)
+                before = jnp.where(slot == 0, stages, slot) - 1
                 plgpu.barrier_wait(self.scratch["consumed"].at[before])
                 self.fetch(before, split * steps + ahead)
 
-            return totals
+            return jnp.where(slot == stages - 1, 0, slot + 1), totals
 
         zero = plgpu.layout_cast(jnp.zeros((ROWS, self.shape.columns), jnp.float32), plgpu.Layout.WGMMA)
-        totals = lax.fori_loop(0, mine, step, (zero,) * len(self.sections))
+        _, totals = lax.fori_loop(0, mine, step, (jnp.int32(0), (zero,) * len(self.sections)))
         if tiling.inputs > 1:
             totals = self.gather(totals)
         pl.when(self.over_inputs == 0)(partial(self.store, totals))
-
-    @property
-    def over_rows(self) -> jax.Array:
-        return lax.axis_index("warpgroup") // self.tiling.inputs
-
-    @property
-    def over_inputs(self) -> jax.Array:
-        return lax.rem(lax.axis_index("warpgroup"), self.tiling.inputs)
 
     def own_rows(self, block: int) -> Any:
         """Rows of the thread block's tile."""
@@ -304,7 +305,7 @@ class _Block:
                 plgpu.copy_gmem_to_smem(source.at[token, rows], target.at[token], barrier)
 
     def add_products(
-        self, slot: jax.Array, step: jax.Array, totals: Sequence[jax.Array], patterns: Sequence[jax.Array]
+        self, slot: jax.Array, step: jax.Array, totals: Sequence[jax.Array], pattern: jax.Array | None
     ) -> tuple[jax.Array, ...]:
         """Adds the products over the chunk of inputs that this warpgroup takes of a step."""
         groups, columns, totals = groups_of(self.stored), self.shape.columns, list(totals)
@@ -316,7 +317,7 @@ class _Block:
             def products(*sums: Any, some: Sequence[Any] = some) -> list[jax.Array]:
                 for sum, (_, part, block, group) in zip(sums, some, strict=True):
                     inputs = pl.ds(pl.multiple_of(self.over_inputs * CHUNK + group * size, size), size)
-                    a = self.numbers(patterns, slot, part, block, group)
+                    a = self.numbers(pattern, slot, part, block, group)
                     plgpu.wgmma(sum, a, self.scratch["x"].at[slot, :, inputs].T)
                 plgpu.wgmma_wait(0)
                 return [sum[...] for sum in sums]
@@ -327,7 +328,7 @@ class _Block:
                 totals[n] += product if scale is None else product * scale
         return tuple(totals)
 
-    def numbers(self, patterns: Sequence[jax.Array], slot: jax.Array, part: int, block: int, group: int) -> jax.Array:
+    def numbers(self, pattern: jax.Array | None, slot: jax.Array, part: int, block: int, group: int) -> jax.Array:
         """Operand A of one group: the integers (or narrow floats) less their zero point."""
         groups, dtype, width = groups_of(self.stored), self.streamed["x"].dtype, CHUNK // self.stored.words
         own = pl.ds(pl.multiple_of(self.over_inputs * width, width), width)
@@ -336,12 +337,11 @@ class _Block:
         stored = self.scratch["values"][slot, part, self.own_rows(block), own]
         if groups > 1:
             stored = stored[:, group * width // groups : (group + 1) * width // groups]
-        a = operand(stored, self.stored, dtype, patterns)
+        zeros = None
         if self.stored.zero_points:
             row = self.scratch["zeros"].at[slot, self.over_inputs * groups + group, part, self.own_rows(block)]
-            zero = plgpu.load(row, layout=_ROW, optimized=False)
-            a -= _across((zero.astype(jnp.int32) - 8).astype(jnp.float32).astype(dtype), a.shape[1])
-        return a
+            zeros = plgpu.load(row, layout=_ROW, optimized=False)
+        return operand(stored, self.stored, dtype, pattern, zeros)
 
     def scale(self, slot: jax.Array, step: jax.Array, part: int, block: int, group: int) -> jax.Array | None:
         """What the sum over one group is multiplied with, unless that waits for the end."""
@@ -375,7 +375,10 @@ class _Block:
         return tuple(totals)
 
     def store(self, totals: Sequence[jax.Array]) -> None:
-        """The epilogue and the copy of the results, or the copy of the sums for a second pass."""
+        """The epilogue and the copy of the results, or the copy of the sums for a second pass.
+
+        The last tile may have blocks of rows that are partly or wholly past the end.
+        """
         out_tile, direct = self.scratch["out_tile"], self.tiling.splits == 1
         if self.last:
             plgpu.barrier_wait(self.scratch["last_arrived"])
@@ -389,14 +392,12 @@ class _Block:
         for (part, block), y in results.items():
             store_transposed(out_tile.at[part, :, self.own_rows(block)].T, y.astype(self.out.dtype))
         plgpu.commit_smem()
-        tile, split = lax.axis_index("tile"), lax.axis_index("split")
+        blocks = self.tiling.height // ROWS
         for part, block in results:
-            target = self.out if direct else self.out.at[split, part]
-            rows = self.own_rows(block)
-            columns = pl.ds(tile * self.tiling.height + rows.start, ROWS)
-            for token in range(self.shape.tokens):  # row by row, which stops at the last token
-                plgpu.copy_smem_to_gmem(out_tile.at[part, token, rows], target.at[token, columns], commit_group=False)
-        plgpu.commit_smem_to_gmem_group()
+            target = self.out if direct else self.out.at[lax.axis_index("split"), part]
+            index = lax.axis_index("tile") * blocks + self.over_rows * self.tiling.blocks + block
+            source = out_tile.at[part, :, self.own_rows(block)]
+            send_rows(source, target, index, -(-self.shape.out // self.tiling.height) * blocks)
         plgpu.wait_smem_to_gmem(0)
 
     def finish(self, products: Sequence[jax.Array], block: int) -> jax.Array:
@@ -416,8 +417,4 @@ class _Block:
 
     def row(self, ref: Any) -> jax.Array:
         """A number per row, in every column."""
-        return _across(plgpu.load(ref, layout=_ROW, optimized=False).astype(jnp.float32), self.shape.columns)
-
-
-def _across(row: jax.Array, columns: int) -> jax.Array:
-    return plgpu.layout_cast(lax.broadcast_in_dim(row, (ROWS, columns), (0,)), plgpu.Layout.WGMMA)
+        return across(plgpu.load(ref, layout=_ROW, optimized=False).astype(jnp.float32), self.shape.columns)

@@ -1,7 +1,6 @@
 """What the warpgroups of one multiprocessor do: one loads, the others compute."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -13,7 +12,7 @@ from jaxtyping import Array
 from ..attention.form import AttentionForm
 from ..attention.tile import Softmax, finish, start, tile_scores, update, within_form
 from ..mosaic import ACC, store
-from .schedule import BEGIN, END, POSITION, SEQUENCE, SPLIT, SPLITS, TOKEN, TOKENS
+from .schedule import BEGIN, END, POSITION, SEQUENCE, SLOT, SPLITS, TOKEN, TOKENS
 from .tiling import PART_COLUMNS, ROWS, Tiling, head_blocks, operand_width
 
 # Registers a thread of the loading warpgroup keeps and each of two computing ones gets, where the assembler heeds it; a
@@ -263,24 +262,22 @@ def _compute_item(
     if results.lse is not None:
         store(results.lse.at[item, unit, warpgroup], lse)
     out = scratch.rows if scratch.out is None else scratch.out
-    whole = inputs.items[item, SPLITS] == 1
+    splits = inputs.items[item, SPLITS]
 
-    def at(array: Any, t: Any, heads: Any, columns: Any = slice(None)) -> Any:
-        t = pl.ds(token + t.start, t.size) if isinstance(t, pl.Slice) else token + t
-        return array.at[t, heads, columns]
-
-    @pl.when(whole)
+    @pl.when(splits == 1)
     def _() -> None:
-        _store(values, out, partial(at, results.out), count, own, tiling)
+        every = results.out.at[pl.ds(token, tiling.tokens), own.first] if tiling.heads == 1 else None
+        _store(values, out, lambda t: results.out.at[token + t], count, own, tiling, every)
 
     if results.parts is not None:
-        split = results.parts.at[inputs.items[item, SPLIT]]
 
-        @pl.when(jnp.logical_not(whole))
+        @pl.when(splits > 1)
         def _() -> None:
+            slot = inputs.items[item, SLOT] + before * splits
             for column in range(0, v_dim, PART_COLUMNS):
-                target = partial(at, split, columns=pl.ds(column, PART_COLUMNS))
-                _store(values[:, column : column + PART_COLUMNS], scratch.part, target, count, own, tiling)
+                some = values[:, column : column + PART_COLUMNS]
+                columns = results.parts.at[:, :, pl.ds(column, PART_COLUMNS)]
+                _store(some, scratch.part, lambda t, c=columns: c.at[slot + t * splits], count, own, tiling)
 
     return done + tiles
 
@@ -312,9 +309,22 @@ def _load_queries(q: Any, scratch: Scratch, token: Array, heads: _Heads, tiling:
 
 
 def _store(
-    values: Array, rows: Any, target: Callable[[Any, Any], Any], count: Array, heads: _Heads, tiling: Tiling
+    values: Array,
+    rows: Any,
+    target: Callable[[Array], Any],
+    count: Array,
+    heads: _Heads,
+    tiling: Tiling,
+    every: Any = None,
 ) -> None:
-    """Writes the block's own tokens, one copy each: the rows behind them are another sequence's."""
+    """Writes the block's own tokens, one copy each: the rows behind them are another sequence's.
+
+    No copy relies on an array's end to stop it: it is of as many heads of a token as there are, all with their columns.
+
+    Args:
+        target: where a token goes, `[heads, columns]`.
+        every: where all go at once if there are as many as can be, `[tokens, columns]`, where a block has one head.
+    """
     rows = rows.at[lax.axis_index("warpgroup")]
     for column in range(0, values.shape[1], _STORED):  # converting all at once would take registers from the values
         some = values[:, column : column + _STORED]
@@ -323,14 +333,15 @@ def _store(
 
     def store(t: Array, _: None) -> None:
         def copy(at: Any, number: int) -> None:
-            plgpu.copy_smem_to_gmem(rows.at[pl.ds(t * tiling.heads, number)], target(t, at))
+            plgpu.copy_smem_to_gmem(rows.at[pl.ds(t * tiling.heads, number)], target(t).at[at])
 
         heads.each(copy)
 
-    full = (count == tiling.tokens) & (tiling.heads == 1)
-    if tiling.heads == 1:
-        pl.when(full)(lambda: plgpu.copy_smem_to_gmem(rows, target(pl.ds(0, tiling.tokens), heads.first)))
-    pl.when(jnp.logical_not(full))(lambda: lax.fori_loop(0, count, store, None))
+    if every is None:
+        lax.fori_loop(0, count, store, None)
+    else:
+        pl.when(count == tiling.tokens)(lambda: plgpu.copy_smem_to_gmem(rows, every))
+        pl.when(count < tiling.tokens)(lambda: lax.fori_loop(0, count, store, None))
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 

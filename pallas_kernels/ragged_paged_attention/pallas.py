@@ -22,8 +22,8 @@ from ..device import Device
 from ..mosaic import not_hopper, tiled
 from ..operator import Config
 from .body import Inputs, Results, Scratch, run_block
-from .combine import combine_parts, part_weights, whole_blocks
-from .schedule import TOKEN, Schedule, make_schedule, most_splits
+from .combine import combine_parts
+from .schedule import TOKEN, Schedule, make_schedule, most_slots, most_splits
 from .tiling import (
     PART_COLUMNS,
     ROWS,
@@ -52,7 +52,7 @@ def run(
 ) -> Any:
     """See `reference.ragged_paged_attention`.
 
-    Where tables have room for sequences that will be split, the parts take `splits * T * H * Dv` float32 numbers of
+    Where tables have room for sequences that will be split, their parts take `most_slots() * H * Dv` float32 numbers of
     memory, of which only those that are needed are written and read.
     """
     (tokens, heads, _), (_, kv_heads, page, _), v_dim = q.shape, k_pages.shape, v_pages.shape[3]
@@ -75,21 +75,19 @@ def run(
     tables, slopes = block_tables.astype(jnp.int32), _row_slopes(form, heads, kv_heads, tiling)
     arrays = Inputs(schedule.items, schedule.shares, tables, slopes, q, k_pages, v_pages)
     out, lse, parts = _call(arrays, form, tiling, device, splits=splits, lse=return_lse or splits > 1)
-    if lse is not None:
-        lse = _by_token(lse, schedule, heads // kv_heads, tiling, splits)
-        weights, lse = part_weights(lse)
-        if parts is not None:
-            extra = out.shape[0] - tokens
-            weights = jnp.pad(weights, ((0, 0), (0, extra), (0, 0)))
-            out = combine_parts(out, parts, weights, jnp.pad(schedule.splits, (0, extra)))
-    out = out[:tokens, :, :v_dim]
-    return (out, lse) if return_lse else out
+    if parts is not None and lse is not None:
+        out = combine_parts(out, lse, parts, schedule, kv_heads, tiling)
+    out = out[:, :, :v_dim]
+    if lse is None or not return_lse:
+        return out
+    lse = _by_token(lse, schedule, heads // kv_heads, tiling, splits)
+    return out, jax.nn.logsumexp(lse, axis=0)
 
 
 def _call(
     arrays: Inputs, form: AttentionForm, tiling: Tiling, device: Device, *, splits: int, lse: bool
 ) -> tuple[Array, Array | None, Array | None]:
-    """Results, logarithms `[item, unit, warpgroup, row]` and parts `[split, T, H, Dv]`."""
+    """Results, logarithms `[item, unit, warpgroup, row]` and parts `[slot, H, Dv]`."""
     (tokens, heads, dim), (_, kv_heads, page, _), v_dim = arrays.q.shape, arrays.k.shape, arrays.v.shape[3]
     dtype, width = arrays.q.dtype, padded(v_dim)
     pieces = max(1, tiling.keys // page)
@@ -97,11 +95,11 @@ def _call(
         arrays = arrays._replace(q=jnp.pad(arrays.q, ((0, 0), (0, 0), (0, padded(dim) - dim))))
     present = [i for i, x in enumerate(arrays) if x is not None]
     units = kv_heads * head_blocks(heads // kv_heads, tiling)
-    tokens = whole_blocks(tokens, heads) if splits > 1 else tokens
+    slots = most_slots(tokens, arrays.tables.shape[0], splits)
     out_type = Results(
         jax.ShapeDtypeStruct((tokens, heads, width), dtype),
         jax.ShapeDtypeStruct((len(arrays.items), units, tiling.warpgroups, ROWS), jnp.float32) if lse else None,
-        jax.ShapeDtypeStruct((splits, tokens, heads, width), jnp.float32) if splits > 1 else None,
+        jax.ShapeDtypeStruct((slots, heads, width), jnp.float32) if splits > 1 else None,
     )
     written = [i for i, x in enumerate(out_type) if x is not None]
 
@@ -231,4 +229,6 @@ def candidates(
     device: Device,
 ) -> Sequence[Config]:
     """See `KernelModule.candidates`."""
-    return [dataclasses.asdict(tiling) for tiling in tilings(q, k_pages, v_pages, form, device)]
+    found = [dataclasses.asdict(tiling) for tiling in tilings(q, k_pages, v_pages, form, device)]
+    # Where a batch fills the device by itself, splitting its sequences is only work.
+    return found + [tiling | {"chunk": chunk} for tiling in found[:1] for chunk in (1024, 2048)]

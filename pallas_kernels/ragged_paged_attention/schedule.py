@@ -9,7 +9,10 @@ from ..attention.form import AttentionForm
 from .blocks import QueryBlocks, count_up_to, most_blocks, query_blocks, running_sum
 
 # Columns of `Schedule.items`.
-SEQUENCE, TOKEN, TOKENS, POSITION, BEGIN, END, SPLIT, SPLITS = range(8)
+SEQUENCE, TOKEN, TOKENS, POSITION, BEGIN, END, SLOT, SPLITS = range(8)
+# Of up to so many tokens keys are split as far as it is of use, of more into accordingly fewer parts: the results of
+# parts are in float32, and those of many tokens would soon outweigh the keys.
+_FEW = 8
 
 
 class Schedule(NamedTuple):
@@ -19,7 +22,8 @@ class Schedule(NamedTuple):
 
     Attributes:
         items: sequence, first token, tokens, position of the first token, first key (a multiple of the tile), end of
-            the keys, which split of the block this is, of how many.
+            the keys, where the first token's result goes if the keys are split, into how many parts. The parts of a
+            token lie one behind another, before those of the next token.
         shares: multiprocessor `c` does items `shares[c] <= i < shares[c + 1]`, counted as `item * units + unit`.
         first_item: of each token's block.
         splits: how many items each token's keys are split among, one after another.
@@ -34,6 +38,11 @@ class Schedule(NamedTuple):
 def most_splits(keys: int, chunk: int, splits: int) -> int:
     """How many parts the keys of one block can be split into, in tables of `keys` keys."""
     return max(1, min(splits, -(-keys // chunk)))
+
+
+def most_slots(tokens: int, sequences: int, splits: int) -> int:
+    """How many parts of tokens there can be; `splits` as `most_splits` says."""
+    return splits * min(tokens, _FEW * sequences)
 
 
 def make_schedule(
@@ -54,7 +63,8 @@ def make_schedule(
 
     How a sequence is split depends on its own two lengths, never on the batch: keys `[i * c, (i + 1) * c)` are one
     split, with `c` the chunk, or more for so long a sequence that it would have more than `splits` of them. Sequences
-    of several blocks, which fill the multiprocessors by themselves, get accordingly fewer splits.
+    of several blocks, which fill the multiprocessors by themselves, get accordingly fewer splits, and so do those of
+    more than `_FEW` tokens.
 
     Args:
         tokens: of the packed batch, padding included.
@@ -65,11 +75,16 @@ def make_schedule(
     """
     blocks = query_blocks(q_offsets, k_lengths, tokens, block)
     lengths = jnp.append(jnp.minimum(k_lengths, keys), 0).astype(jnp.int32)
-    limit = jnp.maximum(1, splits // jnp.maximum(blocks.per_sequence, 1))
+    new = jnp.append(q_offsets[1:], tokens).astype(jnp.int32) - q_offsets.astype(jnp.int32)
+    limit = jnp.minimum(splits // jnp.maximum(blocks.per_sequence, 1), splits * _FEW // jnp.maximum(new, 1))
+    limit = jnp.maximum(1, limit)
     chunks = jnp.maximum(chunk, -(-lengths // (limit * tile)) * tile)[blocks.sequence]
     begin, end = _visible(blocks, lengths[blocks.sequence], form)
     first = begin // chunks
     parts = jnp.where(blocks.tokens > 0, jnp.maximum(1, -(-end // chunks) - first), 0)
+
+    slots = jnp.where(parts > 1, parts * blocks.tokens, 0)
+    first_slot = running_sum(slots) - slots
 
     ends = running_sum(parts)
     most = most_splits(keys, chunk, splits)
@@ -85,7 +100,7 @@ def make_schedule(
         blocks.position[at],
         start,
         stop,
-        split,
+        first_slot[at] + split,
         parts[at],
     )
 

@@ -161,6 +161,7 @@ def test_values_that_describe_no_model(hf_folder: Path) -> None:
         "attention_dropout": (12, "attention_dropout=12 must be from 0 to 1"),
         "architectures": ([48], "its values describe no llama model"),
         "num_key_value_heads": (3, "is not a multiple of"),
+        "num_hidden_layers": (2**31, "num_hidden_layers=2147483648 must be from 0 to 10000"),
     }.items():
         original = (hf_folder / "config.json").read_text()
         edit_json(hf_folder / "config.json", **{change: message[0]})

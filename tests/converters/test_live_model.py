@@ -71,6 +71,21 @@ def test_the_engine_of_a_live_model(tmp_path: Path) -> None:
     assert engines[0].generate(prompt, greedy) == wanted
 
 
+def test_what_a_live_model_asks_of_generation(tmp_path: Path) -> None:
+    model = save_llama(tmp_path)
+    model.generation_config.suppress_tokens = [5, 6]
+    model.generation_config.eos_token_id = [0, 7]
+    engine = jdsi.init_inference(model)
+    assert engine.eos_token_ids == (0, 7)
+    assert engine.generation_defaults.values == {"suppress_tokens": (5, 6)}
+    prompt = [5, 6, 9]
+    found = engine.generate(prompt, jdsi.SamplingParams(max_new_tokens=12))[0].token_ids
+    right = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, pad_token_id=0)[0, 3:].tolist()
+    assert found == right
+    ignored = jdsi.init_inference(model, generation_config="ignore")
+    assert (ignored.eos_token_ids, ignored.generation_defaults.values) == ((0, 7), {})
+
+
 def test_a_name_without_a_tokenizer(tmp_path: Path) -> None:
     zoo.save("gpt2", tmp_path)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)

@@ -10,10 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LogitsProcessor,
+    LogitsProcessorList,
+)
 
 from jdsi.errors import ConfigError, JdsiError
-from jdsi.generation import SamplingParams, beam
+from jdsi.generation import SamplerFeatures, SamplingParams, beam
+from transformers_chain import generation_options
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -67,7 +75,7 @@ def jitted_step(logits, state, features):
 def search(net: Any, prompts: list[list[int]], params: Sequence[SamplingParams | None]) -> list[list[beam.Hypothesis]]:
     """Recomputes every sequence from its tokens; `parents` reorder the outputs as they would a KV cache."""
     beams = next(p.num_beams for p in params if p is not None)
-    features = beam.BeamFeatures.of(params)
+    features = SamplerFeatures.of(params)
     state = beam.init(params, prompts, vocab_size=VOCAB, eos_token_ids=[EOS])
     rows = [list(p) for p in prompts for _ in range(beams)]
     while not state.done.all():
@@ -83,19 +91,15 @@ def search(net: Any, prompts: list[list[int]], params: Sequence[SamplingParams |
     return beam.finish(state)
 
 
-def reference(net: Any, prompt: list[list[int]], params: SamplingParams) -> tuple[list[list[int]], list[float]]:
+def reference(
+    net: Any, prompt: list[list[int]], params: SamplingParams, **more: Any
+) -> tuple[list[list[int]], list[float]]:
+    params = params.filled()
     out = net.generate(
         torch.tensor(prompt),
         attention_mask=torch.ones(len(prompt), len(prompt[0]), dtype=torch.long),
-        do_sample=False,
-        num_beams=params.num_beams,
-        num_return_sequences=params.num_beams,
-        max_new_tokens=params.max_new_tokens,
-        min_new_tokens=params.min_new_tokens or None,
-        length_penalty=params.length_penalty,
-        early_stopping=params.early_stopping,
-        no_repeat_ngram_size=params.no_repeat_ngram,
-        repetition_penalty=params.repetition_penalty,
+        **{**generation_options(params), "num_return_sequences": params.num_beams, "top_k": None},
+        **more,
         eos_token_id=EOS,
         pad_token_id=0,
         return_dict_in_generate=True,
@@ -107,8 +111,8 @@ def reference(net: Any, prompt: list[list[int]], params: SamplingParams) -> tupl
     return rows, out.sequences_scores.tolist()
 
 
-def assert_equal(found: list[list[beam.Hypothesis]], net, prompts, params: SamplingParams) -> None:
-    tokens, scores = reference(net, prompts, params)
+def assert_equal(found: list[list[beam.Hypothesis]], net, prompts, params: SamplingParams, **more: Any) -> None:
+    tokens, scores = reference(net, prompts, params, **more)
     flat = [h for row in found for h in row]
     assert [h.token_ids for h in flat] == tokens
     np.testing.assert_allclose([h.score for h in flat], scores, rtol=2e-5, atol=1e-5)
@@ -134,13 +138,54 @@ def test_equals_transformers(family, seed, beams, length_penalty, early_stopping
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize(
-    "options", [{"no_repeat_ngram": 2}, {"repetition_penalty": 1.4}, {"min_new_tokens": 5}], ids=lambda o: next(iter(o))
-)
-def test_processors_equal_transformers(options):
-    params = SamplingParams(max_new_tokens=10, num_beams=3, **options)
+def test_processors_equal_transformers():
     net = model("gpt2", 7)
-    assert_equal(search(net, PROMPTS, [params] * 2), net, PROMPTS, params)
+    everything = [
+        {"no_repeat_ngram": 2},
+        {"repetition_penalty": 1.4},
+        {"min_new_tokens": 5},
+        {"logit_bias": {(2,): 1.5, (9, 11): -3.0, (4, 7, 7): 2.0}, "renormalize_logits": True},
+        {"bad_words_ids": [[3], [11, 11], [EOS], [7, 2]], "suppress_tokens": [1, 9], "begin_suppress_tokens": [7, 2]},
+        {"forced_eos_token_id": 8, "exponential_decay_length_penalty": (3, 1.2)},
+        {"repetition_penalty": 1.2, "no_repeat_ngram": 3, "renormalize_logits": True, "suppress_tokens": [6]},
+    ]
+    for options in everything:
+        params = SamplingParams(max_new_tokens=10, num_beams=3, **options)
+        assert_equal(search(net, PROMPTS, [params] * 2), net, PROMPTS, params)
+
+
+class Counted(LogitsProcessor):
+    """Presence and frequency penalties."""
+
+    def __call__(self, input_ids, scores):
+        counts = torch.stack([torch.bincount(row[4:], minlength=VOCAB) for row in input_ids])
+        return scores - 0.7 * (counts > 0) - 0.4 * counts
+
+
+CYCLE = np.full((2, VOCAB), -1)
+CYCLE[0, ::2], CYCLE[1, 1::2] = 1, 0
+
+
+@pytest.mark.parity
+def test_constraints_and_functions_equal_transformers():
+    net = model("gpt2", 7)
+    counted = SamplingParams(max_new_tokens=10, num_beams=3, presence_penalty=0.7, frequency_penalty=0.4)
+    found = search(net, PROMPTS, [counted] * 2)
+    assert_equal(found, net, PROMPTS, counted, logits_processor=LogitsProcessorList([Counted()]))
+    bound = SamplingParams(max_new_tokens=9, num_beams=4, allowed_tokens=CYCLE, bad_words_ids=[[0], [1, 2]])
+    found = search(net, PROMPTS, [bound] * 2)
+    assert all(token % 2 == step % 2 for row in found for h in row for step, token in enumerate(h.token_ids))
+    turns = [np.flatnonzero(row >= 0).tolist() for row in CYCLE]
+    assert_equal(found, net, PROMPTS, bound, prefix_allowed_tokens_fn=lambda _, ids: turns[len(ids) % 2])
+
+
+def test_a_search_without_a_way_on_is_an_error_and_others_go_on():
+    net = model("gpt2", 7)
+    nowhere = np.full((2, VOCAB), -1)
+    nowhere[0, 3] = 1
+    params = [SamplingParams(max_new_tokens=4, num_beams=2, allowed_tokens=table) for table in (CYCLE, nowhere)]
+    with pytest.raises(JdsiError, match="the beam search of request 1 came to no end"):
+        search(net, PROMPTS, params)
 
 
 def test_a_search_does_not_depend_on_its_neighbours():
@@ -177,7 +222,7 @@ def test_few_shapes_are_compiled():
         for eos in ([], [EOS], [5, 6, 7, 8])
     ]
     assert all(shape == shapes[0] for shape in shapes)
-    assert beam.init(params, [[1]] * 2, vocab_size=VOCAB, eos_token_ids=range(5)).stop_tokens.shape == (2, 8)
+    assert beam.init(params, [[1]] * 2, vocab_size=VOCAB, eos_token_ids=range(5)).settings.stop_tokens.shape == (2, 8)
 
 
 def test_parameters_that_do_not_fit_the_vocabulary_are_errors():
@@ -191,7 +236,7 @@ def test_unfinished_broken_and_mixed_searches_are_errors():
     with pytest.raises(JdsiError, match="not done"):
         beam.finish(state)
     for _ in range(2):
-        _, _, state = jitted_step(jnp.full((2, VOCAB), jnp.nan), state, beam.BeamFeatures())
+        _, _, state = jitted_step(jnp.full((2, VOCAB), jnp.nan), state, SamplerFeatures())
     with pytest.raises(JdsiError, match="NaN"):
         beam.finish(dataclasses.replace(state, done=jnp.ones_like(state.done)))
     with pytest.raises(JdsiError, match="the beam search of prompt 7 met"):

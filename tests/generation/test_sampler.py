@@ -20,9 +20,9 @@ from jdsi.generation import (
     init_state,
     sample,
 )
+from sampling_cases import EVERYTHING
 
 VOCAB = 37
-EVERYTHING = SamplerFeatures(True, True, True, True, True, True, True, True, True, 4)
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -93,7 +93,7 @@ def test_frequencies_follow_the_distribution(options):
     state = init_state([params], [[]], vocab_size=size)
     # The draws of one request: its seed with `draws` different token indices.
     many = jax.tree.map(lambda leaf: jnp.repeat(leaf, draws, axis=0), state)
-    many = dataclasses.replace(many, num_generated=jnp.arange(draws))
+    many = dataclasses.replace(many, written=dataclasses.replace(many.written, generated=jnp.arange(draws)))
     out, _ = jitted_sample(np.tile(logits, (draws, 1)), many, features)
     order = np.argsort(-logits)
     p = np.exp(logits.astype(np.float64) / 1.3)
@@ -117,6 +117,25 @@ def test_greedy_takes_the_lowest_of_equals():
     logits[0, [9, 20]] = 1.0
     out, _ = jitted_sample(logits, init_state(params, [[]], vocab_size=VOCAB), SamplerFeatures())
     assert out.tokens.tolist() == [9]
+
+
+def test_extreme_values_are_not_lost_in_float32():
+    """A temperature above 0 stays one, and no penalty takes a logit out of the numbers there are."""
+    params = [
+        SamplingParams(temperature=1e-50, seed=1),
+        SamplingParams(temperature=3.4e38, seed=1),
+        SamplingParams(repetition_penalty=1e-30),
+        SamplingParams(repetition_penalty=1e30, temperature=1e-50),
+    ]
+    logits = np.stack([model([row]) for row in range(4)])
+    logits[2, 7] = 1e-3
+    features = SamplerFeatures.of(params)
+    state = init_state(params, [[], [], [7], [int(logits[3].argmax())]], vocab_size=VOCAB, features=features)
+    out, _ = jitted_sample(logits, state, features)
+    assert out.finish.tolist() == [FinishCode.RUNNING] * 4
+    assert out.tokens[0] == logits[0].argmax()
+    assert out.tokens[2] == 7
+    assert out.tokens[3] == np.argsort(logits[3])[-2]
 
 
 def test_ends_and_padding():
@@ -152,7 +171,7 @@ def test_ends_and_padding():
         FinishCode.RUNNING,
     ]
     assert state.finish.tolist() == codes
-    assert state.num_generated.tolist() == [1, 2, 3, 3, 0, 3]
+    assert state.written.generated.tolist() == [1, 2, 3, 3, 0, 3]
 
 
 def test_end_of_sequence_wins_over_length():
@@ -172,7 +191,7 @@ def test_finished_rows_keep_their_state():
     assert out.valid.tolist() == [True, False, False, False]
     for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
         np.testing.assert_array_equal(np.asarray(old)[1:], np.asarray(new)[1:])
-    assert after.num_generated[0] == 1
+    assert after.written.generated[0] == 1
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

@@ -21,15 +21,15 @@ from jdsi.generation import (
     SamplingParams,
     beam,
     init_state,
-    processors,
     sample,
+    truncation,
     vocabulary,
 )
+from sampling_cases import EVERYTHING
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 EOS = (5, 60)
-EVERYTHING = SamplerFeatures(True, True, True, True, True, True, True, True, True, 4)
 
 
 @pytest.fixture(autouse=True)
@@ -110,7 +110,21 @@ def noise(seed: int, steps: int, rows: int, size: int, scale: float = 2.0) -> np
     return np.random.default_rng(seed).normal(0, scale, (steps, rows, size)).astype(np.float32)
 
 
-CASES = {
+def only_neighbours(tokens, lengths):
+    last = jnp.take_along_axis(tokens, jnp.maximum(lengths, 1)[:, None] - 1, axis=1)
+    return jnp.abs(jnp.arange(97)[None] - last) <= 20
+
+
+def towards_the_last(tokens, lengths, logits):
+    assert logits.shape[1] == 97  # the whole vocabulary, without padding
+    last = jnp.take_along_axis(tokens, jnp.maximum(lengths, 1)[:, None] - 1, axis=1)
+    return logits - 0.05 * jnp.abs(jnp.arange(97)[None] - last)
+
+
+CYCLE = np.full((3, 97), -1)
+CYCLE[0, :30], CYCLE[1, 30:60], CYCLE[2, 60:] = 1, 2, 0
+
+CASES: dict[str, dict[str, Any]] = {
     "greedy": {},
     "temperature": {"temperature": 1.3},
     "top_k": {"temperature": 1.0, "top_k": 7},
@@ -122,6 +136,17 @@ CASES = {
     "ngrams": {"no_repeat_ngram": 1},
     "bigrams": {"no_repeat_ngram": 2, "temperature": 0.5},
     "min_new_tokens": {"min_new_tokens": 4, "stop_token_ids": (24, 25, 96)},
+    "typical_p": {"temperature": 1.0, "typical_p": 0.4},
+    "epsilon and eta": {"temperature": 1.4, "epsilon_cutoff": 0.02, "eta_cutoff": 0.1},
+    "min_tokens_to_keep": {"temperature": 2.0, "top_p": 0.1, "typical_p": 0.3, "min_p": 0.9, "min_tokens_to_keep": 9},
+    "logit_bias": {"logit_bias": {24: -3.0, (24, 25): 9.0, (96,): 2.0, (96, 96): -20.0, 0: -math.inf}},
+    "bad_words": {"bad_words_ids": [[24, 25], [50], [96, 96], [0, 0, 0]]},
+    "suppress": {"suppress_tokens": [25, 50, 96], "begin_suppress_tokens": [24, 75]},
+    "forced": {"forced_bos_token_id": 75, "forced_eos_token_id": [96, 25], "max_new_tokens": 5},
+    "decay": {"exponential_decay_length_penalty": (1, 1.6), "stop_token_ids": (0, 25, 96)},
+    "allowed_tokens": {"allowed_tokens": only_neighbours},
+    "automaton": {"allowed_tokens": CYCLE, "temperature": 1.0},
+    "logits_processor": {"logits_processor": towards_the_last, "temperature": 0.7, "top_k": 12},
     "logprobs": {"logprobs": 0},
     "top_logprobs": {"temperature": 1.0, "logprobs": 13},
 }
@@ -175,7 +200,7 @@ def test_ties_across_shares(ranks):
 
 
 def count_kept(logits, k, features):
-    return vocabulary.total(jnp.isfinite(processors.keep_top_k(logits, k)).astype(jnp.float32))
+    return vocabulary.total(jnp.isfinite(truncation.keep_top_k(logits, k)).astype(jnp.float32))
 
 
 @pytest.mark.parametrize("start", [1.2e-38, 1.0, 255.99998, 3.4e38])
@@ -208,6 +233,7 @@ def test_logits_that_are_not_finite_are_reported_by_all_ranks(temperature):
         assert second.valid.tolist() == [False] * 6 + [True] * 2
 
 
+tokens = st.integers(0, 10)
 levels = st.sampled_from([-3.0, -1.0, -0.0, 0.0, 0.5, 0.75, 2.0, -math.inf])
 
 
@@ -220,6 +246,10 @@ def requests(draw: st.DrawFn) -> SamplingParams:
         "no_repeat_ngram": draw(st.integers(0, 3)),
         "min_new_tokens": draw(st.integers(0, 2)),
         "stop_token_ids": draw(st.lists(st.integers(0, 10), max_size=3)),
+        # Always as many, for their number is compiled in.
+        "logit_bias": {draw(tokens): draw(levels), (draw(tokens), draw(tokens)): draw(levels)},
+        "bad_words_ids": [[draw(tokens)], [draw(tokens), draw(tokens)]],
+        "suppress_tokens": [draw(tokens), draw(tokens)],
         "logprobs": draw(st.none() | st.integers(0, 4)),
     }
     if draw(st.booleans()):
@@ -228,6 +258,10 @@ def requests(draw: st.DrawFn) -> SamplingParams:
             "top_k": draw(st.integers(0, 12)),
             "top_p": draw(st.sampled_from([1e-50, 0.1, 0.3, 0.6, 0.95, 1.0])),
             "min_p": draw(st.sampled_from([0.0, 0.05, 0.4, 1.0])),
+            "typical_p": draw(st.sampled_from([0.23, 0.71, 1.0])),
+            "epsilon_cutoff": draw(st.sampled_from([0.0, 0.13])),
+            "eta_cutoff": draw(st.sampled_from([0.0, 0.23])),
+            "min_tokens_to_keep": draw(st.integers(1, 4)),
             "seed": draw(st.integers(0, 2**64 - 1)),
         }
     return SamplingParams(**options)
@@ -282,6 +316,7 @@ BEAM_CASES = {
     "plain": ({}, 23, None),
     "padded": ({"length_penalty": 0.5, "early_stopping": True}, 22, 16),
     "processors": ({"no_repeat_ngram": 2, "repetition_penalty": 1.4, "min_new_tokens": 3}, 21, None),
+    "constraints": ({"allowed_tokens": CYCLE[:, ::4], "presence_penalty": 1.0, "renormalize_logits": True}, 25, None),
     "few tokens": ({"stop_token_ids": (0, 1, 2)}, 3, 16),
     # There are fewer tokens than beams, so that banned ones are taken too; padding must not take their place.
     "all banned": ({"no_repeat_ngram": 1}, 2, None),
@@ -294,7 +329,7 @@ def test_beam_search(name, ties):
     options, size, share = BEAM_CASES[name]
     beams = 3
     params = [SamplingParams(max_new_tokens=n, num_beams=beams, **options) for n in (9, 6)]
-    features = beam.BeamFeatures.of(params)
+    features = SamplerFeatures.of(params)
     whole = beam.init([*params, None], [[1, 0, 1], [0], []], vocab_size=size, eos_token_ids=[size - 1])
     divided = whole
     for logits in noise(11, 9, 3 * beams, size, 1.5):

@@ -1,5 +1,7 @@
 """Contexts against each other: whatever way tokens arrive, the hidden states are the same."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,8 @@ import pytest
 from jdsi.kv_cache import ContiguousContext, PackedContext, RecordingContext
 from jdsi.models import Transformer, TransformerSpec
 from jdsi.models.spec import AttentionSpec, EmbeddingSpec, HeadSpec, LayerSpec, MlpSpec, PreNorm, RmsNormSpec
-from jdsi.pallas_kernels import Rotary
+from jdsi.pallas_kernels import AttentionForm, Rotary
+from kernels import compile_for_h200
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -113,10 +116,25 @@ def test_recorded_weights_are_a_causal_softmax(model: Transformer, sequences: li
 
 
 def test_encoders_do_not_run_on_a_kv_cache(model: Transformer) -> None:
-    from jdsi.pallas_kernels import AttentionForm
-
     context = ContiguousContext.create([(1, 2, 2)], 1, 4).extend(jnp.array([1]), 1)
     with pytest.raises(ValueError, match="causal"):
         context.attend(
             0, jnp.ones((1, 1, 2)), jnp.ones((1, 1, 2)), jnp.ones((1, 1, 2)), AttentionForm(1.0, causal=False)
         )
+
+
+@pytest.mark.aot
+def test_a_prompt_attends_to_the_memory_in_place() -> None:
+    """Memory with room for more than the prompt goes into the kernels as it is, without a copy."""
+    tokens, capacity = 256, 1024
+    context = jax.eval_shape(lambda: ContiguousContext.create([(4, 128, 128)], 2, capacity, jnp.bfloat16))
+    context = context.extend(jax.ShapeDtypeStruct((2,), jnp.int32), tokens)
+    assert context.empty
+    heads = (jax.ShapeDtypeStruct((2 * tokens, n, 128), jnp.bfloat16) for n in (8, 4, 4))
+
+    def prompt(context: ContiguousContext, *heads: jax.Array) -> tuple[jax.Array, ContiguousContext]:
+        return context.attend(0, *heads, AttentionForm(0.1, rotary=Rotary(128)))
+
+    text = compile_for_h200(prompt, context, *heads, donate=(0,)).text
+    assert text.count('custom_call_target="mosaic_gpu') == 2  # the write and the attention
+    assert not re.findall(r"= bf16\[2,4,\d+,128\]\S* (?:copy|fusion|slice)\(", text)

@@ -81,6 +81,7 @@ def test_two_processes(tmp_path: Path) -> None:
         runs=[
             ("llama", BOTH | {"sequence_parallel": True}, ("greedy",)),
             ("llama", {"data_parallel": 2}, ("seeded",)),
+            ("llama", {"tensor_parallel": 2, "pipeline_parallel": 2, "prompt_pieces": 2}, ("choices", "stopped")),
             ("llama", {"tensor_parallel": 2}, ("greedy",)),
             ("gpt2", {"pipeline_parallel": 2, "prompt_pieces": 2}, ("seeded",)),
             ("gpt2", {"tensor_parallel": 4}, ("beams",)),
@@ -112,7 +113,8 @@ def test_processes_that_are_told_different_things(tmp_path: Path) -> None:
         assert "take a multiple of 2, up to 4" in found["devices"]
         assert "before JAX is used" in found["again"]
         assert "prompts is [[[3, 4]]] in process 0 and [[[3, 5]]] in process 1" in found["prompts"]
-        assert "sampling is" in found["sampling"]
+        assert "sampling is [[{'max_new_tokens': 2}]] in process 0" in found["sampling"]
+        assert "sampling is" in found["function"]
         assert "call is 'generate' in process 0 and 'forward' in process 1" in found["call"]
         # Without a seed the answers are random, but the same everywhere.
         assert found["unseeded"] == first["unseeded"]

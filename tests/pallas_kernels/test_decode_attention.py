@@ -124,6 +124,7 @@ REFUSED = {
     "pages of 96 keys neither divide nor are divided": {"capacity": 96, "page": True},
     "values have 528 dimensions, more than 512": {"dim": 528},
     "a multiple of 64 dimensions, not 48": {"dim": 64, "value_dim": 48},
+    "values of 320 dimensions are not to be divided": {"dim": 320, "value_dim": 320, "length": 32},
     "must not be quantised": {"dim": 64, "value_dim": 64, "kv": "int8"},
     "for Hopper GPUs, not NVIDIA B200": {"device": dataclasses.replace(H200, kind="NVIDIA B200", capability=(10, 0))},
     "does not fit into shared memory": {"device": dataclasses.replace(H200, shared_memory=48 * 1024), "dim": 128},
@@ -134,9 +135,9 @@ REFUSED = {
 @pytest.mark.parametrize("reason", REFUSED)
 def test_what_the_kernel_does_not_take_is_said(reason: str) -> None:
     given = {"dtype": "bfloat16", "kv": None, "dim": 64, "capacity": 64, "value_dim": None, "page": False, "rows": 1}
-    given |= {"form": AttentionForm(1.0), "device": H200} | REFUSED[reason]
+    given |= {"length": 1, "form": AttentionForm(1.0), "device": H200} | REFUSED[reason]
     rows, kv = given["rows"], given["kv"] or given["dtype"]
-    q = jnp.zeros((rows, 1, 2, given["dim"]), given["dtype"])
+    q = jnp.zeros((rows, given["length"], 2, given["dim"]), given["dtype"])
     k = jnp.zeros((rows, 1, given["capacity"], given["dim"]), kv)
     v = k if given["value_dim"] is None else None
     scales = jnp.ones(k.shape[:3]) if kv == "int8" else None

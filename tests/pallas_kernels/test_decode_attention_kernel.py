@@ -20,9 +20,11 @@ from jdsi.pallas_kernels.decode_attention.pallas import candidates, run
 from jdsi.pallas_kernels.decode_attention.specs import decode_attention_specs, paged_decode_attention_specs
 from jdsi.pallas_kernels.device import H200
 from kernels import RELATIVE, interpreted_or_gpu, relative_error
+from lowered import kernels_of
 
 WINDOW, ALIBI = AttentionForm(0.125, window=50), Alibi((0.5, 0.05, 0.3, 0.7))
 EVERYTHING = AttentionForm(0.5, window=120, softcap=5.0, alibi=ALIBI)
+WIDE_EVERYTHING = dataclasses.replace(EVERYTHING, alibi=Alibi(tuple(0.9**i for i in range(32))))
 # By default as many parts as there are multiprocessors for, else that many; two stages so that all are used again.
 CASES = {
     "one key": Case((1,), heads=(1, 1), capacity=64),
@@ -50,6 +52,13 @@ CASES = {
     "values of another width": Case((200,), dim=64, v_dim=96),
     "wide values of many queries": Case((200,), queries=16, heads=(4, 1), dim=256, capacity=256),
     "latent": Case((200,), heads=(16, 1), dim=576, value_dim=512, capacity=256),
+    "latents of 64 heads": (
+        Case((200, 64, 0), heads=(64, 1), dim=320, value_dim=256, capacity=256),
+        {"splits": 1},
+    ),
+    "latents of 32 heads, two queries, everything": Case(
+        (3, 300), queries=2, heads=(32, 1), dim=320, value_dim=256, sinks=5, form=WIDE_EVERYTHING
+    ),
     "latent of many heads": (Case((200, 64), heads=(40, 1), dim=576, value_dim=512, capacity=256), {"splits": 1}),
 }
 PAGED = {
@@ -60,6 +69,10 @@ PAGED = {
     "pages of 256": Case((300, 511), page=256, capacity=512),
     "only holes": Case((200, 320), page=16, holes=1.0),
     "a window with sinks in pages": Case((300, 100), page=16, holes=0.1, form=WINDOW, sinks=20),
+    "latents of 128 heads in pages": (
+        Case((130,), heads=(128, 1), dim=320, value_dim=256, page=32, holes=0.3, capacity=192),
+        {"splits": 2},
+    ),
     "latent in pages": Case((200,), heads=(16, 1), dim=576, value_dim=512, capacity=256, page=64, holes=0.3),
 }
 NARROW = {
@@ -126,6 +139,24 @@ def test_every_configuration_gives_the_same() -> None:
         with kernels():
             out = jax.jit(partial(run, config=config, **static))(*operands(case, arrays))
         assert relative_error(out, expected) <= RELATIVE["bfloat16"]
+
+
+def test_a_kernel_with_nothing_to_combine_writes_the_result_itself() -> None:
+    """Several queries and heads, more of them than a block takes, dims that no tensor core takes, narrow keys."""
+    for case in (
+        Case((131, 0), queries=3, heads=(14, 2), capacity=192),
+        Case((70,), queries=8, heads=(16, 1), capacity=128),
+        Case((131,), dim=80, capacity=192, heads=(2, 2)),
+        Case((70,), narrow="int8", page=32, holes=0.3, capacity=128, heads=(3, 1)),
+    ):
+        arrays = make(case, "bfloat16")
+        static: dict[str, Any] = {"form": case.form, "value_dim": case.value_dim, "device": H200}
+        alone = partial(run, config={"splits": 1}, **static)
+        [kernel] = kernels_of(alone, *operands(case, jax.eval_shape(lambda arrays=arrays: arrays)))
+        with kernels():
+            out = jax.jit(alone)(*operands(case, arrays))
+        assert kernel.results[0].shape == out.shape
+        assert relative_error(out, oracle(case, arrays)[0]) <= RELATIVE["bfloat16"]
 
 
 def test_parts_of_the_keys_combine() -> None:

@@ -359,6 +359,13 @@ def test_kernel_says_what_it_cannot_take(case: Case, reason: str) -> None:
         rotary_kv_write(**case.arrays(), rotary=case.rotary, implementation="pallas")
 
 
+def test_a_row_is_no_longer_than_threads_can_count() -> None:
+    arrays = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in Case(dim=128, value_dim=128).arrays().items()}
+    arrays |= {name: jax.ShapeDtypeStruct((4, 2, 2**23, 128), jnp.bfloat16) for name in ("keys", "values")}
+    with target(H200), pytest.raises(UnsupportedError, match="a row of keys has 2147483648 numbers, more than"):
+        jax.eval_shape(lambda arrays: rotary_kv_write(**arrays, rotary=None, implementation="pallas"), arrays)
+
+
 def test_kernel_is_for_hopper() -> None:
     with target(dataclasses.replace(H200, capability=(8, 0))), pytest.raises(UnsupportedError, match="Hopper"):
         rotary_kv_write(**Case().arrays(), rotary=None, implementation="pallas")

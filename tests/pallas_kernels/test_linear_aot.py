@@ -1,5 +1,6 @@
 """The linear operator's kernel compiles for an H200, at the sizes of real models, without spilling registers."""
 
+from collections import Counter
 from functools import partial
 
 import jax
@@ -13,6 +14,7 @@ from jdsi.pallas_kernels.linear.specs import argument_specs
 from jdsi.pallas_kernels.normalization import NormForm
 from jdsi.pallas_kernels.operator import ArgumentSpec
 from kernels import compile_for_h200
+from lowered import kernels_of
 
 SPECS = {spec.name: spec for spec in argument_specs()}
 # Every kind of program once: fused norm, streamed x, split inputs, gate, weights that tiles do not divide.
@@ -47,6 +49,30 @@ def test_one_launch_where_nothing_is_split(name: str) -> None:
     text = compile_for_h200(partial(LINEAR, implementation="pallas", **spec.static), *spec.abstract()).text
     assert text.count("custom-call(") == 1
     assert " fusion(" not in text
+
+
+def test_xla_multiplies_where_parts_weigh_too_much() -> None:
+    left = [spec for spec in SPECS.values() if pallas.rather_xla(*spec.abstract(), device=H200, **spec.static)]
+    assert {"llama-8b qkv T=64 bfloat16", "llama-8b out T=64 bfloat16"} <= {spec.name for spec in left}
+    assert all(" T=64 " in spec.name for spec in left)
+    spec = SPECS["llama-8b down T=64 bfloat16"]
+    assert pallas.rather_xla(*spec.abstract(), device=H200, **spec.static) is None
+    out = SPECS["llama-8b out T=64 bfloat16"]
+    assert not kernels_of(partial(LINEAR, **out.static), *out.abstract())
+    assert kernels_of(partial(LINEAR, **spec.static), *spec.abstract())
+
+
+def test_a_fused_norm_waits_for_one_copy_of_each_array() -> None:
+    """Before the first weights are asked for; and a residual comes in one copy a tile, however many tokens it has."""
+    for name, copies in {
+        "llama-8b gate_up T=8 bfloat16": {0: 1, 2: 1},  # x and the norm's weight
+        "gpt-j up T=1 bfloat16": {0: 1, 2: 1, 3: 1, 4: 1},  # x, the bias, the norm's weight and bias
+        "llama-8b out T=8 bfloat16": {2: 1},  # the residual
+    }.items():
+        spec = SPECS[name]
+        [kernel] = kernels_of(partial(LINEAR, implementation="pallas", **spec.static), *spec.abstract())
+        loads = Counter(copy.argument for copy in kernel.copies if not copy.store)
+        assert {argument: loads[argument] for argument in copies} == copies
 
 
 FLOAT32 = np.dtype("float32")

@@ -16,6 +16,7 @@ from jdsi.pallas_kernels.normalization.api import ADD_NORM
 from jdsi.pallas_kernels.normalization.pallas import Tiling, run
 from jdsi.pallas_kernels.normalization.specs import argument_specs
 from kernels import RELATIVE, compile_for_h200, interpreted, interpreted_or_gpu, relative_error
+from lowered import kernels_of
 
 RMS, LAYER = NormForm(centred=False, eps=1e-5), NormForm(centred=True, eps=1e-5)
 GEMMA = NormForm(centred=False, eps=1e-6, weight_offset=1.0)
@@ -206,6 +207,13 @@ def test_kernel_says_what_it_cannot_take(rows: int, width: int, dtype: str, reas
     x, weight = jnp.zeros((rows, width), dtype), jnp.zeros(width, jnp.float32)
     with target(H200), pytest.raises(UnsupportedError, match=reason):
         norm(x, weight, None, RMS, implementation="pallas")
+
+
+def test_few_rows_are_left_to_xla_unless_the_kernel_is_named() -> None:
+    few, many = (arrays(rows, 128, "bfloat16", RMS, "rw") for rows in (64, 65))
+    assert not kernels_of(partial(ADD_NORM, form=RMS), *few)
+    assert kernels_of(partial(ADD_NORM, form=RMS), *many)
+    assert kernels_of(partial(ADD_NORM, form=RMS, implementation="pallas"), *few)
 
 
 def test_kernel_is_for_hopper() -> None:

@@ -59,6 +59,15 @@ def test_a_gpu_gets_the_first_kernel_that_takes_the_arguments(operator: Operator
     assert values == [101, 1001, 1]
 
 
+def test_a_kernel_that_is_expected_to_gain_nothing_runs_where_it_was_named_or_tuned(operator: Operator) -> None:
+    sys.modules["made_up.pallas"].__dict__["rather_xla"] = lambda x, *_, **__: "few" if x.size <= 2 else None
+    with target(H200):
+        assert [float(operator(ones(n), None, power=3)[0]) for n in (2, 3)] == [1, 101]
+        assert operator(ones(2), None, power=3, implementation="pallas")[0] == 101
+        tuning.record(tuning.user_table(), H200.kind, "cube", "n=2", {"implementation": "pallas", "config": {}})
+        assert operator(ones(2), None, power=3)[0] == 101
+
+
 def test_naming_one_never_falls_back(operator: Operator) -> None:
     with target(H200):
         assert operator(ones(2), None, power=3, implementation="triton")[0] == 1001

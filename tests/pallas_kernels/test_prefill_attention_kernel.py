@@ -29,6 +29,8 @@ CASES = {
     "odd": Case(77, 77, (2, 2)),
     "more than a block": Case(141, 141),
     "full, odd keys": Case(20, 203, form=FULL),
+    "odd room for more keys": Case(20, 203),
+    "packed in room for more keys": Case(150, 291, segments=(40, 110)),
     "window": Case(200, 200, form=WINDOW),
     "full window": Case(140, 300, form=FULL_WINDOW),
     "softcap": Case(64, 64, form=SOFTCAP),
@@ -82,6 +84,14 @@ def test_every_configuration_gives_the_same() -> None:
         with kernels():
             out = jax.jit(partial(run, config=config, **static))(*arrays)
         assert relative_error(out, expected) <= RELATIVE["bfloat16"]
+
+
+def test_room_behind_the_queries_changes_no_bit() -> None:
+    q, k, v, *_ = Case(70, 300).arrays("bfloat16")
+    with kernels():
+        attend = jax.jit(partial(prefill_attention, form=CAUSAL, return_lse=True, implementation="pallas"))
+        for whole, alone in zip(attend(q, k, v), attend(q, k[:, :, :70], v[:, :, :70]), strict=True):
+            np.testing.assert_array_equal(whole, alone)
 
 
 def test_parts_of_the_keys_combine() -> None:

@@ -1,8 +1,10 @@
 """The Hopper kernel of products with quantised weights: interpreted or run, and compiled for the H200."""
 
 import dataclasses
+import re
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +14,13 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jdsi.pallas_kernels.device import H200, current_device
 from jdsi.pallas_kernels.linear.form import LinearForm
-from jdsi.pallas_kernels.quantized_linear import QuantizedWeight, WeightFormat, dequantize, pallas, quantize
+from jdsi.pallas_kernels.quantized_linear import QuantizedWeight, WeightFormat, dequantize, pallas, quantize, unpack
 from jdsi.pallas_kernels.quantized_linear.api import QUANTIZED_LINEAR
 from jdsi.pallas_kernels.quantized_linear.specs import argument_specs, format_name
 from jdsi.pallas_kernels.quantized_linear.tiling import Shape, best, tilings
 from kernels import RELATIVE, compile_for_h200, interpreted_or_gpu, relative_error
-from register_operands import register_operands
+from lowered import kernels_of
+from packed_numbers import packed_numbers, spread
 
 INT8, INT8_GROUPS, FP8 = WeightFormat("int8"), WeightFormat("int8", 64), WeightFormat("fp8")
 BLOCKS = WeightFormat("fp8", blocks=True)
@@ -78,7 +81,7 @@ def expected(case: Case, x: Any, weight: Any, bias: Any, residual: Any) -> np.nd
 
 def check(case: Case) -> None:
     arrays = case.arrays()
-    with register_operands(), interpreted_or_gpu(cores=4):
+    with packed_numbers(), interpreted_or_gpu(cores=4):
         y = jax.jit(case.run)(*arrays)
     assert y.dtype == jnp.dtype(case.dtype)
     assert relative_error(y, expected(case, *arrays)) <= RELATIVE[case.dtype]
@@ -119,6 +122,28 @@ def test_equals_float64_at_real_sizes(tokens: int, stored: WeightFormat, form: L
     check(Case(tokens, 1536, 4096, stored, form=form, bias=True))
 
 
+def test_packed_instructions_do_what_the_interpreter_is_told() -> None:
+    """The permutation of bytes as the kernel has it, worked out for every two numbers of 8 bits."""
+    assembly: list[str] = []
+    inline_ptx = unpack.utils.inline_ptx
+
+    def noting(text: str, *operands: Any, **options: Any) -> Any:
+        assembly.append(text)
+        return inline_ptx(text, *operands, **options)
+
+    weight = jax.eval_shape(lambda: quantize(jnp.zeros((64, 128)), INT8))
+    x = jax.ShapeDtypeStruct((8, 128), jnp.bfloat16)
+    with mock.patch.object(unpack.utils, "inline_ptx", noting):
+        assert kernels_of(partial(QUANTIZED_LINEAR, implementation="pallas", form=PLAIN), x, weight, None, None)
+    [instruction] = {text for text in assembly if "prmt" in text}
+    other, selector = (int(word, 0) for word in re.fullmatch(r"prmt\.b32 \$0, \$1, (.*), (.*);", instruction).groups())
+    numbers = np.arange(2**16, dtype=np.uint16)
+    source = [(number >> 8 * i) & 255 for number in (numbers.astype(int), other) for i in range(4)]
+    result = sum(source[selector >> 4 * i & 7] << 8 * i for i in range(4))
+    expected = np.asarray(spread(jnp.asarray(numbers).view(jnp.int8))).view(np.uint32)
+    np.testing.assert_array_equal(result, expected)
+
+
 def test_the_extremes_of_every_format_are_exact() -> None:
     """One-hot activations take out single weights: every number a format has, with scale 1."""
     x = jnp.eye(8, 128)
@@ -135,7 +160,7 @@ def test_the_extremes_of_every_format_are_exact() -> None:
         matrix = np.resize(numbers, (64, 128)).astype(np.float64)
         matrix[:, ::32] = np.abs(numbers).max()
         weight = quantized(matrix, stored)
-        with register_operands(), interpreted_or_gpu():
+        with packed_numbers(), interpreted_or_gpu():
             run = partial(pallas.run, device=current_device(), config=OVER_INPUTS | {"inputs": 1}, form=LinearForm())
             y = jax.jit(run)(x.astype(dtype), weight, None, None)
         np.testing.assert_array_equal(y.astype(jnp.float32), matrix.T[:8])
@@ -149,7 +174,7 @@ def test_maps_and_shards() -> None:
     specs = QuantizedWeight(
         PartitionSpec("tensor"), PartitionSpec(None, "tensor"), PartitionSpec(None, "tensor"), weight.format
     )
-    with register_operands(), interpreted_or_gpu():
+    with packed_numbers(), interpreted_or_gpu():
         run = partial(case.run)
         mapped = jax.jit(jax.vmap(lambda x: run(x, weight, None, None)))(many)
         sharded = jax.jit(

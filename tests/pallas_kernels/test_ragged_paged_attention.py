@@ -11,6 +11,7 @@ import pytest
 from jdsi.pallas_kernels.attention import Alibi, AttentionForm, attention
 from jdsi.pallas_kernels.ragged_paged_attention import ragged_paged_attention
 from jdsi.pallas_kernels.ragged_paged_attention.blocks import query_blocks
+from jdsi.pallas_kernels.ragged_paged_attention.schedule import SLOT, SPLITS, TOKENS, make_schedule, most_slots
 from kernels import relative_error
 from ragged_cases import Batch, exact, make_batch
 
@@ -96,6 +97,24 @@ def test_every_token_is_in_the_block_that_says_so(size: int) -> None:
         assert sequence[i] == owner
         if owner < len(lengths):
             assert blocks.position[i] == 2 + token[i] - offsets[owner]
+
+
+def test_parts_of_tokens_have_places_of_their_own() -> None:
+    """All within what is set aside for them, which does not grow with the tokens of long chunks."""
+    tokens, sequences, splits, units = 256, 8, 6, 3
+    sizes = {"tokens": tokens, "keys": 512, "block": 16, "tile": 16, "chunk": 32, "splits": splits}
+    schedule = jax.jit(partial(make_schedule, form=FORM, units=units, cores=7, **sizes))
+    rng, most = np.random.default_rng(0), 0
+    for _ in range(20):
+        new = rng.choice([0, 1, 2, 7, 8, 9, 16, 30, 40, 64], sequences)
+        new[np.cumsum(new) > tokens] = 0
+        keys = np.maximum(new, rng.integers(0, 513, sequences))
+        made = schedule(np.cumsum([0, *new]).astype(np.int32), keys.astype(np.int32))
+        items = np.asarray(made.items)[: made.shares[-1] // units]
+        places = [item[SLOT] + t * item[SPLITS] for item in items if item[SPLITS] > 1 for t in range(item[TOKENS])]
+        assert len(set(places)) == len(places)
+        most = max([most, *(place + 1 for place in places)])
+    assert tokens < most <= most_slots(tokens, sequences, splits) < splits * tokens
 
 
 def test_shapes_that_do_not_go_together_are_named() -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import re
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -212,6 +213,25 @@ def test_compiles_for_the_h200_without_spills(spec: Any) -> None:
     )
     assert compiled.registers > 0
     assert compiled.spills == 0
+
+
+@pytest.mark.aot
+def test_a_layer_takes_two_launches_and_the_schedule_is_made_once() -> None:
+    spec = next(spec for spec in argument_specs() if spec.name.startswith("llama-8b 256 decodes"))
+    q, k, v, *lengths = spec.abstract()
+    attend = partial(RAGGED_PAGED_ATTENTION, implementation="pallas", **spec.static)
+
+    def launches(layers: int) -> int:
+        def model(q: jax.Array, memory: list[Any], *lengths: jax.Array) -> jax.Array:
+            for k, v in memory:
+                q = attend(q, k, v, *lengths)
+            return q
+
+        text = compile_for_h200(model, q, [(k, v)] * layers, *lengths).text
+        entry = text[text.index("\nENTRY ") :]
+        return len(re.findall(r" (?:custom-call|fusion|copy|transpose|reduce|slice|pad|convert)\(", entry))
+
+    assert launches(3) - launches(2) == 2
 
 
 VARIANTS = {

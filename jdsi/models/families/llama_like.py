@@ -43,7 +43,8 @@ def causal_attention(
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     if heads % kv_heads:
         raise ConfigError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    own = getattr(config, "head_dim", None)
+    head_dim = config.hidden_size // heads if own is None else own
     rotated = rotary_dim(config, head_dim)
     if rotated != head_dim and not partial_rotary:
         raise ConfigError(f"partial_rotary_factor must be 1 in a {config.model_type} model: whole heads rotate")
