@@ -10,9 +10,16 @@ PYTEST = $(BIN)/pytest --durations=10 $(PYTEST_ARGS)
 # Each has its own part of the tests and takes from another's when it is done, so that few modules are set up in two.
 WORKERS = -n $(PYTEST_WORKERS) --dist worksteal
 
+# `make gpu-report`: minutes, where the report goes, what more to say (as --tune 5). Where nothing can be installed,
+# GPU_PYTHON=python3 names a Python that has all there is to have, this project included, and is used as it is.
+MINUTES ?= 8
+REPORT ?= build/gpu-report.json
+REPORT_ARGS ?=
+GPU_PYTHON ?=
+
 export PYTHON
 
-.PHONY: help venv venv-runtime demo test test-all test-gpu lint format clean
+.PHONY: help venv venv-gpu venv-runtime demo test test-all test-gpu gpu-report gpu-rehearsal lint format clean
 
 help:
 	@echo "make demo      convert the embedded checkpoint and generate from it (run-time dependencies only)"
@@ -20,12 +27,17 @@ help:
 	@echo "make test      the tests a machine without a GPU can run, on the CPU"
 	@echo "make test-all  the same and the slow ones"
 	@echo "make test-gpu  the tests that need a GPU, on the GPU"
+	@echo "make gpu-report  run those, then measure everything on the GPU, in MINUTES=8; writes REPORT=$(REPORT)"
+	@echo "make gpu-rehearsal  the same report without a GPU, to see that all of it works; measures nothing"
 	@echo "make lint      ruff and pyright"
 	@echo "make format    let ruff rewrite the sources"
 	@echo "make clean     remove what was built; .venv stays"
 
 venv:
 	@.ci/install test
+
+venv-gpu:
+	@.ci/install test,cuda
 
 venv-runtime:
 	@.ci/install
@@ -41,8 +53,17 @@ test: venv
 test-all: venv
 	JAX_PLATFORMS=cpu $(PYTEST) $(WORKERS) --slow
 
-test-gpu: venv
+test-gpu: venv-gpu
 	JDSI_TEST_GPU=1 $(PYTEST) -m gpu
+
+# -P: in a checkout the folder jdsi is not the package.
+JDSI = -P -c 'from jdsi.cli import main; main()'
+
+gpu-report: $(if $(GPU_PYTHON),,venv-gpu)
+	$(or $(GPU_PYTHON),$(BIN)/python) $(JDSI) bench gpu --minutes $(MINUTES) --output $(REPORT) --tests tests $(REPORT_ARGS)
+
+gpu-rehearsal: venv
+	$(BIN)/python $(JDSI) bench gpu --rehearse --output build/gpu-rehearsal.json --overwrite --tests tests
 
 lint: venv
 	$(BIN)/ruff check .

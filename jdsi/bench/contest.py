@@ -41,24 +41,39 @@ def footprint(spec: ArgumentSpec, reference: Function) -> int:
     return tree_bytes(operands) + 2 * tree_bytes(jax.eval_shape(reference, *operands))
 
 
-def contest(
-    spec: ArgumentSpec,
-    reference: Function,
-    contenders: Mapping[str, Function],
-    *,
-    rounds: int,
-    max_bytes: int,
-    beside: Mapping[str, Callable[[], float]] = _NOBODY,
-) -> Outcome:
-    """Compares contenders with the reference, then times in turn those that agree.
+@dataclasses.dataclass(frozen=True)
+class Contest:
+    """Contenders that were compared with the reference, those that agreed with it compiled and ready to be timed.
+
+    Attributes:
+        agreed: their programs.
+        errors, left_out, calls: see `Outcome`.
+    """
+
+    agreed: Mapping[str, Calls]
+    errors: dict[str, float]
+    left_out: dict[str, str]
+    calls: int
+
+    def measure(self, rounds: int, beside: Mapping[str, Callable[[], float]] = _NOBODY) -> Outcome:
+        """Times them in turn.
+
+        Args:
+            rounds: figures for each.
+            beside: timed in the same rounds; each returns seconds.
+        """
+        runs = {**{name: mine.seconds for name, mine in self.agreed.items()}, **beside}
+        return Outcome(interleave(runs, rounds) if runs else {}, self.errors, self.left_out, self.calls)
+
+
+def prepare(spec: ArgumentSpec, reference: Function, contenders: Mapping[str, Function], max_bytes: int) -> Contest:
+    """Compares contenders with the reference; several threads may do so at a time, for most of it is compiling.
 
     Args:
         spec: makes the arguments.
         reference: gives the results expected; takes the arrays alone.
         contenders: the same, by name.
-        rounds: figures for each.
         max_bytes: of all operands and results together; one call is always made.
-        beside: timed in the same rounds; each returns seconds.
     """
     calls = max(1, call_count(spec, footprint(spec, reference), max_bytes))
     errors: dict[str, float] = {}
@@ -81,9 +96,20 @@ def contest(
             agreed[name] = mine
         else:
             left_out[name] = f"its results differ from the reference's by {errors[name]:.1e}"
-    del expected
-    runs = {**{name: mine.seconds for name, mine in agreed.items()}, **beside}
-    return Outcome(interleave(runs, rounds) if runs else {}, errors, left_out, calls)
+    return Contest(agreed, errors, left_out, calls)
+
+
+def contest(
+    spec: ArgumentSpec,
+    reference: Function,
+    contenders: Mapping[str, Function],
+    *,
+    rounds: int,
+    max_bytes: int,
+    beside: Mapping[str, Callable[[], float]] = _NOBODY,
+) -> Outcome:
+    """Compares contenders with the reference, then times in turn those that agree; see `prepare` and `Contest`."""
+    return prepare(spec, reference, contenders, max_bytes).measure(rounds, beside)
 
 
 def reason(error: Exception) -> str:

@@ -9,7 +9,7 @@ import json
 import math
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from jdsi.pallas_kernels.device import Device, current_device
 from jdsi.pallas_kernels.operator import IMPLEMENTATIONS, ArgumentSpec, Config, Implementation, Operator
 
 from .contest import Function, Outcome, contest, reason
-from .kernels import Selection, check_implementations, memory_budget, too_large
+from .kernel_results import memory_budget, too_large
+from .kernels import Selection, check_implementations
 from .report import warn, warn_if_busy
 from .rounds import Ratio
 
@@ -98,7 +99,7 @@ Contest = Callable[..., Outcome]
 
 
 def tune_kernels(
-    selection: Selection | None = None,
+    selection: Iterable[tuple[Operator, ArgumentSpec]] | None = None,
     *,
     implementations: Sequence[str] = (),
     rounds: int = 5,
@@ -108,7 +109,7 @@ def tune_kernels(
     """Times every implementation and configuration; writes the fastest of each bucket as soon as it is known.
 
     Args:
-        selection: by default all arguments of all operators.
+        selection: operators and their arguments, as a `Selection` gives them; by default all.
         implementations: names of the kernels whose configurations are tried; by default all. What runs so far and XLA
             are always measured beside them.
         rounds: of measuring.

@@ -2,23 +2,20 @@
 
 import collections
 import dataclasses
-import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import jax
 
 from jdsi.errors import ConfigError, nearest
 from jdsi.pallas_kernels import registry
-from jdsi.pallas_kernels.device import Device, current_device
+from jdsi.pallas_kernels.device import current_device
 from jdsi.pallas_kernels.operator import IMPLEMENTATIONS, ArgumentSpec, Operator
 
-from .contest import Function, Outcome, contest, footprint, reason
 from .device_limits import DeviceLimits
 from .kernel_peers import PEERS
-from .report import Report, ratio_text, spread, warn, warn_if_busy
-from .rounds import Ratio
+from .kernel_results import Measuring, memory_budget
+from .report import Report, ratio_text, warn, warn_if_busy
 
 _NOTES = (
     "All contenders took turns in the same rounds; a ratio is the median of the rounds' ratios (smallest to largest).",
@@ -29,8 +26,6 @@ _NOTES = (
     "error: the larger of the relative norm of the difference from XLA's result and the largest difference over the"
     " largest value.",
 )
-_CPU_BYTES = 2**28
-_CPU_FLOPS = 2e9  # so that no call takes more than seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,20 +107,10 @@ def bench_kernels(
     }
     results: list[dict[str, Any]] = []
     try:
-        beside = limits.contenders()
-        for i, (operator, spec) in enumerate(cases):
-            result = {"operator": operator.name, "arguments": spec.name, "bytes": spec.bytes, "flops": spec.flops}
-            try:
-                if why := too_large(operator, spec, device, max_bytes):
-                    results.append(result | {"skipped": why})
-                    continue
-                warn(f"kernels: {operator.name}, {spec.name} ({i + 1} of {len(cases)})")
-                reference = partial(operator.reference, **spec.static)
-                contenders, left_out = _contenders(operator, spec, device, implementations, reference)
-                outcome = contest(spec, reference, contenders, rounds=rounds, max_bytes=max_bytes, beside=beside)
-                results.append(result | _figures(spec, outcome, limits) | {"left_out": left_out | outcome.left_out})
-            except Exception as error:  # the next one may do better
-                results.append(result | {"failed": reason(error)})
+        measuring = Measuring(device, limits, rounds=rounds, max_bytes=max_bytes, implementations=implementations)
+        for i, case in enumerate(cases):
+            warn(f"kernels: {case[0].name}, {case[1].name} ({i + 1} of {len(cases)})")
+            results += measuring.results([case])
     except KeyboardInterrupt:
         settings["interrupted"] = True
     return Report("kernels", settings, results, _table(results), (*_NOTES, *_left_out(results)))
@@ -136,72 +121,6 @@ def check_implementations(names: Sequence[str], known: Sequence[str]) -> None:
     for name in names:
         if name not in known:
             raise ConfigError(f"implementation {name!r} is not known{nearest(name, known)}; known: {', '.join(known)}")
-
-
-def memory_budget(device: Device) -> int:
-    """Bytes that the operands and results of one measurement may take."""
-    if device.platform == "cpu":
-        return _CPU_BYTES
-    stats = jax.local_devices()[0].memory_stats() or {}
-    # The rest is for what the references hold for a while, and for the arrays of the limits.
-    return stats.get("bytes_limit", 2**33) * 2 // 5
-
-
-def too_large(operator: Operator, spec: ArgumentSpec, device: Device, max_bytes: int) -> str | None:
-    """Why the arguments are skipped, or `None`."""
-    if footprint(spec, partial(operator.reference, **spec.static)) > max_bytes:
-        return f"takes more than the {max_bytes / 1e6:.0f} MB allowed"
-    if device.platform == "cpu" and spec.flops > _CPU_FLOPS:
-        return f"more than {_CPU_FLOPS / 1e9:.0f} GFLOP take too long on a CPU"
-    return None
-
-
-def _contenders(
-    operator: Operator, spec: ArgumentSpec, device: Device, implementations: Sequence[str], reference: Function
-) -> tuple[dict[str, Function], dict[str, str]]:
-    """Those asked for that take the arguments, and why the others do not."""
-    offered = PEERS.get(operator.name, {})
-    contenders: dict[str, Function] = {}
-    left_out: dict[str, str] = {}
-    for name in implementations or (*operator.implementations, *offered):
-        if name == "xla":
-            contenders[name] = reference
-        elif name in offered and device.platform != "cuda":
-            left_out[name] = f"it needs an NVIDIA GPU, not {device.kind}"
-        elif name in offered:
-            contenders[name] = partial(offered[name], **spec.static)
-        elif name not in operator.kernels:
-            left_out[name] = "there is none"
-        elif why := operator.why_not(name, *spec.abstract(), device=device, **spec.static):
-            left_out[name] = why
-        else:
-            contenders[name] = partial(operator, implementation=name, **spec.static)
-    return contenders, left_out
-
-
-def _figures(spec: ArgumentSpec, outcome: Outcome, limits: DeviceLimits) -> dict[str, Any]:
-    bandwidths, rates = limits.bandwidths(outcome.seconds["copy"]), limits.rates(outcome.seconds["matmul"])
-    moving, computing = [spec.bytes / b for b in bandwidths], [spec.flops / r for r in rates]
-    least = list(map(max, moving, computing))
-    contenders = {}
-    for name, error in outcome.errors.items():
-        if (seconds := outcome.seconds.get(name)) is None:
-            continue
-        contenders[name] = {
-            "microseconds": spread([s * 1e6 for s in seconds]),
-            "gigabytes_per_second": spread([spec.bytes / s / 1e9 for s in seconds]),
-            "teraflops_per_second": spread([spec.flops / s / 1e12 for s in seconds]),
-            "share_of_limit": Ratio.of(least, seconds),
-            "speed_over_xla": Ratio.of(outcome.seconds["xla"], seconds) if "xla" in outcome.seconds else None,
-            "error": error,
-        }
-    return {
-        "calls": outcome.calls,
-        "bound": "memory" if statistics.median(moving) >= statistics.median(computing) else "arithmetic",
-        "copy_gigabytes_per_second": spread([b / 1e9 for b in bandwidths]),
-        "matmul_teraflops_per_second": spread([r / 1e12 for r in rates]),
-        "contenders": contenders,
-    }
 
 
 def _table(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:

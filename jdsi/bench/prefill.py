@@ -57,7 +57,7 @@ def bench_prefill(
     check_peers(peers, ("transformers",))
     warn_if_busy()
     with checkpoint(model, shape, dtype) as folder:
-        peer = Transformers(folder, dtype) if peers else None
+        peer = Transformers.load(folder, dtype) if peers else None
         loaded = jdsi.load_model(folder, dtype=dtype)
     engine = jdsi.init_inference(loaded)
     prompt = np.random.default_rng(0).integers(0, engine.spec.vocab_size, tokens).tolist()
@@ -74,7 +74,7 @@ def bench_prefill(
     }
     figures = interleave({name: (lambda run=run: seconds(run)) for name, run in runs.items()}, rounds)
     linear = 2 * tokens * sum(w.size for w in weights[:-1])
-    total = linear + 2 * weights[-1].size + _attention_flops(engine.spec, tokens)
+    total = linear + 2 * weights[-1].size + attention_flops(engine.spec, tokens)
     flops = dict.fromkeys(figures, total) | {"chain": linear, "matmul": large.flops}
     result = _result(figures, flops, tokens, found)
     settings = {
@@ -88,7 +88,8 @@ def bench_prefill(
     return Report("prefill", settings, [result], _table(result), _NOTES)
 
 
-def _attention_flops(spec: TransformerSpec, tokens: int) -> int:
+def attention_flops(spec: TransformerSpec, tokens: int) -> int:
+    """Floating-point operations of causal attention to a prompt, in all layers."""
     pairs = tokens * (tokens + 1) // 2
     heads = [
         (layer.attention.num_heads, key, value)

@@ -1,6 +1,8 @@
 """Measurements, and other programs, that need a process of their own."""
 
+import contextlib
 import json
+import select
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -34,20 +36,23 @@ class PeerProcess:
     Args:
         name: of the peer, for messages.
         command: that starts it.
+        waits: until it is ready; else `answer` has to be called before anything is asked.
 
     Attributes:
-        ready: what it said first.
+        ready: what it said first, once it has.
 
     Raises:
         ConfigError: it failed.
         OSError: there is no such program.
     """
 
-    def __init__(self, name: str, command: Sequence[str]) -> None:
+    def __init__(self, name: str, command: Sequence[str], *, waits: bool = True) -> None:
         self._name = name
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.ready: dict[str, Any] = {}
         try:
-            self.ready = self._read()
+            if waits:
+                self.ready = self._read()
         except BaseException:
             self.close()
             raise
@@ -58,17 +63,43 @@ class PeerProcess:
         Raises:
             ConfigError: it failed, or answered that it cannot.
         """
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
+        self.begin(**request)
         return self._read()
 
-    def close(self) -> None:
-        """Ends it."""
-        if self._process.stdin is not None:
-            self._process.stdin.close()
+    def begin(self, **request: Any) -> None:
+        """Asks without waiting for what `answer` then gives.
+
+        Raises:
+            ConfigError: it has ended.
+        """
+        assert self._process.stdin is not None
         try:
-            self._process.wait(timeout=30)
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise ConfigError(self._ended()) from None
+
+    def answer(self, within: float) -> dict[str, Any] | None:
+        """What it says next, be it that it is ready; `None` if that takes longer than `within` seconds.
+
+        Raises:
+            ConfigError: it failed, or answered that it cannot.
+        """
+        assert self._process.stdout is not None
+        # Nothing of an answer can have been read ahead: it is one line, and comes after it was asked for.
+        if not select.select([self._process.stdout], [], [], max(0.0, within))[0]:
+            return None
+        answer = self._read()
+        self.ready = self.ready or answer
+        return answer
+
+    def close(self, patience: float = 30) -> None:
+        """Ends it, by force if it takes longer than so many seconds."""
+        if self._process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.close()
+        try:
+            self._process.wait(timeout=patience)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
@@ -79,8 +110,11 @@ class PeerProcess:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise ConfigError(f"peer {self._name!r} ended with status {self._process.wait()}; see its messages above")
+            raise ConfigError(self._ended())
         answer = json.loads(line)
         if "error" in answer:
             raise ConfigError(f"peer {self._name!r}: {answer['error']}")
         return answer
+
+    def _ended(self) -> str:
+        return f"peer {self._name!r} ended with status {self._process.wait()}; see its messages above"

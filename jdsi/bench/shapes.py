@@ -45,6 +45,7 @@ SHAPES: Mapping[str, _Sizes] = MappingProxyType(
         "llama-deep": _sizes(120, 128, 4, 2, 256, 512),  # its products are too small for XLA to use several cores
         "llama-125m": _sizes(12, 768, 12, 4, 2048, 32_000),
         "llama-1b": _sizes(16, 2048, 32, 8, 8192, 32_000),
+        "llama-8b": _sizes(32, 4096, 32, 8, 14336, 128_256),
     }
 )
 

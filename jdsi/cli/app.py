@@ -13,6 +13,7 @@ import typer
 from jdsi.errors import JdsiError, JdsiWarning
 
 from .bench import bench
+from .bench_gpu import gpu
 from .classify import classify
 from .convert import convert
 from .generate import generate
@@ -33,6 +34,7 @@ app.command()(convert)
 app.command()(inspect)
 app.command()(plan)
 app.command()(tune)
+bench.command()(gpu)
 app.add_typer(bench)
 
 

@@ -13,7 +13,7 @@ bench = typer.Typer(
 )
 
 Model = Annotated[str | None, typer.Argument(help="Folder or hub id; random weights of --shape by default.")]
-Shape = Annotated[str, typer.Option(help="Model of random weights: llama-tiny, llama-125m or llama-1b.")]
+Shape = Annotated[str, typer.Option(help="Model of random weights: llama-tiny, llama-125m, llama-1b or llama-8b.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 Rounds = Annotated[int, typer.Option(help="Every contender runs once per round.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]

@@ -1,7 +1,6 @@
 """The executor for models that fit: all layers in one compiled step."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -35,7 +34,6 @@ class ResidentExecutor(OneProcess):
         def rebuild(leaves: list[Array]) -> Transformer:
             return nnx.merge(graph, jax.tree.unflatten(structure, leaves))
 
-        @partial(jax.jit, static_argnames=("epilogue", "classify"), donate_argnames=("context", "carry"))
         def step(
             leaves: list[Array],
             tokens: Array,
@@ -64,7 +62,9 @@ class ResidentExecutor(OneProcess):
             with default_implementation(implementation):
                 return rebuild(leaves)(tokens, lengths, token_types)
 
-        self._step, self._logits, self._rebuild = step, logits, rebuild
+        statics, donated = ("epilogue", "classify"), ("context", "carry")
+        self._step = jax.jit(step, static_argnames=statics, donate_argnames=donated)
+        self._plain_step, self._logits, self._rebuild = step, logits, rebuild
 
     @property
     def spec(self) -> TransformerSpec:
@@ -92,6 +92,17 @@ class ResidentExecutor(OneProcess):
             self._step(self._leaves, b.tokens, b.context, b.token_types, b.wanted, b.epilogue, b.carry, b.classify)
             for b in batches
         ]
+
+    def program(self, batch: Step) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """What a step runs, to be compiled or looked into elsewhere: a function that is not jitted, and its arguments.
+
+        Arguments 2 and 5, context and carry, are donated in `steps`; the results are those that `steps` gives.
+        """
+
+        def step(leaves: list[Array], tokens: Any, context: Any, types: Any, wanted: Any, carry: Any) -> Any:
+            return self._plain_step(leaves, tokens, context, types, wanted, batch.epilogue, carry, batch.classify)
+
+        return step, (self._leaves, batch.tokens, batch.context, batch.token_types, batch.wanted, batch.carry)
 
     def logits(
         self, tokens: Int[Array, "B S"], lengths: Int[Array, " B"], token_types: Int[Array, "B S"] | None = None

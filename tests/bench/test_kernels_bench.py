@@ -18,10 +18,11 @@ from jdsi.bench import calls, kernels
 from jdsi.bench.calls import Calls, Operands, call_count, difference, tolerance
 from jdsi.bench.device_limits import DeviceLimits
 from jdsi.bench.kernel_peers import jax_attention
+from jdsi.bench.kernel_results import Measuring
 from jdsi.cli.app import app
 from jdsi.errors import ConfigError, UnsupportedError
 from jdsi.pallas_kernels import AttentionForm
-from jdsi.pallas_kernels.device import H200, target
+from jdsi.pallas_kernels.device import H200, current_device, target
 from jdsi.pallas_kernels.operator import ArgumentSpec
 from jdsi.pallas_kernels.prefill_attention.api import PREFILL_ATTENTION
 from jdsi.sharding.topology import topology_devices
@@ -249,3 +250,22 @@ def test_the_peer_for_attention_says_what_it_lacks() -> None:
     q, k, v = jnp.ones((1, 4, 2, 8)), jnp.ones((1, 2, 4, 8)), jnp.ones((1, 2, 4, 6))
     with pytest.raises(UnsupportedError, match="a soft cap, values of another width"):
         jax_attention(q, k, v, None, None, None, None, form=AttentionForm(1.0, softcap=30.0))
+
+
+def test_cases_that_are_compiled_side_by_side_keep_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    bad = ArgumentSpec("bad", lambda key: (jnp.ones(3), jnp.ones(3)), 1, 1, {"power": 2})
+    large = ArgumentSpec("large", fake.specs()[0].make, 1, 10**13, {"power": 2})
+    operator = fake.register(monkeypatch, [], pallas=fake.kernel())
+    measuring = Measuring(current_device(), DeviceLimits(2**12, 16, "float32"), rounds=2, max_bytes=2**20)
+    first, second = fake.specs()
+    found = list(measuring.results([(operator, spec) for spec in (first, bad, large, second)]))
+    assert [result["arguments"] for result in found] == [first.name, "bad", "large", second.name]
+    assert [next(key for key in ("contenders", "failed", "skipped") if key in result) for result in found] == [
+        "contenders",
+        "failed",
+        "skipped",
+        "contenders",
+    ]
+    assert found[0]["contenders"].keys() == {"xla"}
+    assert found[0]["faults"] == []  # that there is no GPU is no fault
+    assert "needs an NVIDIA GPU" in found[0]["left_out"]["pallas"]

@@ -1,0 +1,19 @@
+"""What `jdsi bench gpu --rehearse` interprets kernels with in a checkout: an interpreter that the tests have taught."""
+
+import contextlib
+from collections.abc import Iterator
+
+from accumulators import accumulators
+from kernels import interpreted
+from linear_cases import kernels_run
+
+
+@contextlib.contextmanager
+def interpreting(operator: str, cores: int) -> Iterator[None]:
+    """Within it an operator's Mosaic GPU kernel runs in the interpreter, on an H200 of so many multiprocessors."""
+    if operator == "linear":
+        with kernels_run(cores):
+            yield
+        return
+    with accumulators(), interpreted(cores):
+        yield
