@@ -42,6 +42,9 @@ class Letters:
     def convert_ids_to_tokens(self, ids: int) -> str:
         return self.decode([ids])
 
+    def convert_tokens_to_ids(self, tokens: list[str]) -> list[int | None]:
+        return [ord(token) - 97 if len(token) == 1 else None for token in tokens]
+
 
 SAMPLINGS = {
     "greedy": jdsi.SamplingParams(max_new_tokens=6, ignore_eos=True, logprobs=2),
