@@ -266,7 +266,7 @@ class Skeleton:
 
 def parameters(model: Transformer) -> dict[str, jax.Array]:
     """The model's arrays, in a fixed order, by dotted path; those of a part are called as in the whole model."""
-    return {_name(model, path): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    return {_name(model, path): leaf.get_value() for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
 
 
 def _name(model: Transformer, path: Sequence[Any]) -> str:
