@@ -6,7 +6,6 @@ from collections.abc import Collection, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
@@ -28,6 +27,7 @@ from jdsi.runtime.beam_decoding import beam_search
 from jdsi.runtime.classification import classify
 from jdsi.runtime.closing import closed_at_exit
 from jdsi.runtime.decoding import decode
+from jdsi.runtime.forward import forward
 from jdsi.runtime.memory import peak_device_memory, peak_memory
 from jdsi.runtime.weight_stream import StreamReport
 
@@ -278,9 +278,8 @@ class InferenceEngine:
             if not kinds or (types < 0).any() or (types >= kinds).any():
                 have = f"types 0 to {kinds - 1}" if kinds else "no token types"
                 raise ConfigError(f"token_types has ids from {types.min()} to {types.max()}; this model has {have}")
-            types = jnp.asarray(np.pad(types, ((0, 0), (0, bucket - width))))
-        padded = jnp.asarray(pad_rows(rows, bucket))
-        return self._executor.logits(padded, jnp.asarray(counts), types)[:, :width]
+            types = np.pad(types, ((0, 0), (0, bucket - width)))
+        return forward(self._executor, pad_rows(rows, bucket), counts, types)[:, :width]
 
     def warmup(
         self,

@@ -1,6 +1,6 @@
 """The few building blocks every family is made of."""
 
-from .linear import Embedding, Linear, VocabularyEmbedding, row_parallel, rows_of_parts, whole
+from .linear import Embedding, Linear, VocabularyEmbedding, row_parallel, rows_of, whole
 from .norm import Norm
 
-__all__ = ["Embedding", "Linear", "Norm", "VocabularyEmbedding", "row_parallel", "rows_of_parts", "whole"]
+__all__ = ["Embedding", "Linear", "Norm", "VocabularyEmbedding", "row_parallel", "rows_of", "whole"]

@@ -79,16 +79,23 @@ class VocabularyEmbedding(Embedding):
         if not is_split(TENSOR):
             return super().__call__(ids)
         table = self.weight[...]
-        return rows_of_parts(table, ids)
+        return _rows_of_parts(table, ids)
 
 
-def rows_of_parts(part: Float[Array, "own E"], rows: Int[Array, " N"]) -> Float[Array, "N E"]:
+def _rows_of_parts(part: Float[Array, "own E"], rows: Int[Array, " N"]) -> Float[Array, "N E"]:
     """Rows of a matrix of which each rank of the axis "tensor" holds an equal part; zeros past its end."""
     rows = rows - axis_index(TENSOR) * part.shape[0]
     own = (rows >= 0) & (rows < part.shape[0])
     found = jnp.take(part, rows, axis=0, mode="clip")
     # One rank has the row and the others add zeros, so the sum is exact in any dtype.
     return all_reduce(jnp.where(own[:, None], found, jnp.zeros((), found.dtype)), TENSOR)
+
+
+def rows_of(hidden: Float[Array, "rows E"], wanted: Int[Array, " N"] | None, tokens: int) -> Float[Array, "N E"]:
+    """The `wanted` of so many tokens, by default all, of the residual stream; a rank may hold its own part of it."""
+    if hidden.shape[0] == tokens:
+        return hidden if wanted is None else hidden[wanted]
+    return all_gather(hidden, TENSOR) if wanted is None else _rows_of_parts(hidden, wanted)
 
 
 def row_parallel(

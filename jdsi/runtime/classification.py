@@ -4,19 +4,18 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
 from jdsi.generation import pad_rows
 from jdsi.generation.classification import TokenRow
-from jdsi.kv_cache import PackedContext
 from jdsi.models import classified_tokens
 
 from . import peers
 from .batch import PaddedPrompts, padded_rows
 from .batching import batch_share, passes_of
 from .executor import Executor, Step, unchanged
+from .forward import packed_rows
 
 Outputs = Float[np.ndarray, " outputs"]
 
@@ -61,8 +60,7 @@ def _step(executor: Executor, batch: Sequence[TokenRow], max_rows: int) -> Step:
     padded = PaddedPrompts.of([row.tokens for row in batch], rows)
     places = np.asarray(classified_tokens(spec, padded.tokens.reshape(rows, -1), padded.lengths))
     wanted = np.arange(rows, dtype=np.int32) * padded.width + places
-    # On the host, for it goes to the devices of every stage.
-    context = jax.device_get(PackedContext.from_dense(rows, padded.width, jnp.asarray(padded.lengths)))
+    context = packed_rows(padded.width, padded.lengths)
     types = None
     if executor.spec.embedding.token_types:  # also where all are 0, so that no second program is compiled
         given = [row.token_types or [] for row in batch]

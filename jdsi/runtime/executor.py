@@ -112,12 +112,6 @@ class Executor(Protocol):
         """
         ...
 
-    def logits(
-        self, tokens: Int[Array, "B S"], lengths: Int[Array, " B"], token_types: Int[Array, "B S"] | None = None
-    ) -> Float[Array, "B S V"]:
-        """Logits of every token of a right-padded batch, without a cache (hidden states if the model has no head)."""
-        ...
-
     def agree(self, requests: Mapping[str, Any]) -> int | None:
         """Called before a generation, with what is asked of it, for where several processes run the executor together.
 

@@ -1,6 +1,6 @@
 """A model compiled in pieces: one program per kind of layer, not per layer, each inside one `jax.shard_map`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -11,17 +11,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from jdsi.kv_cache import AttentionContext
-from jdsi.models import TransformerSpec
-from jdsi.models.parts import embedding_part, layer_part, tied_table, top_part
+from jdsi.models import Part, TransformerSpec
 from jdsi.models.spec import LayerSpec
-from jdsi.models.tensor_parallel import local_spec, without_padding
-from jdsi.pallas_kernels.operator import Implementation, default_implementation
-from jdsi.sharding import DATA, TENSOR, axis_index
+from jdsi.pallas_kernels.operator import Implementation
+from jdsi.sharding import DATA, TENSOR
 
-from .executor import Epilogue, carry_specs
+from .body import Body
+from .executor import Epilogue, carry_specs, unchanged
 from .placement import Streamed, Weights
 
 _ROWS, _WHOLE, _EACH = PartitionSpec(DATA), PartitionSpec(), PartitionSpec((DATA, TENSOR))
+_NOTHING = None, (), unchanged, False  # is wanted of a part that is not the last
 
 
 class LayerPrograms:
@@ -37,7 +37,6 @@ class LayerPrograms:
     def __init__(self, spec: TransformerSpec, mesh: Mesh, dtype: Any, implementation: Implementation | None) -> None:
         self._spec, self._mesh, self.dtype = spec, mesh, jnp.dtype(dtype)
         self._implementation: Implementation | None = implementation
-        self._local = local_spec(spec, mesh.shape[TENSOR])
         self._made: dict[Any, Any] = {}
 
     def keep(self, weights: Streamed, kept: Weights) -> Any:
@@ -61,13 +60,11 @@ class LayerPrograms:
 
     def embed(self, weights: Weights) -> Any:
         """`(arrays, tokens, frame, token_types) -> (hidden, done)`; the frame is a context without memory."""
-        part = embedding_part(self._local, self.dtype)
+        part = self._body(Part.embedding())
 
         def body(arrays: Any, tokens: Array, frame: AttentionContext, token_types: Array | None) -> Any:
-            parameters = weights.parameters(arrays, self.dtype)
-            with default_implementation(self._implementation):
-                x = part.build(part.pick(parameters, "embedding."))(tokens, frame.positions, token_types)
-            return x, x[:1, 0]
+            hidden, _, _ = part(self._pick(part, [weights], [arrays]), tokens, frame, token_types, *_NOTHING)
+            return hidden, hidden[:1, 0]
 
         def run(arrays: Any, tokens: Array, frame: AttentionContext, token_types: Array | None) -> Any:
             specs = (weights.specs, _ROWS, frame.partition(), _ROWS)
@@ -82,13 +79,12 @@ class LayerPrograms:
         """
         if (weights, layer) in self._made:
             return self._made[weights, layer]
-        local = self._local.layers[self._spec.layers.index(layer)]
-        part = layer_part(self._local, local, self.dtype)
+        index = self._spec.layers.index(layer)
+        part = self._body(Part.layer(index))
 
         def body(arrays: Any, hidden: Array, memory: Any, frame: AttentionContext) -> Any:
-            parameters = weights.parameters(arrays, self.dtype)
-            with default_implementation(self._implementation):
-                hidden, context = part.build(part.pick(parameters, ""))(hidden, frame.only(memory))
+            leaves = self._pick(part, [weights], [arrays], f"layers.{index}.")
+            hidden, context, _ = part(leaves, hidden, frame.only(memory), None, *_NOTHING)
             return hidden, context.memory(0), hidden[:1, 0]
 
         @partial(jax.jit, donate_argnames=("hidden", "memory"))
@@ -100,54 +96,58 @@ class LayerPrograms:
         return self._made.setdefault((weights, layer), run)
 
     def top(self, weights: Sequence[Weights]) -> Any:
-        """`(arrays, hidden, wanted, epilogue, carry, classify) -> (result, carry, done)`: norm, heads and epilogue.
+        """`(arrays, hidden, frame, wanted, epilogue, carry, classify) -> (result, carry, done)`.
+
+        Norm, heads and epilogue.
 
         Args:
             weights: of the blocks that have them; `arrays` has an item for each.
         """
+        part = self._body(Part.top())
 
         def run(
-            arrays: Any, hidden: Array, wanted: Array | None, epilogue: Epilogue, carry: Any, classify: bool
+            arrays: Any,
+            hidden: Array,
+            frame: AttentionContext,
+            wanted: Array | None,
+            epilogue: Epilogue,
+            carry: Any,
+            classify: bool,
         ) -> Any:
-            def body(arrays: Any, hidden: Array, wanted: Array | None, carry: Any) -> Any:
-                if wanted is not None:
-                    wanted = wanted - axis_index(DATA) * hidden.shape[0]
-                outputs = self._outputs(weights, arrays, hidden, wanted, classify=classify)
-                return *epilogue(outputs, carry), outputs[:1, 0]
+            def body(arrays: Any, hidden: Array, frame: AttentionContext, wanted: Array | None, carry: Any) -> Any:
+                leaves = self._pick(part, weights, arrays)
+
+                def telling(outputs: Array, carry: Any) -> tuple[Any, Any]:
+                    result, carry = epilogue(outputs, carry)
+                    return (result, outputs[:1, 0]), carry
+
+                (result, done), _, carry = part(leaves, hidden, frame, None, wanted, carry, telling, classify)
+                return result, carry, done
 
             carried = carry_specs(carry)
-            specs = ([w.specs for w in weights], _ROWS, _ROWS, carried)
-            result, carry, done = self._mapped(body, specs, (_ROWS, carried, _EACH))(arrays, hidden, wanted, carry)
+            specs = ([w.specs for w in weights], _ROWS, frame.partition(), _ROWS, carried)
+            mapped = self._mapped(body, specs, (_ROWS, carried, _EACH))
+            result, carry, done = mapped(arrays, hidden, frame, wanted, carry)
             return lax.with_sharding_constraint(result, NamedSharding(self._mesh, _WHOLE)), carry, done
 
         return jax.jit(run, static_argnames=("epilogue", "classify"), donate_argnames="carry")
 
-    def logits(self, weights: Sequence[Weights]) -> Any:
-        """`(arrays, hidden) -> (logits, done)`: those of every token, or hidden states where there is no head."""
+    def _body(self, part: Part) -> Body:
+        return Body.of(
+            self._spec,
+            part,
+            self.dtype,
+            self._mesh.shape[TENSOR],
+            implementation=self._implementation,
+            sequence_parallel=False,
+        )
 
-        def run(arrays: Any, hidden: Array) -> Any:
-            def body(arrays: Any, hidden: Array) -> Any:
-                logits = self._outputs(weights, arrays, hidden, None)
-                return logits, logits[:1, 0]
-
-            vocabulary = PartitionSpec(DATA, TENSOR) if self._spec.head else _ROWS
-            logits, done = self._mapped(body, ([w.specs for w in weights], _ROWS), (vocabulary, _EACH))(arrays, hidden)
-            whole = logits[:, : self._spec.vocab_size] if self._spec.head else logits
-            return lax.with_sharding_constraint(whole, NamedSharding(self._mesh, _WHOLE)), done
-
-        return jax.jit(run)
-
-    def _outputs(
-        self, weights: Sequence[Weights], arrays: Any, hidden: Array, wanted: Array | None, *, classify: bool = False
-    ) -> Array:
-        part, table = top_part(self._local, self.dtype), tied_table(self._spec)
-        parameters: Mapping[str, Array] = {}
+    def _pick(self, part: Body, weights: Sequence[Weights], arrays: Any, prefix: str = "") -> list[Array]:
+        """A part's parameters out of blocks, which call them without the prefix."""
+        found: dict[str, Array] = {}
         for one, own in zip(weights, arrays, strict=True):
-            parameters = {**parameters, **one.parameters(own, self.dtype)}
-        tied = None if table is None else parameters[table]
-        with default_implementation(self._implementation):
-            outputs = part.build(part.pick(parameters, ""))(hidden, wanted, tied, classify=classify)
-        return outputs if classify or self._spec.head is None else without_padding(outputs, self._spec.vocab_size)
+            found |= {f"{prefix}{name}": array for name, array in one.parameters(own, self.dtype).items()}
+        return part.pick(found)
 
     def _mapped(self, body: Any, in_specs: Any, out_specs: Any) -> Any:
         return jax.shard_map(body, mesh=self._mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)

@@ -9,9 +9,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array
 
 from jdsi.converters import ParameterSource, ShardedParameters
 from jdsi.errors import ConfigError
@@ -166,37 +165,6 @@ class MeshExecutor:
                 passes[index].run(stage)
             return [one.outcome() for one in passes]
 
-    def logits(
-        self, tokens: Int[Array, "B S"], lengths: Int[Array, " B"], token_types: Int[Array, "B S"] | None = None
-    ) -> Float[Array, "B S V"]:
-        """See `Executor.logits`."""
-        rows, length = tokens.shape
-        padded = -(-rows // self.row_multiple) * self.row_multiple
-
-        def fill(x: Any) -> np.ndarray:
-            return np.pad(np.asarray(x), [(0, padded - rows), *[(0, 0)] * (np.ndim(x) - 1)], mode="edge")
-
-        ids, counts = fill(tokens), fill(lengths)
-        types = None if token_types is None else fill(token_types)
-        self.agree({"call": "forward", "tokens": ids, "lengths": counts, "token_types": types})
-        with self._turn():
-            x = self._forward(ids.reshape(-1), counts, None if types is None else types.reshape(-1), length)
-        return x.reshape(padded, length, -1)[:rows]
-
-    def _forward(self, x: Any, counts: np.ndarray, types: np.ndarray | None, length: int) -> Array:
-        tokens = len(x)
-        for stage, program in enumerate(self.programs):
-            out = None
-            if self._here[stage]:
-                out = program.forward(self._leaves[stage], x, counts, types if program.first else None, length)
-            x = out if program.last else self._passed_on(stage, out, tokens)
-        if self._one_process:
-            return x
-        width = self._spec.vocab_size if self._spec.head else self._spec.width
-        kind = jnp.float32 if self._spec.head else self._dtype
-        everywhere = self._known_to_all(x, jax.ShapeDtypeStruct((tokens, width), kind))
-        return everywhere.addressable_data(0)  # an array of this process, which it can use without the others
-
     def agree(self, requests: Mapping[str, Any]) -> int | None:
         """See `Executor.agree`."""
         if self._one_process:
@@ -314,15 +282,18 @@ class _Pass:
         rows = self._tokens if self._step.wanted is None else len(self._step.wanted)
         leaves, structure = jax.tree.flatten(self._carry)
         spec = self._executor.spec
-        columns = spec.classifier_outputs if self._step.classify else spec.vocab_size
-        logits = jax.ShapeDtypeStruct((rows, columns), jnp.float32)
-        return _result_shapes(self._step.epilogue, logits, tuple(map(_abstract, leaves)), structure)
+        outputs = jax.ShapeDtypeStruct((rows, spec.vocab_size), jnp.float32)
+        if self._step.classify:
+            outputs = jax.ShapeDtypeStruct((rows, spec.classifier_outputs), jnp.float32)
+        elif spec.head is None:
+            outputs = jax.ShapeDtypeStruct((rows, spec.width), self._executor.dtype)
+        return _result_shapes(self._step.epilogue, outputs, tuple(map(_abstract, leaves)), structure)
 
 
 @functools.lru_cache(maxsize=256)
-def _result_shapes(epilogue: Epilogue, logits: Any, leaves: tuple[Any, ...], structure: Any) -> Any:
+def _result_shapes(epilogue: Epilogue, outputs: Any, leaves: tuple[Any, ...], structure: Any) -> Any:
     """Shapes of an epilogue's result; kept, for finding them takes longer than a step."""
-    return jax.eval_shape(epilogue, logits, jax.tree.unflatten(structure, leaves))[0]
+    return jax.eval_shape(epilogue, outputs, jax.tree.unflatten(structure, leaves))[0]
 
 
 def _abstract(x: Any) -> jax.ShapeDtypeStruct:

@@ -1,25 +1,24 @@
 """The executor for models that fit: all layers in one compiled step."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
-from jaxtyping import Array, Float, Int
 
 from jdsi.converters import MemoryParameters, ParameterSource
 from jdsi.errors import ConfigError
-from jdsi.kv_cache import AttentionContext
-from jdsi.models import Transformer, TransformerSpec, parameters
-from jdsi.pallas_kernels.operator import Implementation, default_implementation
+from jdsi.models import Part, Skeleton, Transformer, TransformerSpec, parameters
+from jdsi.pallas_kernels.operator import Implementation
 
-from .executor import Epilogue, Step
+from .body import Body
+from .executor import Step
 from .one_process import OneProcess
 
 
 class ResidentExecutor(OneProcess):
-    """See `Executor`. The module is taken apart once; steps are jitted over its flat leaves, not over the module.
+    """See `Executor`. The model is taken apart once; steps are jitted over its arrays, not over the module.
 
     Args:
         model: its arrays are used where they are.
@@ -27,49 +26,15 @@ class ResidentExecutor(OneProcess):
     """
 
     def __init__(self, model: Transformer, implementation: Implementation | None = None) -> None:
-        self._spec = model.spec
-        graph, state = nnx.split(model)
-        self._leaves, structure = jax.tree.flatten(state)
-
-        def rebuild(leaves: list[Array]) -> Transformer:
-            return nnx.merge(graph, jax.tree.unflatten(structure, leaves))
-
-        def step(
-            leaves: list[Array],
-            tokens: Array,
-            context: AttentionContext,
-            token_types: Array | None,
-            wanted: Array | None,
-            epilogue: Epilogue,
-            carry: Any,
-            classify: bool,
-        ) -> tuple[Any, AttentionContext, Any]:
-            model = rebuild(leaves)
-            with default_implementation(implementation):
-                hidden, context = model.forward(tokens, context, token_types)
-                if wanted is not None:
-                    hidden = hidden[wanted]
-                if classify:
-                    assert model.classifier is not None
-                    outputs = model.classifier(hidden)
-                else:
-                    outputs = model.logits(hidden)
-                result, carry = epilogue(outputs, carry)
-            return result, context, carry
-
-        @jax.jit
-        def logits(leaves: list[Array], tokens: Array, lengths: Array, token_types: Array | None) -> Array:
-            with default_implementation(implementation):
-                return rebuild(leaves)(tokens, lengths, token_types)
-
-        statics, donated = ("epilogue", "classify"), ("context", "carry")
-        self._step = jax.jit(step, static_argnames=statics, donate_argnames=donated)
-        self._plain_step, self._logits, self._rebuild = step, logits, rebuild
+        whole = Part.whole(model.spec)
+        self._body = Body(Skeleton.around(model), whole, model.spec, implementation)
+        self._leaves = list(parameters(model).values())
+        self._step = jax.jit(self._body, static_argnames=("epilogue", "classify"), donate_argnames=("context", "carry"))
 
     @property
     def spec(self) -> TransformerSpec:
         """The model's."""
-        return self._spec
+        return self._body.spec
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -89,7 +54,7 @@ class ResidentExecutor(OneProcess):
     def steps(self, batches: Sequence[Step]) -> list[tuple[Any, Any, Any]]:
         """See `Executor.steps`."""
         return [
-            self._step(self._leaves, b.tokens, b.context, b.token_types, b.wanted, b.epilogue, b.carry, b.classify)
+            self._step(self._leaves, b.tokens, b.context, b.token_types, b.wanted, b.carry, b.epilogue, b.classify)
             for b in batches
         ]
 
@@ -98,21 +63,12 @@ class ResidentExecutor(OneProcess):
 
         Arguments 2 and 5, context and carry, are donated in `steps`; the results are those that `steps` gives.
         """
-
-        def step(leaves: list[Array], tokens: Any, context: Any, types: Any, wanted: Any, carry: Any) -> Any:
-            return self._plain_step(leaves, tokens, context, types, wanted, batch.epilogue, carry, batch.classify)
-
+        step = partial(self._body, epilogue=batch.epilogue, classify=batch.classify)
         return step, (self._leaves, batch.tokens, batch.context, batch.token_types, batch.wanted, batch.carry)
-
-    def logits(
-        self, tokens: Int[Array, "B S"], lengths: Int[Array, " B"], token_types: Int[Array, "B S"] | None = None
-    ) -> Float[Array, "B S V"]:
-        """See `Executor.logits`."""
-        return self._logits(self._leaves, tokens, lengths, token_types)
 
     def with_parameters(self, use: Callable[[ParameterSource], object]) -> None:
         """See `Executor.with_parameters`; every process calls `use`, for it runs a model of its own."""
-        arrays = parameters(self._rebuild(self._leaves))
+        arrays = dict(zip(self._body.names, self._leaves, strict=True))
         if not all(array.is_fully_addressable or array.is_fully_replicated for array in arrays.values()):
             raise ConfigError("parts of this model lie in other processes; only one on a mesh of ours can be saved")
         use(MemoryParameters(arrays))

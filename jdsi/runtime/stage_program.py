@@ -12,14 +12,13 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from jdsi.kv_cache import AttentionContext, ContiguousContext, PackedContext
-from jdsi.layers import rows_of_parts
-from jdsi.models import TransformerSpec, abstract_parameters
-from jdsi.models.stage import stage_part
-from jdsi.models.tensor_parallel import SEQUENCE_PARALLEL_TOKENS, local_spec, split_of, without_padding
-from jdsi.pallas_kernels.operator import Implementation, default_implementation
-from jdsi.sharding import DATA, TENSOR, all_gather, axis_index, axis_size, own_part
+from jdsi.kv_cache import AttentionContext, ContiguousContext
+from jdsi.models import Part, TransformerSpec, abstract_parameters
+from jdsi.models.tensor_parallel import local_spec, split_of
+from jdsi.pallas_kernels.operator import Implementation
+from jdsi.sharding import DATA, TENSOR
 
+from .body import Body
 from .executor import Epilogue, carry_specs
 
 _ROWS, _WHOLE = PartitionSpec(DATA), PartitionSpec()
@@ -71,20 +70,20 @@ class StageProgram:
     ) -> None:
         ranks = mesh.shape[TENSOR]
         self.spec, self.layers, self.mesh, self.dtype = spec, layers, mesh, jnp.dtype(dtype)
-        self.first, self.last = layers.start == 0, layers.stop == len(spec.layers)
-        self._implementation: Implementation | None = implementation
-        self._sequence_parallel = sequence_parallel
-        local = local_spec(spec, ranks)
-        self._part = stage_part(local, layers, dtype)
-        self._kv_heads = [(heads * ranks, k, v) for heads, k, v in local.kv_heads[layers.start : layers.stop]]
-        self.names = self._part.names
+        part = Part.stage(spec, layers)
+        self.first, self.last = part.first, part.last
+        self._body = Body.of(
+            spec, part, dtype, ranks, implementation=implementation, sequence_parallel=sequence_parallel
+        )
+        kv_heads = local_spec(spec, ranks).kv_heads[layers.start : layers.stop]
+        self._kv_heads = [(heads * ranks, k, v) for heads, k, v in kv_heads]
+        self.names = self._body.names
         splits = [split_of(spec, name, ranks) for name in self.names]
         self._leaf_specs = [_WHOLE if s is None else PartitionSpec(*[None] * s.dim, TENSOR) for s in splits]
         passed_on = () if self.first or self.last else ("hidden",)
         self._jitted = jax.jit(
             self._step, static_argnames=("epilogue", "classify"), donate_argnames=("context", "carry", *passed_on)
         )
-        self._forward_jitted = jax.jit(self._forward, static_argnames=("length",), donate_argnames=passed_on)
         create = partial(ContiguousContext.create, self._kv_heads, dtype=self.dtype)
         split = jax.eval_shape(partial(create, 1, 1)).partition()
         self._create = jax.jit(create, static_argnums=(0, 1), out_shardings=jax.tree.map(self.sharding, split))
@@ -95,7 +94,7 @@ class StageProgram:
 
     def parameters(self, arrays: Mapping[str, Array]) -> list[Array]:
         """This stage's parameters out of a model's, in order."""
-        return [arrays[name] for name in self.names]
+        return self._body.pick(arrays)
 
     def new_context(self, rows: int, capacity: int) -> ContiguousContext:
         """Empty memory of this stage's layers, every device's share made where it lies."""
@@ -103,13 +102,8 @@ class StageProgram:
 
     def hidden_spec(self, tokens: int) -> PartitionSpec:
         """How the hidden states of `tokens` packed tokens lie between stages."""
-        return PartitionSpec((DATA, TENSOR)) if self._splits_tokens(tokens // self.mesh.shape[DATA]) else _ROWS
-
-    def _splits_tokens(self, tokens: int) -> bool:
-        """Whether the tokens of one group are divided over "tensor" between products (Korthikanti et al. 2022)."""
-        ranks = self.mesh.shape[TENSOR]
-        wanted = tokens >= SEQUENCE_PARALLEL_TOKENS if self._sequence_parallel is None else self._sequence_parallel
-        return wanted and ranks > 1 and tokens % ranks == 0
+        divided = self._body.divides(tokens // self.mesh.shape[DATA])
+        return PartitionSpec((DATA, TENSOR)) if divided else _ROWS
 
     def abstract_parameters(self) -> list[jax.ShapeDtypeStruct]:
         """Shapes and shardings of this stage's parameters, in order."""
@@ -193,16 +187,8 @@ class StageProgram:
         memory, seen = context.partition(), jax.eval_shape(lambda: context.commit()).partition()
 
         def body(leaves, tokens, hidden, context, token_types, wanted, carry):
-            stage = self._part.build(leaves)
-            hidden, context = self._layers(stage, tokens, hidden, context, token_types)
-            if not self.last:
-                return hidden, context, carry
-            count = context.positions.shape[0]
-            if wanted is not None:
-                wanted = wanted - axis_index(DATA) * count
-            outputs = self._outputs(stage, hidden, wanted, count, classify=classify)
-            result, carry = epilogue(outputs, carry)
-            return result, context, carry
+            x = tokens if self.first else hidden
+            return self._body(leaves, x, context, token_types, wanted, carry, epilogue, classify)
 
         result, context, carry = jax.shard_map(
             body,
@@ -214,76 +200,3 @@ class StageProgram:
         if self.last:  # what is read by the host, and by every device of the first stage
             result = lax.with_sharding_constraint(result, self.sharding())
         return result, context, carry
-
-    def forward(
-        self,
-        leaves: list[Array],
-        x: Array | np.ndarray,
-        lengths: Array | np.ndarray,
-        token_types: Array | np.ndarray | None,
-        length: int,
-    ) -> Array:
-        """The stage's pass over a right-padded batch of `length` tokens a row, without memory.
-
-        Returns:
-            Hidden states `[B * length, E]`; from the last stage the logits of every token, the same on every device.
-        """
-        tokens, hidden = (x, None) if self.first else (None, x)
-        return self._forward_jitted(leaves, tokens, hidden, lengths, token_types, length=length)
-
-    def _forward(
-        self,
-        leaves: list[Array],
-        tokens: Array | None,
-        hidden: Array | None,
-        lengths: Array,
-        token_types: Array | None,
-        *,
-        length: int,
-    ) -> Array:
-        total = lengths.shape[0] * length
-
-        def body(leaves, tokens, hidden, lengths, token_types):
-            stage = self._part.build(leaves)
-            rows = lengths.shape[0]
-            context = PackedContext.from_dense(rows, length, lengths)
-            context = dataclasses.replace(context, rows=rows * axis_size(DATA))
-            hidden, _ = self._layers(stage, tokens, hidden, context, token_types)
-            return self._outputs(stage, hidden, None, rows * length) if self.last else hidden
-
-        vocabulary = PartitionSpec(DATA, TENSOR) if self.spec.head else _ROWS
-        out = jax.shard_map(
-            body,
-            mesh=self.mesh,
-            in_specs=(self._leaf_specs, _ROWS, self.hidden_spec(total), _ROWS, _ROWS),
-            out_specs=vocabulary if self.last else self.hidden_spec(total),
-            check_vma=False,
-        )(leaves, tokens, hidden, lengths, token_types)
-        if self.last:
-            out = out[:, : self.spec.vocab_size] if self.spec.head else out
-            out = lax.with_sharding_constraint(out, self.sharding())
-        return out
-
-    # What follows runs inside `jax.shard_map`.
-
-    def _layers(
-        self, stage: Any, tokens: Array | None, hidden: Array | None, context: Any, token_types: Array | None
-    ) -> tuple[Array, Any]:
-        with default_implementation(self._implementation):
-            if hidden is not None:
-                return stage.run(hidden, context)
-            embedded: Array = stage.embed(tokens, context, token_types)
-            if self._splits_tokens(embedded.shape[0]):
-                embedded = own_part(embedded, TENSOR)
-            return stage.run(embedded, context)
-
-    def _outputs(
-        self, stage: Any, hidden: Array, wanted: Array | None, tokens: int, *, classify: bool = False
-    ) -> Array:
-        """What the classifier gives, or one rank's share of the logits, with padding at minus infinity."""
-        if hidden.shape[0] != tokens:
-            hidden = all_gather(hidden, TENSOR) if wanted is None else rows_of_parts(hidden, wanted)
-            wanted = None
-        with default_implementation(self._implementation):
-            outputs = stage.finish(hidden, wanted, classify=classify)
-        return outputs if classify or self.spec.head is None else without_padding(outputs, self.spec.vocab_size)

@@ -7,20 +7,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int
 
 from jdsi.converters import ParameterSource
 from jdsi.converters.block_store import BlockStore
 from jdsi.errors import CapacityError, ConfigError
-from jdsi.kv_cache import ContiguousContext, PackedContext
+from jdsi.kv_cache import ContiguousContext
 from jdsi.models import TransformerSpec
 from jdsi.models.tensor_parallel import local_spec
 from jdsi.pallas_kernels.operator import Implementation
 from jdsi.sharding import DATA, TENSOR, Parallelism, make_mesh
 
-from .executor import Step, unchanged
+from .executor import Step
 from .kv_demand import kv_bytes
 from .kv_offload import OffloadedContext, OffloadedKV, SlabStore
 from .layer_programs import LayerPrograms
@@ -142,42 +140,21 @@ class StreamedExecutor(OneProcess):
     def steps(self, batches: Sequence[Step]) -> list[tuple[Any, Any, Any]]:
         """See `Executor.steps`; every layer is used for all batches in turn (zig-zag). One thread at a time."""
         with self._turn:
-            hidden, contexts = self._through_layers(batches)
+            hidden, contexts, frames = self._through_layers(batches)
             results = []
             with self._weights.top_weights() as blocks:
                 arrays = [block.arrays for block in blocks]
                 for i, batch in enumerate(batches):
                     x = hidden.take(i)
                     result, carry, done = self._weights.top(
-                        arrays, x, batch.wanted, batch.epilogue, batch.carry, batch.classify
+                        arrays, x, frames[i], batch.wanted, batch.epilogue, batch.carry, batch.classify
                     )
                     results.append((result, contexts[i].commit(), carry))
                     for block in blocks:
                         block.used_by(done)
             return results
 
-    def logits(
-        self, tokens: Int[Array, "B S"], lengths: Int[Array, " B"], token_types: Int[Array, "B S"] | None = None
-    ) -> Float[Array, "B S V"]:
-        """See `Executor.logits`."""
-        rows, length = tokens.shape
-        padded = -(-rows // self.row_multiple) * self.row_multiple
-
-        def fill(x: Any) -> np.ndarray:
-            return np.pad(np.asarray(x), [(0, padded - rows), *[(0, 0)] * (np.ndim(x) - 1)], mode="edge")
-
-        context = PackedContext.from_dense(padded, length, jnp.asarray(fill(lengths)))
-        types = None if token_types is None else fill(token_types).reshape(-1)
-        step = Step(fill(tokens).reshape(-1), context, None, unchanged, (), types)
-        with self._turn:
-            hidden, _ = self._through_layers([step])
-            with self._weights.top_weights() as blocks:
-                out, done = self._weights.logits([block.arrays for block in blocks], hidden.take(0))
-                for block in blocks:
-                    block.used_by(done)
-        return out.reshape(padded, length, -1)[:rows]
-
-    def _through_layers(self, batches: Sequence[Step]) -> tuple[Waiting, list[Any]]:
+    def _through_layers(self, batches: Sequence[Step]) -> tuple[Waiting, list[Any], list[Any]]:
         self._passes += 1
         contexts = [batch.context for batch in batches]
         # Each is put in its place once for all layers, whose programs would otherwise do it, and be compiled for it.
@@ -199,7 +176,7 @@ class StreamedExecutor(OneProcess):
                     hidden.put(i, x)
                     contexts[i] = contexts[i].with_memory(index, memory)
                     block.used_by(done)
-        return hidden, contexts
+        return hidden, contexts, frames
 
     def _announce(self, contexts: Sequence[Any], layer: int, batch: int) -> None:
         """Has the keys and values brought that are wanted next."""

@@ -11,7 +11,6 @@ from jaxtyping import Array
 
 from jdsi.converters.block_store import Block, BlockStore
 from jdsi.converters.direct_io import PageBuffer
-from jdsi.models.parts import tied_table
 from jdsi.models.spec import LayerSpec
 
 from .layer_programs import LayerPrograms
@@ -46,7 +45,7 @@ class WeightSupply:
         source: where streamed blocks come from; by default the store's files. Closed with this.
 
     Attributes:
-        embed, top, logits: programs, see `LayerPrograms`.
+        embed, top: programs, see `LayerPrograms`.
     """
 
     def __init__(
@@ -62,10 +61,11 @@ class WeightSupply:
         used = {name: kept_weights(own) if name in residency.resident else own for name, own in weights.items()}
         # In the order in which they arrive.
         self._top_blocks = ["norm"] * ("norm" in used)
-        self._top_blocks += ["embedding"] * (tied_table(store.spec) is not None)
+        head = store.spec.head
+        self._top_blocks += ["embedding"] * (head is not None and head.tied)
         self._top_blocks += [name for name in ("head", "classifier") if name in used]
         top = [used[name] for name in self._top_blocks]
-        self.embed, self.top, self.logits = programs.embed(used["embedding"]), programs.top(top), programs.logits(top)
+        self.embed, self.top = programs.embed(used["embedding"]), programs.top(top)
         self._layers = [_Layer.of(programs, used[f"layers.{i}"], layer) for i, layer in enumerate(store.spec.layers)]
         self._prepared: dict[Any, dict[str, Array]] = {}
 
@@ -102,7 +102,7 @@ class WeightSupply:
 
     @contextlib.contextmanager
     def top_weights(self) -> Iterator[list[Delivery | Resident]]:
-        """What the programs `top` and `logits` take, a block for each of their arrays, until the end of the context."""
+        """What the program `top` takes, a block for each of its arrays, until the end of the context."""
         with contextlib.ExitStack() as stack:
             yield [stack.enter_context(self.block(name)) for name in self._top_blocks]
 
