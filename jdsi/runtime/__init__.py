@@ -3,7 +3,7 @@
 from .compilation_cache import compilation_counts, enable_compilation_cache
 from .executor import Epilogue, Executor, Step
 from .resident import ResidentExecutor
-from .shapes import batch_bucket, capacity_bucket, token_bucket
+from .shapes import batch_bucket, token_bucket
 from .stats import GenerationStats
 
 __all__ = [
@@ -13,7 +13,6 @@ __all__ = [
     "ResidentExecutor",
     "Step",
     "batch_bucket",
-    "capacity_bucket",
     "compilation_counts",
     "enable_compilation_cache",
     "token_bucket",

@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jdsi.converters import ParameterSource
+from jdsi.kv_cache import Cache
 from jdsi.models import TransformerSpec
 from jdsi.sharding import DATA, Parallelism
 
@@ -100,8 +101,8 @@ class Executor(Protocol):
         """The rows of a batch must be a multiple of this."""
         ...
 
-    def new_context(self, rows: int, capacity: int) -> Any:
-        """Empty KV memory for `rows` sequences of up to `capacity` tokens, where the executor wants it."""
+    def new_cache(self, rows: int, tokens: int) -> Cache:
+        """Empty KV memory for `rows` sequences of up to so many tokens, where the executor wants it."""
         ...
 
     def steps(self, batches: Sequence[Step]) -> list[tuple[Any, Any, Any]]:

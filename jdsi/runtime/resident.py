@@ -9,12 +9,15 @@ import jax.numpy as jnp
 
 from jdsi.converters import MemoryParameters, ParameterSource
 from jdsi.errors import ConfigError
+from jdsi.kv_cache import Cache, CacheSpec, Contiguous
 from jdsi.models import Part, Skeleton, Transformer, TransformerSpec, parameters
 from jdsi.pallas_kernels.operator import Implementation
 
 from .body import Body
 from .executor import Step
 from .one_process import OneProcess
+
+_CONTIGUOUS = Contiguous()
 
 
 class ResidentExecutor(OneProcess):
@@ -23,9 +26,13 @@ class ResidentExecutor(OneProcess):
     Args:
         model: its arrays are used where they are.
         implementation: what operators run, see `default_implementation`.
+        cache: the kind of KV memory.
     """
 
-    def __init__(self, model: Transformer, implementation: Implementation | None = None) -> None:
+    def __init__(
+        self, model: Transformer, implementation: Implementation | None = None, cache: CacheSpec = _CONTIGUOUS
+    ) -> None:
+        self._cache = cache
         whole = Part.whole(model.spec)
         self._body = Body(Skeleton.around(model), whole, model.spec, implementation)
         self._leaves = list(parameters(model).values())
@@ -50,6 +57,10 @@ class ResidentExecutor(OneProcess):
     def batches_per_pass(self) -> int:
         """See `Executor.batches_per_pass`."""
         return 1
+
+    def new_cache(self, rows: int, tokens: int) -> Cache:
+        """See `Executor.new_cache`."""
+        return self._cache.create(self.spec.kv_shapes, rows, tokens, self.dtype)
 
     def steps(self, batches: Sequence[Step]) -> list[tuple[Any, Any, Any]]:
         """See `Executor.steps`."""

@@ -92,7 +92,7 @@ def test_operations_and_bytes_are_those_that_xla_counts(family: str, work: Workl
     graph, state = nnx.split(nnx.eval_shape(lambda: Transformer(spec)))
     leaves, structure = jax.tree.flatten(state)
     context = jax.eval_shape(
-        lambda: ContiguousContext.create(spec.kv_heads, work.rows, work.context, jnp.float32).extend(
+        lambda: ContiguousContext.create(spec.kv_shapes, work.rows, work.context, jnp.float32).begin(
             jnp.ones(work.rows, jnp.int32), work.new_tokens
         )
     )
