@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ class BeamEpilogue:
 
     features: SamplerFeatures
     repeat: int = 1
+    apart: ClassVar[bool] = True
 
     def __call__(self, logits: Float[Array, "R V"], state: beam.BeamState) -> tuple[Any, beam.BeamState]:
         tokens, parents, state = beam.step(jnp.repeat(logits, self.repeat, axis=0), state, self.features)
@@ -38,6 +39,7 @@ class ProposeEpilogue:
 
     features: SamplerFeatures
     repeat: int = 1
+    apart: ClassVar[bool] = True
 
     def __call__(self, logits: Float[Array, "R V"], state: beam.BeamState) -> tuple[beam.Candidates, beam.BeamState]:
         return beam.propose(jnp.repeat(logits, self.repeat, axis=0), state, self.features), state

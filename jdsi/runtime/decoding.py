@@ -32,6 +32,11 @@ class SampleEpilogue:
     features: SamplerFeatures
     choices: int = 1
 
+    @property
+    def apart(self) -> bool:
+        """Plain greedy decoding, of which there is one kind, stays in the model's program."""
+        return self.features != SamplerFeatures()
+
     def __call__(self, logits: Float[Array, "R V"], state: SamplerState) -> tuple[SampledTokens, SamplerState]:
         if self.choices > 1:
             logits = logits[spread_rows(logits.shape[0], self.choices, self.features)]

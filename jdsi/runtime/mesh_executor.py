@@ -21,7 +21,8 @@ from jdsi.planning.search import Choice
 from jdsi.sharding import EXPERT, PIPE, Parallelism, stage_meshes, wavefront
 
 from . import peers
-from .executor import Epilogue, Step
+from .epilogue import Epilogue
+from .executor import Step
 from .gather import Gathering
 from .stage_program import StageInput, StageProgram
 from .transfer import Link, all_here, is_here, part_on, replicate, spread

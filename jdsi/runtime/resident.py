@@ -14,6 +14,7 @@ from jdsi.models import Part, Skeleton, Transformer, TransformerSpec, parameters
 from jdsi.pallas_kernels.operator import Implementation
 
 from .body import Body
+from .epilogue import Epilogue, EpilogueProgram, left_for_another, stands_apart
 from .executor import Step
 from .one_process import OneProcess
 
@@ -35,7 +36,7 @@ class ResidentExecutor(OneProcess):
         self._cache = cache
         whole = Part.whole(model.spec)
         self._body = Body(Skeleton.around(model), whole, model.spec, implementation)
-        self._leaves = list(parameters(model).values())
+        self._leaves, self._epilogues = list(parameters(model).values()), EpilogueProgram()
         self._step = jax.jit(self._body, static_argnames=("epilogue", "classify"), donate_argnames=("context", "carry"))
 
     @property
@@ -64,10 +65,17 @@ class ResidentExecutor(OneProcess):
 
     def steps(self, batches: Sequence[Step]) -> list[tuple[Any, Any, Any]]:
         """See `Executor.steps`."""
-        return [
-            self._step(self._leaves, b.tokens, b.context, b.token_types, b.wanted, b.carry, b.epilogue, b.classify)
-            for b in batches
-        ]
+        return [self._one(batch) for batch in batches]
+
+    def _one(self, b: Step) -> tuple[Any, Any, Any]:
+        if not stands_apart(b.epilogue):
+            return self._run(b, b.carry, b.epilogue)
+        outputs, context, _ = self._run(b, (), left_for_another)
+        result, carry = self._epilogues(outputs, b.carry, b.epilogue)
+        return result, context, carry
+
+    def _run(self, b: Step, carry: Any, epilogue: Epilogue) -> tuple[Any, Any, Any]:
+        return self._step(self._leaves, b.tokens, b.context, b.token_types, b.wanted, carry, epilogue, b.classify)
 
     def program(self, batch: Step) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         """What a step runs, to be compiled or looked into elsewhere: a function that is not jitted, and its arguments.

@@ -18,7 +18,7 @@ from jdsi.pallas_kernels.operator import Implementation
 from jdsi.sharding import DATA, TENSOR
 
 from .body import Body
-from .executor import Epilogue, carry_specs
+from .epilogue import Epilogue, EpilogueProgram, carry_specs, left_for_another, result_specs, stands_apart
 
 _ROWS, _WHOLE = PartitionSpec(DATA), PartitionSpec()
 _CONTIGUOUS = Contiguous()
@@ -77,6 +77,7 @@ class StageProgram:
             spec, part, dtype, ranks, implementation=implementation, sequence_parallel=sequence_parallel
         )
         self._cache, self._kv_shapes = cache, kv_shapes(spec, ranks)[layers.start : layers.stop]
+        self._epilogues = EpilogueProgram(mesh, divided=spec.head is not None)
         self.names = self._body.names
         splits = [split_of(spec, name, ranks) for name in self.names]
         self._leaf_specs = [_WHOLE if s is None else PartitionSpec(*[None] * s.dim, TENSOR) for s in splits]
@@ -160,7 +161,12 @@ class StageProgram:
             Hidden states, or from the last stage the epilogue's result, the same on every device; the context that has
             seen the tokens; the epilogue's new state.
         """
-        return self._jitted(leaves, *self._arguments(given), epilogue=epilogue, classify=classify)
+        if not self.last or not stands_apart(epilogue):
+            return self._jitted(leaves, *self._arguments(given), epilogue=epilogue, classify=classify)
+        arguments = self._arguments(dataclasses.replace(given, carry=()))
+        outputs, context, _ = self._jitted(leaves, *arguments, epilogue=left_for_another, classify=classify)
+        result, carry = self._epilogues(outputs, given.carry, epilogue)
+        return result, context, carry
 
     def _arguments(self, given: StageInput) -> tuple[Any, ...]:
         tokens, hidden = (given.x, None) if self.first else (None, given.x)
@@ -181,6 +187,7 @@ class StageProgram:
     ) -> tuple[Any, AttentionContext, Any]:
         total = context.positions.shape[0]
         carried = carry_specs(carry)
+        results = result_specs(epilogue, divided=self.spec.head is not None and not classify)
         memory, seen = context.partition(), jax.eval_shape(lambda: context.commit()).partition()
 
         def body(leaves, tokens, hidden, context, token_types, wanted, carry):
@@ -191,9 +198,11 @@ class StageProgram:
             body,
             mesh=self.mesh,
             in_specs=(self._leaf_specs, _ROWS, self.hidden_spec(total), memory, _ROWS, _ROWS, carried),
-            out_specs=(_ROWS if self.last else self.hidden_spec(total), seen, carried),
+            out_specs=(results if self.last else self.hidden_spec(total), seen, carried),
             check_vma=False,
         )(leaves, tokens, hidden, context, token_types, wanted, carry)
-        if self.last:  # what is read by the host, and by every device of the first stage
+        if (
+            self.last and epilogue is not left_for_another
+        ):  # what is read by the host, and by every device of the first stage
             result = lax.with_sharding_constraint(result, self.sharding())
         return result, context, carry

@@ -17,6 +17,7 @@ from jdsi.models.tensor_parallel import kv_shapes
 from jdsi.pallas_kernels.operator import Implementation
 from jdsi.sharding import DATA, TENSOR, Parallelism, make_mesh
 
+from .epilogue import EpilogueProgram, left_for_another, stands_apart
 from .executor import Step
 from .layer_programs import LayerPrograms
 from .one_process import OneProcess
@@ -74,6 +75,7 @@ class StreamedExecutor(OneProcess):
         self._weights = WeightSupply(store, residency, self.mesh, programs, source)
         self._turn, self._passes = threading.Lock(), 0
         self._rows = NamedSharding(self.mesh, PartitionSpec(DATA))
+        self._epilogues = EpilogueProgram(self.mesh, divided=store.spec.head is not None)
         self._kv_shapes = kv_shapes(store.spec, self.mesh.shape[TENSOR])
 
     @property
@@ -128,9 +130,13 @@ class StreamedExecutor(OneProcess):
                 arrays = [block.arrays for block in blocks]
                 for i, batch in enumerate(batches):
                     x = hidden.take(i)
+                    apart = stands_apart(batch.epilogue)
+                    epilogue, carry = (left_for_another, ()) if apart else (batch.epilogue, batch.carry)
                     result, carry, done = self._weights.top(
-                        arrays, x, frames[i], batch.wanted, batch.epilogue, batch.carry, batch.classify
+                        arrays, x, frames[i], batch.wanted, epilogue, carry, batch.classify
                     )
+                    if apart:
+                        result, carry = self._epilogues(result, batch.carry, batch.epilogue)
                     results.append((result, contexts[i].commit(), carry))
                     for block in blocks:
                         block.used_by(done)
