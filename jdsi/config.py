@@ -12,6 +12,7 @@ from typing import Any, Self
 from jdsi import deepspeed
 from jdsi.converters import parse_dtype, parse_size
 from jdsi.errors import ConfigError, nearest
+from jdsi.kv_cache import CacheSpec
 
 OFFLOADS = ("host", "nvme", "auto")
 KV_OFFLOADS = ("host", "nvme")
@@ -62,6 +63,7 @@ class InferenceConfig:
         spill_folder: where that file lies; by default the temporary folder.
         devices_per_link: devices that share a link to the host: each of n offloads keys and values of every n-th layer
             only, no two of the same one, so that they do not compete for the link.
+        cache: the kind of KV memory, a `jdsi.kv_cache.CacheSpec`; by default a row of fixed room for each sequence.
         tensor_parallel: devices that share every layer. Also DeepSpeed's `tensor_parallel.tp_size`, `tp`, `mp_size`.
         pipeline_parallel: stages of consecutive layers, each on devices of its own.
         data_parallel: groups of devices that share the rows of a batch.
@@ -90,6 +92,7 @@ class InferenceConfig:
     kv_offload: str | None = None
     spill_folder: str | os.PathLike[str] | None = None
     devices_per_link: int = 1
+    cache: CacheSpec | None = None
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
     data_parallel: int = 1
@@ -129,6 +132,8 @@ class InferenceConfig:
             raise ConfigError("gpu_direct is for offload='nvme'")
         if self.batches_per_pass is not None and self.offload is None:
             raise ConfigError("batches_per_pass is for offload='host', 'nvme' or 'auto'")
+        if self.cache is not None and not callable(getattr(self.cache, "create", None)):
+            raise ConfigError(f"cache={self.cache!r} must be a jdsi.kv_cache.CacheSpec, which only Python can give")
         self._check_kv_offload()
         self._check_parallelism()
 
@@ -138,6 +143,8 @@ class InferenceConfig:
             raise ConfigError(f"kv_offload={self.kv_offload!r}{hint} must be one of {KV_OFFLOADS}")
         if self.kv_offload is not None and self.offload is None:
             raise ConfigError("kv_offload is for models that run layer by layer; set offload='host', 'nvme' or 'auto'")
+        if self.kv_offload is not None and self.cache is not None:
+            raise ConfigError("cache and kv_offload both say where keys and values live; leave one of them out")
         if self.spill_folder is not None and self.kv_offload != "nvme":
             raise ConfigError("spill_folder is for kv_offload='nvme'")
         if self.devices_per_link > 1 and self.kv_offload is None:

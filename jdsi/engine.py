@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Collection, Generator, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +13,17 @@ from jdsi.config import InferenceConfig
 from jdsi.converters import ParameterSource, Progress, load_spec, save_parameters
 from jdsi.converters.save import Layout
 from jdsi.errors import CapacityError, ConfigError
-from jdsi.generation import Classification, Completion, SampledTokens, SamplingParams, pad_rows
+from jdsi.generation import Classification, Completion, SamplingParams, pad_rows
 from jdsi.generation.classification import Text, TextIntake, TokenRow, check_finite
 from jdsi.generation.defaults import GenerationDefaults
 from jdsi.generation.prompts import Prompt, encode_rows
 from jdsi.generation.requests import Intake, Request
-from jdsi.generation.stream_events import StreamEvent, events_of
 from jdsi.models import TransformerSpec
 from jdsi.runtime import Executor, GenerationStats, token_bucket
-from jdsi.runtime.batch import Batch
-from jdsi.runtime.batching import batches_of, most_requests, passes_of
-from jdsi.runtime.beam_decoding import beam_search
+from jdsi.runtime.batching import most_requests
 from jdsi.runtime.classification import classify
-from jdsi.runtime.closing import closed_at_exit
-from jdsi.runtime.decoding import decode
 from jdsi.runtime.forward import forward
-from jdsi.runtime.memory import peak_device_memory, peak_memory
-from jdsi.runtime.weight_stream import StreamReport
+from jdsi.runtime.run import Measured, Run, Stream
 
 
 class InferenceEngine:
@@ -42,7 +36,7 @@ class InferenceEngine:
         eos_token_ids: ids that end a sequence.
         generation_defaults: the values of sampling parameters that callers leave out.
         checkpoint: the folder that the model was loaded from, if it was.
-        stats: of the last generation or classification.
+        stats: of the generation or classification that began last; a stream has its own too.
     """
 
     def __init__(
@@ -64,7 +58,6 @@ class InferenceEngine:
         self.generation_defaults.warn()
         self.stats = GenerationStats()
         self._executor = executor
-        self._streamed_before: StreamReport | None = None
         self.max_tokens = config.max_tokens or executor.spec.max_positions
         table = executor.spec.position_table
         if table is not None and self.max_tokens > table:
@@ -159,38 +152,24 @@ class InferenceEngine:
             CapacityError: prompt plus `max_new_tokens` exceeds `max_tokens`, or the prompt the folder's `max_length`.
             ConfigError: the model cannot generate, or the sampling parameters do not fit.
         """
-        requests = self._intake.requests(prompts, sampling)
-        self.stats = GenerationStats(prompt_tokens=sum(len(r.prompt) for r in requests))
-        self._streamed_before = self._executor.stream_report()
-        done: dict[int, dict[int, Completion]] = {request.index: {} for request in requests}
-        for batch in self._batches([r for r in requests if r.params.num_beams > 1]):
-            for index, completions in self._beam_search(batch).items():
-                done[index] = dict(enumerate(completions))
-        for event in self._sample([r for r in requests if r.params.num_beams == 1]):
-            if event.completion is not None:
-                done[event.index][event.choice] = event.completion
-        return [_together([found[choice] for choice in sorted(found)]) for found in done.values()]
-
-    def _note_memory(self) -> None:
-        self.stats.peak_memory_bytes, self.stats.peak_device_bytes = peak_memory(), peak_device_memory()
-        report = self._executor.stream_report()
-        if report is not None:
-            self.stats.stream = report.since(self._streamed_before or StreamReport())
+        run = self._run(self._intake.requests(prompts, sampling))
+        self.stats = run.stats
+        return run.completions()
 
     def stream(
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
-    ) -> Iterator[StreamEvent]:
+    ) -> Stream:
         """Like `generate`, token by token. Arguments are checked at the call, not at the first event."""
         requests = self._intake.requests(prompts, sampling)
         if any(r.params.num_beams > 1 for r in requests):
             raise ConfigError(
                 "stream cannot run a beam search, which knows its text only at the end; use generate, or num_beams=1"
             )
-        self.stats = GenerationStats(prompt_tokens=sum(len(r.prompt) for r in requests))
-        self._streamed_before = self._executor.stream_report()
-        return closed_at_exit(self._sample(requests))
+        run = self._run(requests)
+        self.stats = run.stats
+        return run.stream()
 
     def classify(
         self, texts: Text | Sequence[Text], token_types: Sequence[Any] | Int[np.ndarray, "B S"] | None = None
@@ -236,11 +215,10 @@ class InferenceEngine:
     def _outputs_of(self, texts: Any, token_types: Any) -> list[np.ndarray]:
         rows = TextIntake(self.spec, self.tokenizer, self.max_tokens).rows(texts, token_types)
         self.stats = GenerationStats(prompt_tokens=sum(len(row.tokens) for row in rows))
-        self._streamed_before = self._executor.stream_report()
         start = time.perf_counter()
-        outputs = dict(classify(self._executor, rows, max_rows=self.config.max_batch_size))
+        with Measured(self._executor, self.stats):
+            outputs = dict(classify(self._executor, rows, max_rows=self.config.max_batch_size))
         self.stats.first_token_seconds = time.perf_counter() - start
-        self._note_memory()
         check_finite(rows, outputs)
         return [outputs[row.index] for row in rows]
 
@@ -312,13 +290,7 @@ class InferenceEngine:
         shapes = sorted({(min(b, most), min(n, longest)) for b in batch_sizes for n in prompt_lengths})
         by_bucket = {(b, token_bucket(n)): (b, n) for b, n in shapes}
         for batch, length in track(by_bucket.values(), description="compiling", disable=not progress):
-            requests = self._intake.requests([[0] * length] * batch, asked)
-            if params.num_beams > 1:
-                self._beam_search(requests)
-                continue
-            # Two tokens run the prefill and the decode program.
-            for _ in zip(range(2), self._decode([requests]), strict=False):
-                pass
+            self._run(self._intake.requests([[0] * length] * batch, asked)).warm_up()
         return len(by_bucket)
 
     def _warmup_classifier(self, batch_sizes: Sequence[int], lengths: Sequence[int], *, progress: bool) -> int:
@@ -331,73 +303,13 @@ class InferenceEngine:
             dict(classify(self._executor, rows, max_rows=most))
         return len(shapes)
 
-    def _batches(self, requests: list[Request]) -> Iterator[list[Request]]:
-        return batches_of(requests, self._executor, self.config.max_batch_size)
-
     @property
     def _intake(self) -> Intake:
         most = self.config.max_batch_size
         return Intake(self.spec, self.tokenizer, self.max_tokens, most, self.generation_defaults)
 
-    def _decode(
-        self, batches: Sequence[list[Request]], dropped: Collection[int] = ()
-    ) -> Iterator[tuple[int, SampledTokens]]:
-        return decode(
-            self._executor,
-            [Batch.of(batch) for batch in batches],
-            eos_token_ids=self.eos_token_ids,
-            max_rows=self.config.max_batch_size,
-            dropped=dropped,
-        )
-
-    def _beam_search(self, batch: list[Request]) -> dict[int, list[Completion]]:
-        start = time.perf_counter()
-        most = most_requests(self.config.max_batch_size, batch[0])
-        found = beam_search(self._executor, batch, self.tokenizer, eos_token_ids=self.eos_token_ids, max_requests=most)
-        self.stats.new_tokens += sum(len(one.token_ids) for completions in found for one in completions)
-        self.stats.first_token_seconds += time.perf_counter() - start
-        return {request.index: completions for request, completions in zip(batch, found, strict=True)}
-
-    def _sample(self, requests: list[Request]) -> Generator[StreamEvent]:
-        try:
-            most = self.config.max_batch_size
-            for batches in passes_of(self._batches(requests), self._executor, most):
-                yield from self._sample_together(batches)
-        finally:  # also of a stream that is left
-            self._note_memory()
-
-    def _sample_together(self, batches: list[list[Request]]) -> Iterator[StreamEvent]:
-        """Of batches that share passes."""
-        builders = [[r.builder(self.tokenizer) for r in batch for _ in range(r.params.n)] for batch in batches]
-        dropped: set[int] = set()
-        started: set[int] = set()
-        for (index, step), seconds in _timed(self._decode(batches, dropped)):
-            if index in started:
-                self.stats.decode_seconds += seconds
-            else:
-                self.stats.first_token_seconds += seconds
-                started.add(index)
-            for event in events_of(step, batches[index], builders[index]):
-                self.stats.new_tokens += 1
-                yield event
-            if all(b.finish_reason is not None for b in builders[index]):
-                dropped.add(index)
-
-
-def _together(completions: list[Completion]) -> Completion:
-    """The first, with the others as its alternatives."""
-    first, *others = completions
-    return dataclasses.replace(first, alternatives=others) if others else first
-
-
-def _timed[Item](steps: Iterator[Item]) -> Iterator[tuple[Item, float]]:
-    """Each step with the seconds it was waited for."""
-    while True:
-        start = time.perf_counter()
-        step = next(steps, None)
-        if step is None:
-            return
-        yield step, time.perf_counter() - start
+    def _run(self, requests: list[Request]) -> Run:
+        return Run(self._executor, requests, self.config.max_batch_size, self.tokenizer, self.eos_token_ids)
 
 
 def _integers(name: str, values: Any, shape: tuple[int, ...]) -> np.ndarray:

@@ -17,6 +17,7 @@ from jdsi.engine import InferenceEngine
 from jdsi.errors import ConfigError
 from jdsi.generation.defaults import GenerationDefaults
 from jdsi.generation.tokenizer import load_tokenizer, own_tokenizer
+from jdsi.kv_cache import Contiguous
 from jdsi.models import Transformer, parameters
 from jdsi.pallas_kernels.operator import Implementation
 from jdsi.runtime import Executor, ResidentExecutor, enable_compilation_cache
@@ -73,7 +74,7 @@ def init_inference(
             executor: Executor = mesh_executor(source, parsed, implementation)
         else:
             loaded = source if parsed.dtype == "auto" else _cast(source, parsed.dtype)
-            executor = ResidentExecutor(loaded, implementation)
+            executor = ResidentExecutor(loaded, implementation, parsed.cache or Contiguous())
     else:
         # First of all, so that a folder that is no model's is told by its config and not by its tokenizer.
         stored = open_model(source, weights=weights, strict=parsed.strict)
@@ -86,7 +87,8 @@ def init_inference(
         elif wants_mesh(parsed):
             executor = mesh_executor(stored, parsed, implementation)
         else:
-            executor = ResidentExecutor(load_model(stored, dtype=parsed.dtype), implementation)
+            loaded = load_model(stored, dtype=parsed.dtype)
+            executor = ResidentExecutor(loaded, implementation, parsed.cache or Contiguous())
     end, ends = getattr(chosen, "eos_token_id", None), defaults.eos_token_ids
     if ends is None:
         ends = () if end is None else (end,)
@@ -103,7 +105,10 @@ def _offloaded(stored: StoredModel, config: InferenceConfig, implementation: Imp
     mesh = make_mesh(tensor=wanted.tensor, data=wanted.data, devices=jax.local_devices())
     footprint = footprint_on(store, resolve_dtype(config.dtype), mesh)
     kv_place = KVPlace(
-        config.kv_offload or "device", Path(config.spill_folder or tempfile.gettempdir()), config.devices_per_link
+        config.kv_offload or "device",
+        Path(config.spill_folder or tempfile.gettempdir()),
+        config.devices_per_link,
+        config.cache or Contiguous(),
     )
     plan = plan_offload(
         footprint,

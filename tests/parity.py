@@ -101,12 +101,12 @@ def greedy(model: Transformer, prompts: list[list[int]], new_tokens: int) -> lis
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt
     lengths = jnp.asarray([len(p) for p in prompts], jnp.int32)
-    context = ContiguousContext.create(model.spec.kv_heads, batch, length + new_tokens)
+    context = ContiguousContext.create(model.spec.kv_shapes, batch, length + new_tokens)
 
     @jax.jit  # the weights become constants, fine at this size
     def step(tokens: jax.Array, lengths: jax.Array, context: ContiguousContext) -> tuple[jax.Array, ContiguousContext]:
         width = tokens.shape[0] // batch
-        hidden, context = model.forward(tokens, context.extend(lengths, width))
+        hidden, context = model.forward(tokens, context.begin(lengths, width))
         last = hidden.reshape(batch, width, -1)[jnp.arange(batch), lengths - 1]
         return jnp.argmax(model.logits(last), axis=-1).astype(jnp.int32), context
 

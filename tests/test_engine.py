@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models
 import jdsi
 from checkpoints import save_llama, save_script
 from jdsi import CapacityError, ConfigError, PromptError, SamplingParams
-from jdsi.runtime import enable_compilation_cache
+from jdsi.runtime import ResidentExecutor, enable_compilation_cache
 from without_torch import WITHOUT_TORCH
 
 PROMPTS = ["def f(", "The quick brown fox jumps over the lazy", "x", "return café"]
@@ -347,6 +348,20 @@ def test_a_learned_position_table_is_a_limit(tmp_path: Path) -> None:
     assert len(engine.generate([[5] * 20])[0].token_ids) == 4  # the default number of tokens is what fits
 
 
+def test_another_way_to_sample_compiles_no_model(folder: Path) -> None:
+    engine = jdsi.init_inference(folder)
+    executor = engine.executor
+    assert isinstance(executor, ResidentExecutor)
+
+    def programs(**way: Any) -> int:
+        engine.generate("x", SamplingParams(max_new_tokens=3, ignore_eos=True, **way))
+        return executor._step._cache_size()
+
+    greedy, sampled = programs(), programs(temperature=0.7)
+    assert greedy < sampled
+    assert programs(temperature=1.0, top_k=5, logprobs=2) == programs(no_repeat_ngram=2) == sampled
+
+
 def test_statistics_count_beams_and_closed_streams(engine: jdsi.InferenceEngine) -> None:
     engine.generate("x", SamplingParams(max_new_tokens=4, num_beams=2, ignore_eos=True))
     assert engine.stats.new_tokens == 4
@@ -354,9 +369,15 @@ def test_statistics_count_beams_and_closed_streams(engine: jdsi.InferenceEngine)
     stream = engine.stream("x", SamplingParams(max_new_tokens=9, ignore_eos=True))
     for _ in range(3):
         next(stream)
+    other = engine.stream("xy", SamplingParams(max_new_tokens=9, ignore_eos=True))
+    next(other)
+    assert (stream.stats.new_tokens, other.stats.new_tokens) == (3, 1)  # each counts for itself
+    assert engine.stats is other.stats
+    other.close()
+    next(stream)
     stream.close()
-    assert engine.stats.new_tokens == 3
-    assert engine.stats.decode_seconds > 0
+    assert stream.stats.new_tokens == 4
+    assert stream.stats.decode_seconds > 0
 
 
 def test_a_model_is_needed(folder: Path) -> None:

@@ -93,7 +93,7 @@ def host_times(executor: Executor, rows: int, steps: int) -> HostTimes:
     """Times `steps` steps that are waited for one by one, then as many that are queued; medians of the former."""
     capacity = 2 * steps + _SPARE
     start = time.perf_counter()
-    executor.new_context(rows, capacity)
+    executor.new_cache(rows, capacity)
     context = time.perf_counter() - start
     passes = Passes.generation(executor, 1, rows, capacity)
     issue, processor, waited = [], [], []

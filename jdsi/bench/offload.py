@@ -13,8 +13,8 @@ from jdsi.converters import convert, random_checkpoint
 from jdsi.converters.block_store import BlockStore
 from jdsi.converters.quantization import Quantization
 from jdsi.errors import ConfigError
-from jdsi.runtime import Executor, capacity_bucket
-from jdsi.runtime.kv_demand import kv_bytes
+from jdsi.kv_cache import Contiguous
+from jdsi.runtime import Executor
 from jdsi.runtime.memory import available_memory
 from jdsi.runtime.offload import footprint_on
 from jdsi.runtime.residency import plan_residency
@@ -152,7 +152,7 @@ def _measure(
         entries["mmap"] = decoding(StreamedExecutor(blocks, alone, dtype=dtype, source=MappedSource()))
         loaded = loaded_bytes(blocks, dtype)
         batches = batch * (sum(counts) + 3 + len(rounded))
-        others = batches * kv_bytes(blocks.spec, capacity_bucket(PROMPT), np.dtype(dtype))
+        others = batches * Contiguous().bytes(blocks.spec.kv_shapes, 1, PROMPT, dtype)
         others += blocks.nbytes * ("cpu-offload" in peers)
         if loaded + others < 0.7 * available_memory():
             # What offload="auto" chooses where it fits. The same programs, so that only the streaming differs.

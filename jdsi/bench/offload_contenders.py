@@ -13,7 +13,6 @@ import numpy as np
 from jdsi.converters.block_store import Block, BlockStore
 from jdsi.converters.direct_io import DirectReader, PageBuffer, Segment
 from jdsi.runtime import Executor, Step
-from jdsi.runtime.decoding import new_context
 from jdsi.runtime.placement import Streamed
 from jdsi.runtime.residency import Residency
 from jdsi.runtime.weight_sources import MemorySource
@@ -140,8 +139,8 @@ class Decoding:
         self.tokens: list[np.ndarray] = []
         self.margins: list[np.ndarray] = []
         lengths = np.full(rows, PROMPT, np.int32)
-        contexts = [new_context(executor, rows, PROMPT, 2 * turns + 1) for _ in range(count)]
-        prompted = [context.extend(lengths, PROMPT) for context in contexts]
+        caches = [executor.new_cache(rows, PROMPT + 2 * turns + 1) for _ in range(count)]
+        prompted = [cache.begin(lengths, PROMPT) for cache in caches]
         last = np.arange(1, rows + 1, dtype=np.int32) * PROMPT - 1
         self._step([Step(prompts(rows).reshape(-1), context, last, _greedy, ()) for context in prompted])
 
@@ -152,7 +151,7 @@ class Decoding:
 
     def _pass(self) -> None:
         ones = np.ones(len(self.tokens[0]), np.int32)
-        self._step([Step(tokens, context.extend(ones, 1), None, _greedy, ()) for tokens, context in self._state])
+        self._step([Step(tokens, context.begin(ones, 1), None, _greedy, ()) for tokens, context in self._state])
 
     def _step(self, steps: list[Step]) -> None:
         done = self._executor.steps(steps)

@@ -14,7 +14,6 @@ from jdsi.generation import SamplerFeatures, SamplingParams, init_state
 from jdsi.runtime import Executor, Step
 from jdsi.runtime.decoding import SampleEpilogue
 from jdsi.runtime.mesh_executor import MeshExecutor
-from jdsi.runtime.staged_context import StagedContext
 from jdsi.sharding import DATA
 
 
@@ -29,7 +28,7 @@ def greedy(rows: int, vocabulary: int) -> tuple[SampleEpilogue, Any]:
 def prompt_step(executor: Executor, rows: int, length: int, capacity: int) -> Step:
     """A batch whose prompts of `length` tokens are still to be read."""
     epilogue, state = greedy(rows, executor.spec.vocab_size)
-    context = executor.new_context(rows, capacity).extend(np.full(rows, length, np.int32), length)
+    context = executor.new_cache(rows, capacity).begin(np.full(rows, length, np.int32), length)
     last = np.arange(1, rows + 1, dtype=np.int32) * length - 1
     return Step(np.zeros(rows * length, np.int32), context, last, epilogue, state)
 
@@ -40,13 +39,8 @@ def token_step(executor: Executor, rows: int, capacity: int) -> Step:
     Its memory is empty all the same.
     """
     epilogue, state = greedy(rows, executor.spec.vocab_size)
-    context = executor.new_context(rows, capacity).extend(np.ones(rows, np.int32), 1)
+    context = executor.new_cache(rows, capacity).rollback(np.zeros(rows, np.int32)).begin(np.ones(rows, np.int32), 1)
     tokens: Any = jnp.zeros(rows, jnp.int32)
-    if isinstance(context, StagedContext):
-        stages = tuple(dataclasses.replace(stage, empty=False) for stage in context.stages)
-        context = dataclasses.replace(context, stages=stages)
-    else:
-        context = dataclasses.replace(context, empty=False)
     if isinstance(executor, MeshExecutor):
         tokens = jax.device_put(tokens, executor.programs[0].sharding())
         state = jax.device_put(state, executor.programs[-1].sharding(PartitionSpec(DATA)))

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import jdsi
 from jdsi.runtime.mesh_executor import MeshExecutor
 from jdsi.runtime.stage_program import StageInput
-from jdsi.runtime.staged_context import StagedContext
 from jdsi.sharding import PipelineSchedule
 
 from .passes import Passes, Stopwatch, Timing, prompt_step, token_step
@@ -215,14 +214,15 @@ class _StageRuns:
     def _input(self, executor: MeshExecutor, stage: int, rows: int, length: int) -> tuple[StageInput, Any]:
         program, capacity, prompt = self._program, length + _SPARE, length > 1
         step = prompt_step(executor, rows, length, capacity) if prompt else token_step(executor, rows, capacity)
-        assert isinstance(step.context, StagedContext)
         x: Any = step.tokens
         if not program.first:
             tokens = rows * length
             hidden = jnp.ones((tokens, executor.spec.width), executor.dtype)
             x = jax.device_put(hidden, program.sharding(program.hidden_spec(tokens)))
         wanted, carry = (step.wanted, step.carry) if program.last else (None, ())
-        return StageInput(x, step.context.stages[stage], wanted=wanted, carry=carry), step.epilogue
+        return StageInput(
+            x, step.context.on_stages(len(executor.programs))[stage], wanted=wanted, carry=carry
+        ), step.epilogue
 
     def issue(self) -> None:
         given, epilogue = self.given.pop()

@@ -93,7 +93,7 @@ def attention_flops(spec: TransformerSpec, tokens: int) -> int:
     pairs = tokens * (tokens + 1) // 2
     heads = [
         (layer.attention.num_heads, key, value)
-        for layer, (_, key, value) in zip(spec.layers, spec.kv_heads, strict=True)
+        for layer, (_, key, value) in zip(spec.layers, spec.kv_shapes, strict=True)
     ]
     return sum(2 * pairs * count * (key + value) for count, key, value in heads)
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from jdsi.kv_cache import token_bytes
 from jdsi.models import TransformerSpec, abstract_parameters
 
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -49,12 +50,13 @@ def _verify(model: str) -> None:
 def _report(spec: TransformerSpec) -> dict[str, Any]:
     shapes = {name: list(struct.shape) for name, struct in abstract_parameters(spec).items()}
     total = sum(math.prod(shape) for shape in shapes.values())
-    kv_values = sum(kv_heads * (key + value) for kv_heads, key, value in spec.kv_heads)
     return {
         "family": spec.family,
         "parameters": total,
         "weight_bytes": {dtype: total * size for dtype, size in _ITEM_BYTES.items()},
-        "kv_bytes_per_token": {dtype: kv_values * size for dtype, size in _ITEM_BYTES.items()} if spec.causal else None,
+        "kv_bytes_per_token": {dtype: token_bytes(spec.kv_shapes, size) for dtype, size in _ITEM_BYTES.items()}
+        if spec.generates
+        else None,
         "spec": dataclasses.asdict(spec),
         "shapes": shapes,
     }

@@ -18,10 +18,12 @@ from jdsi.pallas_kernels import (
 )
 from jdsi.sharding import DATA, axis_size
 
+from .cache import OneForAll
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class PackedContext:
+class PackedContext(OneForAll):
     """Tokens of several sequences on one axis; each attends within its own sequence.
 
     Attributes:

@@ -5,6 +5,7 @@ import numbers
 from typing import Literal
 
 from jdsi.errors import ConfigError
+from jdsi.kv_cache import KVShape
 from jdsi.pallas_kernels import Alibi, Rotary
 from jdsi.pallas_kernels.activations import known_activation
 
@@ -273,6 +274,7 @@ class TransformerSpec:
         return None if learned is None else learned.entries - learned.offset
 
     @property
-    def kv_heads(self) -> list[tuple[int, int, int]]:
-        """Per layer `(num_kv_heads, key dim, value dim)`, what a KV cache is made from."""
-        return [(a.num_kv_heads, a.head_dim, a.head_dim) for a in (layer.attention for layer in self.layers)]
+    def kv_shapes(self) -> list[KVShape]:
+        """What each layer remembers of a token, if the model generates."""
+        attention = [layer.attention for layer in self.layers] if self.generates else []
+        return [KVShape(a.num_kv_heads, a.head_dim, a.head_dim) for a in attention]

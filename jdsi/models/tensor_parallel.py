@@ -6,6 +6,7 @@ import re
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jdsi.kv_cache import KVShape
 from jdsi.sharding import TENSOR, HeadSplit, Split, axis_index, axis_size, joined, split_evenly, split_heads
 
 from .spec import AttentionSpec, LayerSpec, MlpSpec, TransformerSpec
@@ -28,6 +29,11 @@ def local_spec(spec: TransformerSpec, ranks: int) -> TransformerSpec:
         vocab_size=split_vocabulary(spec, ranks).size,
         layers=tuple(_local_layer(layer, ranks) for layer in spec.layers),
     )
+
+
+def kv_shapes(spec: TransformerSpec, ranks: int) -> list[KVShape]:
+    """What each layer remembers of a token on all ranks together; heads may be padded, or held by several ranks."""
+    return [shape._replace(heads=shape.heads * ranks) for shape in local_spec(spec, ranks).kv_shapes]
 
 
 def split_vocabulary(spec: TransformerSpec, ranks: int) -> Split:

@@ -5,8 +5,9 @@ from typing import Literal
 
 from jax.typing import DTypeLike
 
+from jdsi.kv_cache import Contiguous
 from jdsi.models import TransformerSpec
-from jdsi.runtime.shapes import capacity_bucket, token_bucket
+from jdsi.runtime.shapes import token_bucket
 from jdsi.sharding import Parallelism
 from jdsi.sharding.topology import Topology
 
@@ -22,7 +23,7 @@ TIE = 1.02
 def padded_lengths(prompt: int, context: int) -> tuple[int, int]:
     """What the engine makes of a prompt and a context: the tokens a row is padded to, and the KV memory it gets."""
     width = token_bucket(prompt)
-    return width, capacity_bucket(width + context - prompt)
+    return width, Contiguous().slots(width + context - prompt)
 
 
 @dataclasses.dataclass(frozen=True)

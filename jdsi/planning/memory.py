@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from jdsi.kv_cache import Contiguous
 from jdsi.models import TransformerSpec
 from jdsi.sharding import Parallelism
 
@@ -62,13 +63,11 @@ def stage_memory(
     share, item = share_of(spec, parallelism.tensor), jnp.dtype(dtype).itemsize
     found = []
     for layers in stages or even_stages(spec, parallelism.pipeline):
-        specs = [share.spec.layers[i] for i in layers]
-        slots = sum(sum(one.attention.qkv_rows[1:]) for one in specs if one.attention.causal)
         last = layers.stop == len(share.layers) and share.spec.head is not None
         found.append(
             Memory(
                 weights=elements(share.stage(layers)) * item,
-                kv=rows * capacity * slots * item,
+                kv=Contiguous().bytes(share.spec.kv_shapes[layers.start : layers.stop], rows, capacity, dtype),
                 activations=work.tokens * max(_live(spec.width, share.layers[i]) for i in layers) * item,
                 # As they come, and once more while they are worked on.
                 logits=2 * 4 * work.rows * share.spec.vocab_size if last else 0,

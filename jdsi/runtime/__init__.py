@@ -1,9 +1,10 @@
 """Executors: where weights live and how steps run."""
 
 from .compilation_cache import compilation_counts, enable_compilation_cache
-from .executor import Epilogue, Executor, Step
+from .epilogue import Epilogue
+from .executor import Executor, Step
 from .resident import ResidentExecutor
-from .shapes import batch_bucket, capacity_bucket, token_bucket
+from .shapes import batch_bucket, token_bucket
 from .stats import GenerationStats
 
 __all__ = [
@@ -13,7 +14,6 @@ __all__ = [
     "ResidentExecutor",
     "Step",
     "batch_bucket",
-    "capacity_bucket",
     "compilation_counts",
     "enable_compilation_cache",
     "token_bucket",

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +16,7 @@ from jdsi.sharding import DATA, axis_index
 
 from . import peers
 from .batch import PaddedPrompts, padded_rows
-from .decoding import new_context
 from .executor import Executor, Step
-from .row_selection import select_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +25,7 @@ class BeamEpilogue:
 
     features: SamplerFeatures
     repeat: int = 1
+    apart: ClassVar[bool] = True
 
     def __call__(self, logits: Float[Array, "R V"], state: beam.BeamState) -> tuple[Any, beam.BeamState]:
         tokens, parents, state = beam.step(jnp.repeat(logits, self.repeat, axis=0), state, self.features)
@@ -40,6 +39,7 @@ class ProposeEpilogue:
 
     features: SamplerFeatures
     repeat: int = 1
+    apart: ClassVar[bool] = True
 
     def __call__(self, logits: Float[Array, "R V"], state: beam.BeamState) -> tuple[beam.Candidates, beam.BeamState]:
         return beam.propose(jnp.repeat(logits, self.repeat, axis=0), state, self.features), state
@@ -110,8 +110,8 @@ def _hypotheses(
         features=features,
     )
     steps = max(p.max_new_tokens for p in params)
-    context = new_context(executor, rows, padded.width, steps)
-    first = _Pass(executor, context.extend(padded.lengths, padded.width), padded.tokens, padded.last)
+    cache = executor.new_cache(rows, padded.width + steps)
+    first = _Pass(executor, cache.begin(padded.lengths, padded.width), padded.tokens, padded.last)
     if any(text is not None for text in texts):
         state = _with_stop_strings(first, state, features, steps, BeamTexts([*texts, *[None] * idle], beams))
     else:
@@ -124,23 +124,23 @@ class _Pass:
     """What the model's next pass is over: first the prompts, one row each, then the last tokens of all beams."""
 
     executor: Executor
-    context: Any
+    cache: Any
     tokens: Any
     last: Any
 
     def run(self, epilogue: Any, state: Any) -> tuple[Any, Any]:
         """The epilogue's result and state."""
-        step = Step(self.tokens, self.context, self.last, epilogue, state)
-        result, self.context, state = self.executor.steps([step])[0]
+        step = Step(self.tokens, self.cache, self.last, epilogue, state)
+        result, self.cache, state = self.executor.steps([step])[0]
         return result, state
 
     def go_on(self, tokens: Any, parents: Any, beams: int) -> None:
         """With a token behind each beam, each of which continues the row `parents` says."""
         # In the first pass nothing can be donated: every prompt's row becomes `beams` rows.
         rows = parents if self.last is None else parents // beams
-        self.context, self.tokens = select_rows(self.context, rows), tokens
+        self.cache, self.tokens = self.cache.select(rows), tokens
         if self.last is not None:
-            self.context, self.last = self.context.extend(np.ones(len(tokens), np.int32), 1), None
+            self.cache, self.last = self.cache.begin(np.ones(len(tokens), np.int32), 1), None
 
 
 def _steps(steps: int, beams: int) -> Iterator[tuple[bool, int]]:

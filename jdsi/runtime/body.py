@@ -12,7 +12,7 @@ from jdsi.models.tensor_parallel import SEQUENCE_PARALLEL_TOKENS, local_spec, wi
 from jdsi.pallas_kernels.operator import Implementation, default_implementation
 from jdsi.sharding import DATA, axis_index
 
-from .executor import Epilogue
+from .epilogue import Epilogue
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # jit knows it by what it is, not by what is in it

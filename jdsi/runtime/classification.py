@@ -14,7 +14,8 @@ from jdsi.models import classified_tokens
 from . import peers
 from .batch import PaddedPrompts, padded_rows
 from .batching import batch_share, passes_of
-from .executor import Executor, Step, unchanged
+from .epilogue import unchanged
+from .executor import Executor, Step
 from .forward import packed_rows
 
 Outputs = Float[np.ndarray, " outputs"]

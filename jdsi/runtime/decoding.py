@@ -23,8 +23,6 @@ from jdsi.kv_cache import join_rows
 from . import peers
 from .batch import Batch, PaddedPrompts, padded_rows, spread_rows
 from .executor import Executor, Step
-from .row_selection import select_rows
-from .shapes import capacity_bucket
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,15 +32,15 @@ class SampleEpilogue:
     features: SamplerFeatures
     choices: int = 1
 
+    @property
+    def apart(self) -> bool:
+        """Plain greedy decoding, of which there is one kind, stays in the model's program."""
+        return self.features != SamplerFeatures()
+
     def __call__(self, logits: Float[Array, "R V"], state: SamplerState) -> tuple[SampledTokens, SamplerState]:
         if self.choices > 1:
             logits = logits[spread_rows(logits.shape[0], self.choices, self.features)]
         return sample(logits, state, self.features)
-
-
-def new_context(executor: Executor, rows: int, width: int, new_tokens: int) -> Any:
-    """An empty KV cache for prompts padded to `width` and up to `new_tokens` more."""
-    return executor.new_context(rows, capacity_bucket(width + new_tokens))
 
 
 def decode(
@@ -142,21 +140,21 @@ class _Running:
         steps = []
         for piece in _pieces(requests, executor.prompt_pieces, executor.row_multiple):
             part = padded.part(_times(piece, batch.group))
-            context = new_context(executor, len(part.lengths), padded.width, new_tokens)
-            context = context.extend(part.lengths, padded.width)
+            cache = executor.new_cache(len(part.lengths), padded.width + new_tokens)
+            context = cache.begin(part.lengths, padded.width)
             whole = len(part.lengths) == requests * batch.group
             own = state if whole else rows_of(state, _times(piece, batch.choices))
             steps.append(Step(part.tokens, context, part.last, epilogue, own))
         return cls(index, features, batch.choices, steps, new_tokens)
 
     def advance(self, outcomes: Sequence[tuple[SampledTokens, Any, SamplerState]]) -> None:
-        sampled, context, state = outcomes[0] if len(outcomes) == 1 else _joined(outcomes)
+        sampled, cache, state = outcomes[0] if len(outcomes) == 1 else _joined(outcomes)
         if self.steps[0].wanted is not None:
             if self.choices > 1:
-                context = select_rows(context, spread_rows(context.batch, self.choices, self.features))
-            context = context.extend(np.ones(context.batch, np.int32), 1)
+                cache = cache.select(spread_rows(cache.rows, self.choices, self.features))
+            cache = cache.begin(np.ones(cache.rows, np.int32), 1)  # as every step from here on
         fed = sampled.tokens if sampled.fed is None else sampled.fed
-        self.steps = [Step(fed, context, None, SampleEpilogue(self.features), state)]
+        self.steps = [Step(fed, cache, None, SampleEpilogue(self.features), state)]
         self.steps_left -= 1
         self.unread.append(sampled)
 
@@ -175,5 +173,5 @@ def _pieces(rows: int, wanted: int, multiple: int) -> list[slice]:
 
 def _joined(outcomes: Sequence[tuple[SampledTokens, Any, SamplerState]]) -> tuple[SampledTokens, Any, SamplerState]:
     """The rows of several pieces as those of one batch."""
-    sampled, contexts, states = zip(*outcomes, strict=True)
-    return join_rows(sampled), type(contexts[0]).join(contexts), joined_rows(states)
+    sampled, caches, states = zip(*outcomes, strict=True)
+    return join_rows(sampled), type(caches[0]).join(caches), joined_rows(states)

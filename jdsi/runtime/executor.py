@@ -6,22 +6,15 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
-from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from jdsi.converters import ParameterSource
+from jdsi.kv_cache import Cache
 from jdsi.models import TransformerSpec
-from jdsi.sharding import DATA, Parallelism
+from jdsi.sharding import Parallelism
 
+from .epilogue import Epilogue
 from .weight_stream import StreamReport
-
-Epilogue = Callable[[Float[Array, "B V"], Any], tuple[Any, Any]]
-"""`(logits, carry) -> (result, carry)`: pure, hashable by value, traced behind the model so that it costs no launch."""
-
-
-def unchanged(outputs: Float[Array, "B V"], carry: Any) -> tuple[Float[Array, "B V"], Any]:
-    """The `Epilogue` that gives what it is given."""
-    return outputs, carry
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +25,7 @@ class Step:
         tokens: packed ids.
         context: which token belongs where. Donated: use the one returned from here on.
         wanted: index in `tokens` of those whose logits are wanted, one of each row; `None` for all tokens.
-        epilogue: applied to the logits in the same program.
+        epilogue: applied to the logits, see `Epilogue`.
         carry: its state. Donated.
         token_types: segment ids of families that have them.
         classify: the classifier is applied to the wanted tokens in place of the head.
@@ -45,11 +38,6 @@ class Step:
     carry: Any
     token_types: Int[Array | np.ndarray, " T"] | None = None
     classify: bool = False
-
-
-def carry_specs(carry: Any) -> Any:
-    """How an epilogue's state lies on a mesh: its first dimension over "data", unless it says otherwise."""
-    return carry.partition() if hasattr(carry, "partition") else PartitionSpec(DATA)
 
 
 class Executor(Protocol):
@@ -100,8 +88,8 @@ class Executor(Protocol):
         """The rows of a batch must be a multiple of this."""
         ...
 
-    def new_context(self, rows: int, capacity: int) -> Any:
-        """Empty KV memory for `rows` sequences of up to `capacity` tokens, where the executor wants it."""
+    def new_cache(self, rows: int, tokens: int) -> Cache:
+        """Empty KV memory for `rows` sequences of up to so many tokens, where the executor wants it."""
         ...
 
     def steps(self, batches: Sequence[Step]) -> list[tuple[Any, Any, Any]]:

@@ -11,7 +11,8 @@ from jaxtyping import Array, Float, Int
 from jdsi.generation.vocabulary import whole
 from jdsi.kv_cache import PackedContext
 
-from .executor import Executor, Step, unchanged
+from .epilogue import unchanged
+from .executor import Executor, Step
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,13 +10,13 @@ from typing import Self
 import numpy as np
 
 from jdsi.errors import ConfigError
-from jdsi.models import TransformerSpec
-from jdsi.models.tensor_parallel import local_spec
+from jdsi.kv_cache import CacheSpec, Contiguous
+from jdsi.models.tensor_parallel import kv_shapes
 
-from .kv_offload import FileSlabs, HostSlabs, SlabStore
+from .kv_offload import FileSlabs, HostSlabs, Offloaded, SlabStore
 from .memory import available_host_memory
 from .residency import Footprint
-from .shapes import capacity_bucket, token_bucket
+from .shapes import token_bucket
 
 _LAYERS_ON_THEIR_WAY = 5
 """Layers of offloaded keys and values that a device holds: coming, in use, and being cut for their way back."""
@@ -37,21 +37,24 @@ class KVPlace:
         where: "device", "host" or "nvme".
         folder: where the spill file lies.
         devices_per_link: see `OffloadedKV`.
+        on_device: the kind of KV memory there.
     """
 
     where: str = "device"
     folder: Path = Path(tempfile.gettempdir())
     devices_per_link: int = 1
+    on_device: CacheSpec = dataclasses.field(default_factory=Contiguous)
 
-    def store(self) -> SlabStore | None:
-        """What holds them, if the devices do not.
+    def cache(self) -> CacheSpec:
+        """The kind of KV memory that it makes.
 
         Raises:
             ConfigError: no file can be made in the folder.
         """
         if self.where == "device":
-            return None
-        return SlabStore(FileSlabs(self.folder) if self.where == "nvme" else HostSlabs())
+            return self.on_device
+        store = SlabStore(FileSlabs(self.folder) if self.where == "nvme" else HostSlabs())
+        return Offloaded(store, self.devices_per_link)
 
     def free(self) -> int:
         """Bytes that there are for them, where they do not live on the devices.
@@ -66,6 +69,7 @@ class KVPlace:
         return int(_SAFE * free)
 
 
+_CONTIGUOUS = Contiguous()
 ON_DEVICES = KVPlace()
 
 
@@ -97,7 +101,7 @@ class KVDemand:
             raise ConfigError(f"kv_offload is for models that generate; this {spec.family} model does not")
         if place.devices_per_link > devices:
             raise ConfigError(f"devices_per_link={place.devices_per_link} exceeds the {devices} devices there are")
-        whole = mesh_kv_bytes(footprint, slots, rows)
+        whole = mesh_kv_bytes(footprint, slots, rows, place.on_device)
         here = whole if footprint.shared else -(-whole // devices)
         hidden = rows * slots * spec.width * np.dtype(footprint.dtype).itemsize
         hidden = hidden if footprint.shared else -(-hidden // footprint.data)
@@ -139,17 +143,9 @@ class KVDemand:
 def most_slots(max_tokens: int) -> int:
     """Slots per row that a batch may take whose rows have up to `max_tokens` tokens, as prompts are padded."""
     padding = max((token_bucket(n) - n for n in range(1, min(max_tokens, 1024))), default=0)
-    return capacity_bucket(max_tokens + padding)
+    return Contiguous().slots(max_tokens + padding)
 
 
-def mesh_kv_bytes(footprint: Footprint, slots: int, rows: int) -> int:
-    """Bytes of the KV cache of a batch on all devices; heads may be padded, or held by several ranks."""
-    local = local_spec(footprint.store.spec, footprint.tensor)
-    return kv_bytes(local, slots, footprint.dtype) * footprint.tensor * rows
-
-
-def kv_bytes(spec: TransformerSpec, tokens: int, dtype: np.dtype) -> int:
-    """Bytes of the KV cache of one sequence; models that do not generate have none."""
-    if not spec.generates:
-        return 0
-    return sum(heads * (k + v) for heads, k, v in spec.kv_heads) * tokens * np.dtype(dtype).itemsize
+def mesh_kv_bytes(footprint: Footprint, slots: int, rows: int, cache: CacheSpec = _CONTIGUOUS) -> int:
+    """Bytes of the KV memory of a batch on all devices."""
+    return cache.bytes(kv_shapes(footprint.store.spec, footprint.tensor), rows, slots, footprint.dtype)

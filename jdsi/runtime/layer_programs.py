@@ -17,7 +17,7 @@ from jdsi.pallas_kernels.operator import Implementation
 from jdsi.sharding import DATA, TENSOR
 
 from .body import Body
-from .executor import Epilogue, carry_specs, unchanged
+from .epilogue import Epilogue, carry_specs, left_for_another, result_specs, unchanged
 from .placement import Streamed, Weights
 
 _ROWS, _WHOLE, _EACH = PartitionSpec(DATA), PartitionSpec(), PartitionSpec((DATA, TENSOR))
@@ -126,8 +126,11 @@ class LayerPrograms:
 
             carried = carry_specs(carry)
             specs = ([w.specs for w in weights], _ROWS, frame.partition(), _ROWS, carried)
-            mapped = self._mapped(body, specs, (_ROWS, carried, _EACH))
+            results = result_specs(epilogue, divided=self._spec.head is not None)
+            mapped = self._mapped(body, specs, (results, carried, _EACH))
             result, carry, done = mapped(arrays, hidden, frame, wanted, carry)
+            if epilogue is left_for_another:
+                return result, carry, done
             return lax.with_sharding_constraint(result, NamedSharding(self._mesh, _WHOLE)), carry, done
 
         return jax.jit(run, static_argnames=("epilogue", "classify"), donate_argnames="carry")

@@ -14,19 +14,20 @@ from jaxtyping import Array
 
 from jdsi.converters import ParameterSource, ShardedParameters
 from jdsi.errors import ConfigError
-from jdsi.kv_cache import ContiguousContext
+from jdsi.kv_cache import Cache, CacheSpec, Contiguous, StagedCache
 from jdsi.models import TransformerSpec
 from jdsi.pallas_kernels.operator import Implementation
 from jdsi.planning.search import Choice
 from jdsi.sharding import EXPERT, PIPE, Parallelism, stage_meshes, wavefront
 
 from . import peers
-from .executor import Epilogue, Step
+from .epilogue import Epilogue
+from .executor import Step
 from .gather import Gathering
 from .stage_program import StageInput, StageProgram
-from .staged_context import StagedContext
 from .transfer import Link, all_here, is_here, part_on, replicate, spread
 
+_CONTIGUOUS = Contiguous()
 Loader = Callable[[Mesh, Sequence[str]], dict[str, Array]]
 """Gives the named parameters on a stage's mesh, divided as `jdsi.models.tensor_parallel.split_of` says."""
 
@@ -52,6 +53,7 @@ class MeshExecutor:
         micro_batches: how many batches share a pass; by default one for each stage.
         prompt_pieces: into how many a batch is cut while its prompts are read.
         choice: how the mesh's degrees were found, if they were not given.
+        cache: the kind of KV memory.
 
     Raises:
         ConfigError: a process has no device in the mesh, or another process has other arguments.
@@ -75,6 +77,7 @@ class MeshExecutor:
         micro_batches: int | None = None,
         prompt_pieces: int = 1,
         choice: Choice | None = None,
+        cache: CacheSpec = _CONTIGUOUS,
     ) -> None:
         _check(spec, mesh, stages)
         self.mesh, self.parallelism, self.choice = mesh, Parallelism.of(mesh), choice
@@ -99,10 +102,19 @@ class MeshExecutor:
                     "sequence_parallel": sequence_parallel,
                     "micro_batches": self._micro_batches,
                     "prompt_pieces": prompt_pieces,
+                    "cache": cache,
                 }
             )
         self.programs = [
-            StageProgram(spec, layers, part, dtype, implementation=implementation, sequence_parallel=sequence_parallel)
+            StageProgram(
+                spec,
+                layers,
+                part,
+                dtype,
+                implementation=implementation,
+                sequence_parallel=sequence_parallel,
+                cache=cache,
+            )
             for layers, part in zip(stages, meshes, strict=True)
         ]
         self._here = [is_here(part) for part in meshes]
@@ -147,15 +159,15 @@ class MeshExecutor:
         """See `Executor.row_multiple`: every group of the axis "data" has as many rows."""
         return self.parallelism.data
 
-    def new_context(self, rows: int, capacity: int) -> ContiguousContext | StagedContext:
-        """See `Executor.new_context`."""
+    def new_cache(self, rows: int, tokens: int) -> Cache:
+        """See `Executor.new_cache`."""
         if len(self.programs) == 1:
-            return self.programs[0].new_context(rows, capacity)
-        contexts = (
-            program.new_context(rows, capacity) if here else None
+            return self.programs[0].new_cache(rows, tokens)
+        caches = (
+            program.new_cache(rows, tokens) if here else None
             for program, here in zip(self.programs, self._here, strict=True)
         )
-        return StagedContext(tuple(contexts))
+        return StagedCache(tuple(caches))
 
     def steps(self, batches: Sequence[Step]) -> list[tuple[Any, Any, Any]]:
         """See `Executor.steps`."""
@@ -240,10 +252,7 @@ class _Pass:
 
     def __init__(self, executor: MeshExecutor, step: Step) -> None:
         self._executor, self._step = executor, step
-        staged = isinstance(step.context, StagedContext)
-        # One that has no memory is the same for all stages.
-        self._contexts = list(step.context.stages) if staged else [step.context] * len(executor.programs)
-        self._staged = staged
+        self._contexts = list(step.context.on_stages(len(executor.programs)))
         self._tokens = len(step.tokens)
         self._x: Any = executor._on_first(step.tokens)
         self._carry = step.carry
@@ -273,8 +282,7 @@ class _Pass:
 
     def outcome(self) -> tuple[Any, Any, Any]:
         """What `Executor.steps` returns for the batch."""
-        context = StagedContext(tuple(self._contexts)) if self._staged else self._contexts[0]
-        return self._result, context, self._carry
+        return self._result, self._step.context.from_stages(self._contexts), self._carry
 
     def _abstract_result(self) -> Any:
         if self._executor._one_process:

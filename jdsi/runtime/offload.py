@@ -143,8 +143,7 @@ def offloaded_executor(
         source=HostSource(footprint.store) if plan.where == "host" else source,
         batches_per_pass=plan.batches_per_pass,
         kv_limit=plan.kv_limit,
-        kv=kv_place.store(),
-        devices_per_link=kv_place.devices_per_link,
+        cache=kv_place.cache(),
         park=kv_place.where != "device" and not footprint.shared,
         implementation=implementation,
     )

@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jdsi.kv_cache import ContiguousContext
 from jdsi.models import TransformerSpec
 from jdsi.sharding import Parallelism
 
@@ -52,10 +51,6 @@ class OneProcess(abc.ABC):
     def row_multiple(self) -> int:
         """See `Executor.row_multiple`."""
         return 1
-
-    def new_context(self, rows: int, capacity: int) -> ContiguousContext:
-        """See `Executor.new_context`."""
-        return ContiguousContext.create(self.spec.kv_heads, rows, capacity, self.dtype)
 
     def agree(self, requests: Mapping[str, Any]) -> None:
         """See `Executor.agree`; other processes, if there are any, run models of their own."""

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jdsi.config import InferenceConfig
 from jdsi.converters import StoredModel, parse_dtype, resolve_dtype
 from jdsi.converters.sharded_loader import from_arrays, load_sharded
+from jdsi.kv_cache import Contiguous
 from jdsi.models import Transformer, TransformerSpec, parameters
 from jdsi.pallas_kernels.operator import Implementation
 from jdsi.planning import Choice, choose, even_stages
@@ -87,6 +88,7 @@ def _built(
         micro_batches=config.micro_batches,
         prompt_pieces=config.prompt_pieces,
         choice=choice,
+        cache=config.cache or Contiguous(),
     )
 
 

@@ -9,12 +9,16 @@ import jax.numpy as jnp
 
 from jdsi.converters import MemoryParameters, ParameterSource
 from jdsi.errors import ConfigError
+from jdsi.kv_cache import Cache, CacheSpec, Contiguous
 from jdsi.models import Part, Skeleton, Transformer, TransformerSpec, parameters
 from jdsi.pallas_kernels.operator import Implementation
 
 from .body import Body
+from .epilogue import Epilogue, EpilogueProgram, left_for_another, stands_apart
 from .executor import Step
 from .one_process import OneProcess
+
+_CONTIGUOUS = Contiguous()
 
 
 class ResidentExecutor(OneProcess):
@@ -23,12 +27,16 @@ class ResidentExecutor(OneProcess):
     Args:
         model: its arrays are used where they are.
         implementation: what operators run, see `default_implementation`.
+        cache: the kind of KV memory.
     """
 
-    def __init__(self, model: Transformer, implementation: Implementation | None = None) -> None:
+    def __init__(
+        self, model: Transformer, implementation: Implementation | None = None, cache: CacheSpec = _CONTIGUOUS
+    ) -> None:
+        self._cache = cache
         whole = Part.whole(model.spec)
         self._body = Body(Skeleton.around(model), whole, model.spec, implementation)
-        self._leaves = list(parameters(model).values())
+        self._leaves, self._epilogues = list(parameters(model).values()), EpilogueProgram()
         self._step = jax.jit(self._body, static_argnames=("epilogue", "classify"), donate_argnames=("context", "carry"))
 
     @property
@@ -51,12 +59,23 @@ class ResidentExecutor(OneProcess):
         """See `Executor.batches_per_pass`."""
         return 1
 
+    def new_cache(self, rows: int, tokens: int) -> Cache:
+        """See `Executor.new_cache`."""
+        return self._cache.create(self.spec.kv_shapes, rows, tokens, self.dtype)
+
     def steps(self, batches: Sequence[Step]) -> list[tuple[Any, Any, Any]]:
         """See `Executor.steps`."""
-        return [
-            self._step(self._leaves, b.tokens, b.context, b.token_types, b.wanted, b.carry, b.epilogue, b.classify)
-            for b in batches
-        ]
+        return [self._one(batch) for batch in batches]
+
+    def _one(self, b: Step) -> tuple[Any, Any, Any]:
+        if not stands_apart(b.epilogue):
+            return self._run(b, b.carry, b.epilogue)
+        outputs, context, _ = self._run(b, (), left_for_another)
+        result, carry = self._epilogues(outputs, b.carry, b.epilogue)
+        return result, context, carry
+
+    def _run(self, b: Step, carry: Any, epilogue: Epilogue) -> tuple[Any, Any, Any]:
+        return self._step(self._leaves, b.tokens, b.context, b.token_types, b.wanted, carry, epilogue, b.classify)
 
     def program(self, batch: Step) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         """What a step runs, to be compiled or looked into elsewhere: a function that is not jitted, and its arguments.

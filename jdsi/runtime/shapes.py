@@ -16,8 +16,3 @@ def token_bucket(tokens: int) -> int:
 def batch_bucket(rows: int) -> int:
     """Padded batch: powers of two up to 32, then multiples of 32."""
     return _power_of_two(rows) if rows <= 32 else -(-rows // 32) * 32
-
-
-def capacity_bucket(tokens: int) -> int:
-    """Padded KV capacity of a row: multiples of 128."""
-    return -(-tokens // 128) * 128

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import jax
@@ -12,16 +11,17 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from jdsi.kv_cache import AttentionContext, ContiguousContext
+from jdsi.kv_cache import AttentionContext, Cache, CacheSpec, Contiguous
 from jdsi.models import Part, TransformerSpec, abstract_parameters
-from jdsi.models.tensor_parallel import local_spec, split_of
+from jdsi.models.tensor_parallel import kv_shapes, split_of
 from jdsi.pallas_kernels.operator import Implementation
 from jdsi.sharding import DATA, TENSOR
 
 from .body import Body
-from .executor import Epilogue, carry_specs
+from .epilogue import Epilogue, EpilogueProgram, carry_specs, left_for_another, result_specs, stands_apart
 
 _ROWS, _WHOLE = PartitionSpec(DATA), PartitionSpec()
+_CONTIGUOUS = Contiguous()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +67,7 @@ class StageProgram:
         *,
         implementation: Implementation | None = None,
         sequence_parallel: bool | None = None,
+        cache: CacheSpec = _CONTIGUOUS,
     ) -> None:
         ranks = mesh.shape[TENSOR]
         self.spec, self.layers, self.mesh, self.dtype = spec, layers, mesh, jnp.dtype(dtype)
@@ -75,8 +76,8 @@ class StageProgram:
         self._body = Body.of(
             spec, part, dtype, ranks, implementation=implementation, sequence_parallel=sequence_parallel
         )
-        kv_heads = local_spec(spec, ranks).kv_heads[layers.start : layers.stop]
-        self._kv_heads = [(heads * ranks, k, v) for heads, k, v in kv_heads]
+        self._cache, self._kv_shapes = cache, kv_shapes(spec, ranks)[layers.start : layers.stop]
+        self._epilogues = EpilogueProgram(mesh, divided=spec.head is not None)
         self.names = self._body.names
         splits = [split_of(spec, name, ranks) for name in self.names]
         self._leaf_specs = [_WHOLE if s is None else PartitionSpec(*[None] * s.dim, TENSOR) for s in splits]
@@ -84,9 +85,6 @@ class StageProgram:
         self._jitted = jax.jit(
             self._step, static_argnames=("epilogue", "classify"), donate_argnames=("context", "carry", *passed_on)
         )
-        create = partial(ContiguousContext.create, self._kv_heads, dtype=self.dtype)
-        split = jax.eval_shape(partial(create, 1, 1)).partition()
-        self._create = jax.jit(create, static_argnums=(0, 1), out_shardings=jax.tree.map(self.sharding, split))
 
     def sharding(self, spec: PartitionSpec = _WHOLE) -> NamedSharding:
         """A sharding on this stage's mesh."""
@@ -96,9 +94,9 @@ class StageProgram:
         """This stage's parameters out of a model's, in order."""
         return self._body.pick(arrays)
 
-    def new_context(self, rows: int, capacity: int) -> ContiguousContext:
-        """Empty memory of this stage's layers, every device's share made where it lies."""
-        return self._create(rows, capacity)
+    def new_cache(self, rows: int, tokens: int) -> Cache:
+        """Empty memory of this stage's layers."""
+        return self._cache.create(self._kv_shapes, rows, tokens, self.dtype, self.mesh)
 
     def hidden_spec(self, tokens: int) -> PartitionSpec:
         """How the hidden states of `tokens` packed tokens lie between stages."""
@@ -125,8 +123,13 @@ class StageProgram:
             epilogue, carry: as in `step`; the carry may be abstract.
         """
         tokens, prompt = rows * new_tokens, new_tokens > 1
-        context = jax.eval_shape(partial(ContiguousContext.create, self._kv_heads, rows, capacity, self.dtype))
-        context = dataclasses.replace(context, new_tokens=new_tokens, empty=prompt)
+
+        def begun() -> Any:
+            none = jnp.zeros(rows, jnp.int32)
+            cache = self._cache.create(self._kv_shapes, rows, capacity, self.dtype)
+            return (cache if prompt else cache.rollback(np.zeros(rows, np.int32))).begin(none, new_tokens)
+
+        context = jax.eval_shape(begun)
 
         def placed(leaf: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self.sharding(spec))
@@ -158,12 +161,12 @@ class StageProgram:
             Hidden states, or from the last stage the epilogue's result, the same on every device; the context that has
             seen the tokens; the epilogue's new state.
         """
-        lengths = given.context.new_lengths if isinstance(given.context, ContiguousContext) else None
-        if isinstance(lengths, np.ndarray):
-            # As a step returns it, or the first step behind a prompt would be a program of its own to compile.
-            placed = jax.make_array_from_callback(lengths.shape, self.sharding(_ROWS), lambda rows: lengths[rows])
-            given = dataclasses.replace(given, context=dataclasses.replace(given.context, new_lengths=placed))
-        return self._jitted(leaves, *self._arguments(given), epilogue=epilogue, classify=classify)
+        if not self.last or not stands_apart(epilogue):
+            return self._jitted(leaves, *self._arguments(given), epilogue=epilogue, classify=classify)
+        arguments = self._arguments(dataclasses.replace(given, carry=()))
+        outputs, context, _ = self._jitted(leaves, *arguments, epilogue=left_for_another, classify=classify)
+        result, carry = self._epilogues(outputs, given.carry, epilogue)
+        return result, context, carry
 
     def _arguments(self, given: StageInput) -> tuple[Any, ...]:
         tokens, hidden = (given.x, None) if self.first else (None, given.x)
@@ -184,6 +187,7 @@ class StageProgram:
     ) -> tuple[Any, AttentionContext, Any]:
         total = context.positions.shape[0]
         carried = carry_specs(carry)
+        results = result_specs(epilogue, divided=self.spec.head is not None and not classify)
         memory, seen = context.partition(), jax.eval_shape(lambda: context.commit()).partition()
 
         def body(leaves, tokens, hidden, context, token_types, wanted, carry):
@@ -194,9 +198,11 @@ class StageProgram:
             body,
             mesh=self.mesh,
             in_specs=(self._leaf_specs, _ROWS, self.hidden_spec(total), memory, _ROWS, _ROWS, carried),
-            out_specs=(_ROWS if self.last else self.hidden_spec(total), seen, carried),
+            out_specs=(results if self.last else self.hidden_spec(total), seen, carried),
             check_vma=False,
         )(leaves, tokens, hidden, context, token_types, wanted, carry)
-        if self.last:  # what is read by the host, and by every device of the first stage
+        if (
+            self.last and epilogue is not left_for_another
+        ):  # what is read by the host, and by every device of the first stage
             result = lax.with_sharding_constraint(result, self.sharding())
         return result, context, carry

@@ -2,7 +2,6 @@
 
 import threading
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -12,15 +11,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jdsi.converters import ParameterSource
 from jdsi.converters.block_store import BlockStore
 from jdsi.errors import CapacityError, ConfigError
-from jdsi.kv_cache import ContiguousContext
+from jdsi.kv_cache import Cache, CacheSpec, Contiguous
 from jdsi.models import TransformerSpec
-from jdsi.models.tensor_parallel import local_spec
+from jdsi.models.tensor_parallel import kv_shapes
 from jdsi.pallas_kernels.operator import Implementation
 from jdsi.sharding import DATA, TENSOR, Parallelism, make_mesh
 
+from .epilogue import EpilogueProgram, left_for_another, stands_apart
 from .executor import Step
-from .kv_demand import kv_bytes
-from .kv_offload import OffloadedContext, OffloadedKV, SlabStore
 from .layer_programs import LayerPrograms
 from .one_process import OneProcess
 from .residency import Residency
@@ -28,6 +26,8 @@ from .waiting import Waiting
 from .weight_sources import BlockSource
 from .weight_stream import StreamReport
 from .weight_supply import WeightSupply
+
+_CONTIGUOUS = Contiguous()
 
 
 class StreamedExecutor(OneProcess):
@@ -42,9 +42,7 @@ class StreamedExecutor(OneProcess):
         batches_per_pass: how many batches should share a pass.
         kv_limit: bytes that keys and values of a batch may take of the memory they are on, over all devices if those
             are CPUs, else on each; not limited by default.
-        kv: where keys and values lie between the turns of their layers; by default they stay on the devices. Closed
-            with the executor.
-        devices_per_link: see `OffloadedKV`.
+        cache: the kind of KV memory. Closed with the executor.
         park: whether the hidden states of batches that wait for their turn go to host memory.
         implementation: what operators run, see `default_implementation`.
 
@@ -63,8 +61,7 @@ class StreamedExecutor(OneProcess):
         source: BlockSource | None = None,
         batches_per_pass: int = 1,
         kv_limit: int | None = None,
-        kv: SlabStore | None = None,
-        devices_per_link: int = 1,
+        cache: CacheSpec = _CONTIGUOUS,
         park: bool = False,
         implementation: Implementation | None = None,
     ) -> None:
@@ -73,18 +70,13 @@ class StreamedExecutor(OneProcess):
         self._spec = store.spec
         self._dtype = jnp.dtype(store.dtype if dtype is None else dtype)
         self.residency, self._batches_per_pass = residency, batches_per_pass
-        self._kv, self._devices_per_link, self._park = kv, devices_per_link, park
-        self._kv_limit = kv_limit
+        self._cache, self._kv_limit, self._park = cache, kv_limit, park
         programs = LayerPrograms(store.spec, self.mesh, self._dtype, implementation)
         self._weights = WeightSupply(store, residency, self.mesh, programs, source)
         self._turn, self._passes = threading.Lock(), 0
         self._rows = NamedSharding(self.mesh, PartitionSpec(DATA))
-        ranks = self.mesh.shape[TENSOR]
-        self._local = local_spec(store.spec, ranks)
-        self._heads = [(count * ranks, k, v) for count, k, v in self._local.kv_heads]
-        create = partial(ContiguousContext.create, self._heads, dtype=self._dtype)
-        places = jax.tree.map(partial(NamedSharding, self.mesh), jax.eval_shape(partial(create, 1, 1)).partition())
-        self._create = jax.jit(create, static_argnums=(0, 1), out_shardings=places)
+        self._epilogues = EpilogueProgram(self.mesh, divided=store.spec.head is not None)
+        self._kv_shapes = kv_shapes(store.spec, self.mesh.shape[TENSOR])
 
     @property
     def spec(self) -> TransformerSpec:
@@ -116,26 +108,18 @@ class StreamedExecutor(OneProcess):
         """See `Executor.batches_per_pass`."""
         return self._batches_per_pass
 
-    def new_context(self, rows: int, capacity: int) -> ContiguousContext | OffloadedContext:
-        """See `Executor.new_context`."""
-        if self._kv is None:
-            self._check_kv(rows, capacity)
-            return self._create(rows, capacity)
-        link = self._devices_per_link
-        kv = OffloadedKV(self._heads, rows, capacity, self._dtype, self.mesh, self._kv, devices_per_link=link)
-        return OffloadedContext.empty(kv)
-
-    def _check_kv(self, rows: int, capacity: int) -> None:
-        if self._kv_limit is None:
-            return
-        own = kv_bytes(self._local, capacity, self._dtype) * rows
-        whole = own * self.mesh.shape[TENSOR]
-        here = whole if jax.default_backend() == "cpu" else -(-whole // self.mesh.size)
-        if here > self._kv_limit:
-            raise CapacityError(
-                f"keys and values of {rows} rows of {capacity} tokens take {here:,} bytes, and the memory limit leaves "
-                f"{self._kv_limit:,}; lower max_batch_size, generate less at once, raise memory_limit or set kv_offload"
-            )
+    def new_cache(self, rows: int, tokens: int) -> Cache:
+        """See `Executor.new_cache`."""
+        if self._kv_limit is not None:
+            whole = self._cache.bytes(self._kv_shapes, rows, tokens, self._dtype)
+            here = whole if jax.default_backend() == "cpu" else -(-whole // self.mesh.size)
+            if here > self._kv_limit:
+                raise CapacityError(
+                    f"keys and values of {rows} rows of {tokens} tokens take {here:,} bytes, and the memory limit "
+                    f"leaves {self._kv_limit:,}; lower max_batch_size, generate less at once, raise memory_limit or "
+                    "set kv_offload"
+                )
+        return self._cache.create(self._kv_shapes, rows, tokens, self._dtype, self.mesh)
 
     def steps(self, batches: Sequence[Step]) -> list[tuple[Any, Any, Any]]:
         """See `Executor.steps`; every layer is used for all batches in turn (zig-zag). One thread at a time."""
@@ -146,9 +130,13 @@ class StreamedExecutor(OneProcess):
                 arrays = [block.arrays for block in blocks]
                 for i, batch in enumerate(batches):
                     x = hidden.take(i)
+                    apart = stands_apart(batch.epilogue)
+                    epilogue, carry = (left_for_another, ()) if apart else (batch.epilogue, batch.carry)
                     result, carry, done = self._weights.top(
-                        arrays, x, frames[i], batch.wanted, batch.epilogue, batch.carry, batch.classify
+                        arrays, x, frames[i], batch.wanted, epilogue, carry, batch.classify
                     )
+                    if apart:
+                        result, carry = self._epilogues(result, batch.carry, batch.epilogue)
                     results.append((result, contexts[i].commit(), carry))
                     for block in blocks:
                         block.used_by(done)
@@ -181,7 +169,7 @@ class StreamedExecutor(OneProcess):
     def _announce(self, contexts: Sequence[Any], layer: int, batch: int) -> None:
         """Has the keys and values brought that are wanted next."""
         layer, batch = layer + batch // len(contexts), batch % len(contexts)
-        if layer < len(self._spec.layers) and isinstance(contexts[batch], OffloadedContext):
+        if layer < len(self._spec.layers):
             contexts[batch].prefetch(layer)
 
     def with_parameters(self, use: Callable[[ParameterSource], object]) -> None:
@@ -194,13 +182,12 @@ class StreamedExecutor(OneProcess):
 
     def stream_report(self) -> StreamReport | None:
         """See `Executor.stream_report`."""
-        report = self._weights.report()
-        if report is None and self._kv is None:
+        report, kv = self._weights.report(), self._cache.report()
+        if report is None and kv is None:
             return None
         report = report or StreamReport()
         report.passes = self._passes
-        if self._kv is not None:
-            kv = self._kv.report()
+        if kv is not None:
             report.kv_bytes_read, report.kv_bytes_written = kv.bytes_read, kv.bytes_written
             report.kv_wait_seconds = kv.wait_seconds
         return report
@@ -208,5 +195,4 @@ class StreamedExecutor(OneProcess):
     def close(self) -> None:
         """See `Executor.close`; stops reading ahead."""
         self._weights.close()
-        if self._kv is not None:
-            self._kv.close()
+        self._cache.close()

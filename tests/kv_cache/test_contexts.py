@@ -76,7 +76,7 @@ def test_dense_ignores_what_is_in_the_padding(
 def test_any_chunking_through_the_cache(
     model: Transformer, sequences: list[np.ndarray], alone: list[np.ndarray], chunk: int
 ) -> None:
-    context = ContiguousContext.create(model.spec.kv_heads, 3, 12)
+    context = ContiguousContext.create(model.spec.kv_shapes, 3, 12)
     step = jax.jit(model.forward)
     found: list[list[np.ndarray]] = [[], [], []]
     for start in range(0, max(LENGTHS), chunk):
@@ -85,7 +85,7 @@ def test_any_chunking_through_the_cache(
         for row, piece in zip(tokens, pieces, strict=True):
             row[: len(piece)] = piece
         counts = jnp.array([len(piece) for piece in pieces], jnp.int32)
-        hidden, context = step(jnp.asarray(tokens).reshape(-1), context.extend(counts, chunk))
+        hidden, context = step(jnp.asarray(tokens).reshape(-1), context.begin(counts, chunk))
         for row, piece, rows in zip(hidden.reshape(3, chunk, -1), pieces, found, strict=True):
             rows.append(np.asarray(row[: len(piece)]))
     assert context.lengths.tolist() == list(LENGTHS)
@@ -95,10 +95,10 @@ def test_any_chunking_through_the_cache(
 
 def test_select_copies_rows(model: Transformer, sequences: list[np.ndarray], alone: list[np.ndarray]) -> None:
     longest = sequences[1]
-    context = ContiguousContext.create(model.spec.kv_heads, 2, 12)
+    context = ContiguousContext.create(model.spec.kv_shapes, 2, 12)
     tokens = np.stack([longest[:10], longest[::-1][:10]])
-    _, context = model.forward(jnp.asarray(tokens).reshape(-1), context.extend(jnp.array([10, 10]), 10))
-    context = context.select(jnp.array([1, 0, 0])).extend(jnp.ones(3, jnp.int32), 1)
+    _, context = model.forward(jnp.asarray(tokens).reshape(-1), context.begin(jnp.array([10, 10]), 10))
+    context = context.select(jnp.array([1, 0, 0])).begin(jnp.ones(3, jnp.int32), 1)
     hidden, _ = model.forward(jnp.full(3, longest[10]), context)
     close(hidden[1], alone[1][10])
     close(hidden[2], alone[1][10])
@@ -116,7 +116,7 @@ def test_recorded_weights_are_a_causal_softmax(model: Transformer, sequences: li
 
 
 def test_encoders_do_not_run_on_a_kv_cache(model: Transformer) -> None:
-    context = ContiguousContext.create([(1, 2, 2)], 1, 4).extend(jnp.array([1]), 1)
+    context = ContiguousContext.create([(1, 2, 2)], 1, 4).begin(jnp.array([1]), 1)
     with pytest.raises(ValueError, match="causal"):
         context.attend(
             0, jnp.ones((1, 1, 2)), jnp.ones((1, 1, 2)), jnp.ones((1, 1, 2)), AttentionForm(1.0, causal=False)
@@ -128,7 +128,7 @@ def test_a_prompt_attends_to_the_memory_in_place() -> None:
     """Memory with room for more than the prompt goes into the kernels as it is, without a copy."""
     tokens, capacity = 256, 1024
     context = jax.eval_shape(lambda: ContiguousContext.create([(4, 128, 128)], 2, capacity, jnp.bfloat16))
-    context = context.extend(jax.ShapeDtypeStruct((2,), jnp.int32), tokens)
+    context = context.begin(jax.ShapeDtypeStruct((2,), jnp.int32), tokens)
     assert context.empty
     heads = (jax.ShapeDtypeStruct((2 * tokens, n, 128), jnp.bfloat16) for n in (8, 4, 4))
 

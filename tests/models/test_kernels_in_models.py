@@ -81,9 +81,9 @@ def test_a_small_model_interpreted_equals_xla(family: str) -> None:
     prompt = jnp.arange(16, dtype=jnp.int32) * 7 % 96
 
     def run() -> list[np.ndarray]:
-        context = ContiguousContext.create(spec.kv_heads, 2, 16, jnp.bfloat16).extend(lengths, 8)
+        context = ContiguousContext.create(spec.kv_shapes, 2, 16, jnp.bfloat16).begin(lengths, 8)
         first, context = jax.jit(step)(leaves, prompt, context)
-        context = context.extend(jnp.ones(2, jnp.int32), 1)
+        context = context.begin(jnp.ones(2, jnp.int32), 1)
         second, _ = jax.jit(step)(leaves, jnp.array([3, 90], jnp.int32), context)
         real = np.arange(8) < np.asarray(lengths)[:, None]
         return [np.asarray(first).reshape(2, 8, -1)[real], np.asarray(second)]
@@ -115,7 +115,7 @@ def test_a_step_compiles_for_the_h200(family: str, settings: dict, batch: int, t
     spec = spec_of(family, **settings)
     step, leaves = step_of(spec)
     context = jax.eval_shape(
-        lambda: ContiguousContext.create(spec.kv_heads, batch, 2048, jnp.bfloat16).extend(
+        lambda: ContiguousContext.create(spec.kv_shapes, batch, 2048, jnp.bfloat16).begin(
             jnp.ones(batch, jnp.int32), tokens
         )
     )
@@ -126,7 +126,7 @@ def test_a_step_compiles_for_the_h200(family: str, settings: dict, batch: int, t
     # Per layer: four products, the write into the cache, attention; a gated product counts once.
     assert kernels >= (6 if tokens == 1 else 2) * len(spec.layers)
     # The cache is updated in place: nothing of its shape is copied.
-    cache = f"{batch},{spec.kv_heads[0][0]},2048,{spec.kv_heads[0][1]}"
+    cache = f"{batch},{spec.kv_shapes[0][0]},2048,{spec.kv_shapes[0][1]}"
     assert not re.findall(rf"= bf16\[{cache}\]\S* (?:copy|fusion)\(", compiled.text)
     # The write reads q, k and v from the fused projection: no fusion takes that to cut it, and nothing copies it.
     attention = spec.layers[0].attention

@@ -10,7 +10,7 @@ import pytest
 import jdsi
 from checkpoints import save_llama
 from jdsi.converters.block_store import BlockStore
-from jdsi.runtime.kv_offload import FileSlabs, HostSlabs, SlabStore
+from jdsi.runtime.kv_offload import FileSlabs, HostSlabs, Offloaded, SlabStore
 from jdsi.runtime.offload import footprint_on
 from jdsi.runtime.residency import plan_residency
 from jdsi.runtime.streamed import StreamedExecutor
@@ -55,8 +55,7 @@ def test_tokens_do_not_depend_on_where_kv_lies(
         dtype="float32",
         mesh=make_mesh(**degrees) if degrees else None,
         batches_per_pass=3,
-        kv=slabs,
-        devices_per_link=link,
+        cache=Offloaded(slabs, link),
         park=True,
     )
     engine = jdsi.InferenceEngine(executor, jdsi.InferenceConfig(dtype="float32", max_batch_size=2))

@@ -72,7 +72,7 @@ def compiled(spec: TransformerSpec, block: Block, mesh: Any, dtype: Any) -> tupl
     stretches = [(devices * section.stretch(devices), section.dtype) for section in weights.sections]
     arrays = [there((n,), kind, place) for (n, kind), place in zip(stretches, weights.shardings("device"), strict=True)]
     ranks = mesh.shape[TENSOR]
-    heads, key, value = local_spec(spec, ranks).kv_heads[0]
+    heads, key, value = local_spec(spec, ranks).kv_shapes[0]
     split = NamedSharding(mesh, PartitionSpec(DATA, TENSOR))
     memory = tuple(there((ROWS, heads * ranks, CAPACITY, dim), dtype, split) for dim in (key, value))
     numbers = there((ROWS,), jnp.int32, rows)

@@ -12,10 +12,10 @@ from jax.sharding import AxisType, Mesh
 
 import jdsi
 from jdsi.converters import from_arrays
+from jdsi.kv_cache import rows as rows_module
 from jdsi.models import Transformer, parameters
 from jdsi.models.families import family_for
 from jdsi.planning import collectives_of, even_stages
-from jdsi.runtime import row_selection
 from jdsi.runtime.mesh_executor import MeshExecutor
 from jdsi.runtime.stage_program import StageProgram
 from jdsi.sharding import PipelineSchedule, make_mesh, wavefront
@@ -110,7 +110,7 @@ def test_the_order_of_issue_is_the_schedules(model: Transformer, monkeypatch: py
     step = StageProgram.step
 
     def recorded(program: StageProgram, leaves: Any, given: Any, epilogue: Any, **options: Any) -> Any:
-        rows, new_tokens = given.context.batch, given.context.new_tokens
+        rows, new_tokens = given.context.rows, given.context.new_tokens
         issued.append((spread.programs.index(program), rows, new_tokens))
         return step(program, leaves, given, epilogue, **options)
 
@@ -134,7 +134,7 @@ def test_micro_batches_have_the_batch_size_together(model: Transformer, monkeypa
     steps = MeshExecutor.steps
 
     def recorded(spread: MeshExecutor, batches: Any) -> Any:
-        rows.append(sum(one.context.batch for one in batches))
+        rows.append(sum(one.context.rows for one in batches))
         return steps(spread, batches)
 
     monkeypatch.setattr(MeshExecutor, "steps", recorded)
@@ -152,7 +152,7 @@ def test_micro_batches_have_the_batch_size_together(model: Transformer, monkeypa
 
 def test_beams_stay_in_their_group(model: Transformer) -> None:
     """Following beams moves no cache between groups of the axis "data"."""
-    context = executor(model, make_mesh(data=2, tensor=2)).new_context(8, 128)
-    program = row_selection._program(context.lengths.sharding.mesh, True)
+    context = executor(model, make_mesh(data=2, tensor=2)).new_cache(8, 128)
+    program = rows_module._select(context.lengths.sharding.mesh, True)
     text = program.lower(context, jnp.arange(8)).compile().as_text()
     assert not collectives_of(text, dict(context.lengths.sharding.mesh.shape))

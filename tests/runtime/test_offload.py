@@ -16,7 +16,8 @@ from checkpoints import save_llama
 from jdsi.converters import convert
 from jdsi.converters.block_store import BlockStore
 from jdsi.errors import CapacityError, CheckpointError, ConfigError, JdsiError
-from jdsi.runtime.kv_demand import KVPlace, kv_bytes, most_slots
+from jdsi.kv_cache import Contiguous
+from jdsi.runtime.kv_demand import KVPlace, most_slots
 from jdsi.runtime.offload import PROCESS_BYTES, footprint_on, plan_offload
 from jdsi.runtime.placement import streamed_weights
 from jdsi.runtime.residency import Footprint, plan_residency
@@ -62,7 +63,7 @@ def limit_for(folder: Path, layers: int, edges: bool = True, *, batch: int = 64,
     if made["layers.0"]:  # the memory that layers of another type are widened into
         weights += kept["layers.0"]
     weights += 0 if edges else max(made["embedding"], made["head"])
-    kv = batch * kv_bytes(store.spec, most_slots(max_tokens), np.dtype("float32"))
+    kv = Contiguous().bytes(store.spec.kv_shapes, batch, most_slots(max_tokens), "float32")
     return PROCESS_BYTES + weights + min(kv, weights)  # for KV no more than half is set aside
 
 
@@ -239,7 +240,10 @@ def test_batches_that_must_share_a_pass_come_before_layers(llama: Path, expected
     for wanted in (2, 3):
         plan = plan_offload(footprint, "nvme", limit, **sizes, batches_per_pass=wanted)
         assert (plan.batches_per_pass, len(plan.residency.resident) < kept) == (wanted, True)
-        assert plan.residency.nbytes + wanted * kv_bytes(footprint.store.spec, 128, footprint.dtype) <= limit
+        assert (
+            plan.residency.nbytes + Contiguous().bytes(footprint.store.spec.kv_shapes, wanted, 128, footprint.dtype)
+            <= limit
+        )
         kept = len(plan.residency.resident)
     with pytest.raises(CapacityError, match=r"is too small: to stream it takes [\d,]+ bytes") as told:
         plan_offload(footprint, "nvme", limit, **sizes, batches_per_pass=100)

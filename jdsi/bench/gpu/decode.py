@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 
 import jdsi
+from jdsi.kv_cache import token_bytes
 from jdsi.models import Transformer
-from jdsi.runtime import capacity_bucket
-from jdsi.runtime.kv_demand import kv_bytes
 
 from ..device_limits import DeviceLimits
 from ..limits import product_weights, weight_bytes
@@ -100,7 +99,7 @@ def _contenders(
     calls = {name: partial(_generate, engine, prompts) for name, engine in engines.items()}
 
     def passes() -> Passes:
-        return Passes.generation(executor, 1, batch, capacity_bucket((_ROUNDS + 2) * new))
+        return Passes.generation(executor, 1, batch, (_ROUNDS + 2) * new)
 
     made = prepared(
         task,
@@ -143,7 +142,8 @@ def _steps(passes: Passes, count: int) -> float:
 def _work(model: Transformer, request: Mapping[str, Any]) -> dict[str, int]:
     """What a step must at least do: read every matrix and the keys and values of half the steps, multiply."""
     weights, batch = product_weights(model), request["batch"]
-    memory = kv_bytes(model.spec, request["prompt"] + request["new"] // 2, np.dtype(weights[0].dtype))
+    tokens = request["prompt"] + request["new"] // 2
+    memory = tokens * token_bytes(model.spec.kv_shapes, weights[0].dtype.itemsize)
     return {
         "bytes": weight_bytes(weights) + batch * memory,
         "flops": 2 * batch * sum(weight.size for weight in weights),

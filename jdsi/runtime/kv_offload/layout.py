@@ -8,6 +8,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jdsi.errors import CapacityError, ConfigError
+from jdsi.kv_cache import KVShape
 from jdsi.sharding import DATA, TENSOR
 
 SLOTS = 128
@@ -22,7 +23,7 @@ class Layout:
         ConfigError: heads cannot be divided over the mesh, or an argument is out of range.
     """
 
-    heads: tuple[tuple[int, int, int], ...]
+    heads: tuple[KVShape, ...]
     capacity: int
     dtype: np.dtype
     mesh: Mesh

@@ -5,7 +5,7 @@ import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from jdsi.errors import JdsiError
+from jdsi.kv_cache import KVShape
 
 from .layout import Layout
 from .lifetime import begin, end, select
@@ -33,7 +34,7 @@ class OffloadedKV:
     that no two need the link for the same layer (the paper's odd and even layers).
 
     Args:
-        heads: per layer `(num_kv_heads, key dim, value dim)`.
+        heads: what each layer remembers of a token.
         rows: of the batch.
         capacity: slots per row, a multiple of 128.
         dtype: of keys and values, a floating-point type.
@@ -51,7 +52,7 @@ class OffloadedKV:
 
     def __init__(
         self,
-        heads: Sequence[tuple[int, int, int]],
+        heads: Sequence[KVShape],
         rows: int,
         capacity: int,
         dtype: Any,
@@ -181,6 +182,31 @@ class OffloadedKV:
         self._result(self._store.loads.submit(partial(self._failure.watch, task)))
         self.rows = len(rows)
         self._failure.unfinished = None
+
+    @classmethod
+    def joined(cls, parts: Sequence[Self]) -> Self:
+        """The rows of several with as many slots, one behind another; those are closed.
+
+        Raises:
+            CapacityError, ConfigError, JdsiError: as the constructor, `take` and `give`.
+        """
+        layout = parts[0]._layout
+        rows, link = sum(part.rows for part in parts), layout.devices_per_link
+        store = parts[0]._store
+        whole = cls(layout.heads, rows, layout.capacity, layout.dtype, layout.mesh, store, devices_per_link=link)
+        none = np.zeros(rows, np.int64)
+        for layer in range(len(layout.heads)):
+            taken = [part.take(layer) for part in parts]
+            memory = [jax.device_put(jnp.concatenate(arrays), layout.sharding) for arrays in zip(*taken, strict=True)]
+            lengths = [part._layers[layer].lengths for part in parts]
+            for part, own, held in zip(parts, taken, lengths, strict=True):
+                part.give(layer, own, held, np.zeros_like(held), 1)
+            whole.take(layer)
+            held = np.concatenate(lengths)
+            whole.give(layer, (memory[0], memory[1]), none, held, max(1, int(held.max())))
+        for part in parts:
+            part.close()
+        return whole
 
     def close(self) -> None:
         """Frees the slabs, when what is under way is done; the second time does nothing."""
