@@ -8,6 +8,7 @@ from typing import Any, Self
 
 import jax
 
+from jdsi.cuda_compiler import remedy
 from jdsi.errors import ConfigError, nearest
 
 
@@ -93,8 +94,7 @@ _CPU = "cpu"
 def topology_devices(name: str, hosts: int = 1, devices_per_host: int = 1) -> Sequence[Any]:
     """Devices of machines that are not here, for `jax.jit(...).lower(...).compile()` and nothing else.
 
-    Needs the CUDA plugin of JAX (extra `aot`), no GPU and no CUDA libraries; set `JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1`
-    and, where CUDA libraries but no GPU are installed, `JAX_PLATFORMS=cpu` before JAX is imported.
+    Needs JAX's CUDA compiler, no GPU and no CUDA libraries: call `find_cuda_compiler` before JAX is imported.
 
     Args:
         name: "h200", "h100" or "a100".
@@ -104,7 +104,7 @@ def topology_devices(name: str, hosts: int = 1, devices_per_host: int = 1) -> Se
         The devices, those of a host one behind another.
 
     Raises:
-        ConfigError: an unknown name, or no CUDA plugin.
+        ConfigError: an unknown name, or no compiler; says how to get it.
     """
     from jax.experimental import topologies
 
@@ -117,9 +117,9 @@ def topology_devices(name: str, hosts: int = 1, devices_per_host: int = 1) -> Se
             target_config=_TARGETS[name],
             topology=f"1x{hosts}x{devices_per_host}",
         )
-    # Without the plugin JAX raises one or another of these.
+    # Without it JAX raises one or another of these.
     except (jax.errors.JaxRuntimeError, RuntimeError, NotImplementedError) as error:
-        raise ConfigError(f"no compiler for {name}: pip install 'jdsi[aot]' ({error})") from error
+        raise ConfigError(f"no compiler for {name}: {remedy(jax.__version__)} ({error})") from error
     return tuple(description.devices)
 
 

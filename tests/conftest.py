@@ -1,13 +1,13 @@
 """Settings every test runs under."""
 
 import contextlib
-import importlib.util
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from jdsi.cuda_compiler import find_cuda_compiler
 
 ROOT = Path(__file__).resolve().parent.parent
 ON_GPU = os.environ.get("JDSI_TEST_GPU") == "1"
@@ -16,9 +16,7 @@ ON_GPU = os.environ.get("JDSI_TEST_GPU") == "1"
 if not ON_GPU:
     # The CUDA libraries that PyTorch brings must not make JAX look for a GPU.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    # Where .ci/install puts the CUDA compiler. It is here only to compile with: it must not look for a driver.
-    sys.path.append(str(Path(sys.prefix) / "cuda-compiler"))
-    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+    find_cuda_compiler()
     # Virtual devices, for meshes; what uses no mesh runs on the first.
     os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 # A kernel's warpgroups are threads in the interpreter, and they wait for each other: on a machine with fewer cores than
@@ -52,8 +50,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Skips, with the way to run them, the tests this run leaves out; `-m` naming a marker is a request to run them."""
     asked = config.getoption("markexpr")
     left_out = {}
-    if not ON_GPU and importlib.util.find_spec("jax_cuda13_plugin") is None:
-        left_out["aot"] = "needs the CUDA compiler, extra `aot`"
+    if not ON_GPU and not find_cuda_compiler():
+        left_out["aot"] = "needs the CUDA compiler, which `make venv` brings"
     if not config.getoption("slow") and "slow" not in asked:
         left_out["slow"] = "slow: run with `make test-all`"
     if not ON_GPU:

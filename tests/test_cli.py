@@ -19,7 +19,6 @@ from transformers import AutoModelForSequenceClassification
 from checkpoints import save_llama, save_script, save_tokenizer
 from jdsi.cli import main
 from test_classify import save
-from without_torch import WITHOUT_TORCH
 
 TINY = Path(__file__).resolve().parent.parent / "examples" / "tiny-python-lm"
 
@@ -27,7 +26,7 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def process(*arguments: object, stdin: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
-    code = WITHOUT_TORCH + "from jdsi.cli import main; main()"
+    code = "from jdsi.cli import main; main()"
     command = [sys.executable, "-c", code, *map(str, arguments)]
     env = os.environ | environment
     return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=300, check=False, env=env)

@@ -94,6 +94,7 @@ def offload(
     import jax
 
     import jdsi
+    from jdsi.without_torch import import_transformers_without_torch
 
     if warm_up is not None:
         jax.config.update("jax_platforms", "cpu")
@@ -111,6 +112,7 @@ def offload(
             return found, None if residency is None else len(residency.streamed)
 
     if cap is not None:
+        import_transformers_without_torch()
         _one_arena()
     if warm_up is not None:
         generate(warm_up)

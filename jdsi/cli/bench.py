@@ -35,13 +35,14 @@ def decode(
     as_json: AsJson = False,
 ) -> None:
     """Tokens per second after the first, bytes per second, and the share of what bare matrix products reach."""
+    batches = _numbers("--batch", batch)
     from jdsi.bench import bench_decode
     from jdsi.bench.report import show
 
     report = bench_decode(
         model,
         shape=shape,
-        batches=_numbers("--batch", batch),
+        batches=batches,
         prompt=prompt,
         new_tokens=new_tokens,
         rounds=rounds,
@@ -167,13 +168,14 @@ def offload(
     as_json: AsJson = False,
 ) -> None:
     """A model streamed from disk: seconds a pass beside the disk's own limit and other programs, and peak memory."""
+    batches = _numbers("--batches-per-pass", batches_per_pass)
+    if cap and (peer or quantize):
+        raise ConfigError("--cap runs no peers and nothing quantised: leave out --peer and --quantize")
     from jdsi.bench import bench_offload
     from jdsi.bench.offload_cap import bench_offload_cap
     from jdsi.bench.report import show
 
     if cap:
-        if peer or quantize:
-            raise ConfigError("--cap runs no peers and nothing quantised: leave out --peer and --quantize")
         size = 10.0 if gigabytes is None else gigabytes
         show(
             bench_offload_cap(gigabytes=size, dtype=dtype, compute_dtype=compute_dtype, folder=folder), as_json=as_json
@@ -184,7 +186,7 @@ def offload(
         dtype=dtype,
         compute_dtype=compute_dtype,
         batch=batch,
-        batches_per_pass=_numbers("--batches-per-pass", batches_per_pass),
+        batches_per_pass=batches,
         quantize=quantize or (),
         rounds=rounds,
         peers=peer or (),
@@ -213,19 +215,28 @@ def parallel(
     as_json: AsJson = False,
 ) -> None:
     """Host time, bubbles and exchanges on a mesh (of virtual devices without GPUs); predictions for large ones."""
+    tensor, pipeline, data, micro = (
+        _numbers(option, text)
+        for option, text in (
+            ("--tensor-parallel", tensor_parallel),
+            ("--pipeline-parallel", pipeline_parallel),
+            ("--data-parallel", data_parallel),
+            ("--micro-batches", micro_batches),
+        )
+    )
     from jdsi.bench import bench_parallel
     from jdsi.bench.report import show
     from jdsi.bench.scaling import TOPOLOGIES
 
     report = bench_parallel(
         shape=shape,
-        tensor_parallel=_numbers("--tensor-parallel", tensor_parallel),
-        pipeline_parallel=_numbers("--pipeline-parallel", pipeline_parallel),
-        data_parallel=_numbers("--data-parallel", data_parallel),
+        tensor_parallel=tensor,
+        pipeline_parallel=pipeline,
+        data_parallel=data,
         deep_layers=deep_layers,
         pipeline_shape=pipeline_shape,
         stages=stages,
-        micro_batches=_numbers("--micro-batches", micro_batches),
+        micro_batches=micro,
         tokens=tokens,
         topologies=topology or TOPOLOGIES,
         rounds=rounds,

@@ -40,6 +40,8 @@ def gpu(
 
     See docs/gpu-report.md.
     """
+    if show is None and picture is not None:
+        raise ConfigError("--picture goes with --show: a report is drawn once there is one")
     from jdsi.bench.gpu.journal import read_report
     from jdsi.bench.gpu.run import bench_gpu
     from jdsi.bench.gpu.show import is_measured, markdown, summary
@@ -49,8 +51,6 @@ def gpu(
         sys.stdout.write(json.dumps(report) + "\n" if as_json else markdown(report))
         _draw(report, picture or show.with_suffix(".png"), asked=picture is not None)
         return
-    if picture is not None:
-        raise ConfigError("--picture goes with --show: a report is drawn once there is one")
     report = bench_gpu(
         output, minutes=minutes, rehearse=rehearse, stages=stage or (), tests=tests, tune=tune, overwrite=overwrite
     )

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from jdsi.without_torch import import_transformers_without_torch
+
 from .engine_options import (
     Coordinator,
     DataParallel,
@@ -63,9 +65,10 @@ def classify(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Label texts, or pairs of texts, with a sequence classifier: a line for each, the label and its score."""
+    texts = _texts(text or [], pair or [], prompt_ids or [])
+    import_transformers_without_torch()  # slow, as what follows: mistakes above are answered before
     from jdsi import init_inference
 
-    texts = _texts(text or [], pair or [], prompt_ids or [])
     first = join_others(distributed, coordinator, num_processes, process_id)
     engine = init_inference(
         model,

@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from jdsi.without_torch import import_transformers_without_torch
+
 
 def convert(
     source: Annotated[str, typer.Argument(help="Folder of a checkpoint, or a hub id.")],
@@ -30,6 +32,7 @@ def convert(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, no progress bar.")] = False,
 ) -> None:
     """Convert a checkpoint. What is interrupted leaves nothing behind that would load."""
+    import_transformers_without_torch()
     from jdsi.converters import ProgressBar
     from jdsi.converters import convert as run
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from jdsi.errors import ConfigError
+from jdsi.without_torch import import_transformers_without_torch
 
 from .engine_options import (
     PARALLELISM,
@@ -149,8 +150,6 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Continue prompts with a model."""
-    from jdsi import SamplingParams, init_inference
-
     prompts = read_prompts(prompt or [], prompt_file or [], prompt_ids or [], chat_file or [], chat=chat)
     if not prompts:
         raise typer.BadParameter("give at least one --prompt, --prompt-file, --prompt-ids or --chat-file")
@@ -186,7 +185,11 @@ def generate(
         "seed": seed,
     }
     given = {name: value for name, value in own.items() if value is not None}
-    params = SamplingParams.from_dict({**_sampling(sampling), **given})
+    options = {**_sampling(sampling), **given}
+    import_transformers_without_torch()  # slow, as what follows: mistakes above are answered before
+    from jdsi import SamplingParams, init_inference
+
+    params = SamplingParams.from_dict(options)
     if stream and params.given.get("n", 1) > 1:
         raise typer.BadParameter("--stream prints one result's text as it comes; leave out --n")
     first = join_others(distributed, coordinator, num_processes, process_id)

@@ -5,12 +5,14 @@ import dataclasses
 import json
 import math
 import sys
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jdsi.kv_cache import token_bytes
-from jdsi.models import TransformerSpec, abstract_parameters
+from jdsi.without_torch import import_transformers_without_torch
+
+if TYPE_CHECKING:
+    from jdsi.models import TransformerSpec
 
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -24,6 +26,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show the spec, the parameters and the memory a model takes."""
+    import_transformers_without_torch()
     from jdsi.converters import load_spec
 
     if verify:
@@ -47,7 +50,10 @@ def _verify(model: str) -> None:
     checkpoint.verify(ProgressBar("verifying"))
 
 
-def _report(spec: TransformerSpec) -> dict[str, Any]:
+def _report(spec: "TransformerSpec") -> dict[str, Any]:
+    from jdsi.kv_cache import token_bytes
+    from jdsi.models import abstract_parameters
+
     shapes = {name: list(struct.shape) for name, struct in abstract_parameters(spec).items()}
     total = sum(math.prod(shape) for shape in shapes.values())
     return {

@@ -1,13 +1,14 @@
 """`jdsi plan`: what a model takes on machines one may not have."""
 
 import json
-import os
 import sys
 from typing import Annotated
 
 import typer
 
+from jdsi.cuda_compiler import find_cuda_compiler
 from jdsi.errors import ConfigError
+from jdsi.without_torch import import_transformers_without_torch
 
 _DEGREES = "Degrees (all three 1 by default; with none of them given they are chosen for --goal)"
 
@@ -39,14 +40,16 @@ def plan(
         bool,
         typer.Option(
             "--compile/--no-compile",
-            help="Compile the programs and read memory and collectives from them (extra `aot`).",
+            help="Compile the programs and read memory and collectives from them.",
         ),
     ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Compile a model's step for machines you need not have: memory, collectives, predicted times, and what fits."""
-    # The CUDA compiler must not look for a driver, and the process needs no device but the CPU.
-    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+    if goal not in ("latency", "throughput"):
+        raise ConfigError(f"--goal {goal!r} must be latency or throughput")
+    find_cuda_compiler()
+    import_transformers_without_torch()
     import jax
 
     from jdsi.converters import load_spec, parse_dtype, parse_size
@@ -54,10 +57,8 @@ def plan(
     from jdsi.sharding import Parallelism
     from jdsi.sharding.topology import Topology
 
-    if goal not in ("latency", "throughput"):
-        raise ConfigError(f"--goal {goal!r} must be latency or throughput")
     where = Topology.parse(topology)
-    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_platforms", "cpu")  # the machines that are planned for are elsewhere
     if where.name == "cpu":
         jax.config.update("jax_num_cpu_devices", where.count)
     given = (tensor_parallel, pipeline_parallel, data_parallel)

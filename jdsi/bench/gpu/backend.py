@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 from collections.abc import Mapping
 
+from jdsi.cuda_compiler import find_cuda_compiler
 from jdsi.pallas_kernels import registry
 from jdsi.pallas_kernels.device import Device, current_device
 
@@ -13,9 +14,7 @@ from .stage_worker import Task
 def start(task: Task) -> Device:
     """Has operators do without the kernels that were not right, and names the device."""
     if task.rehearsal:
-        from .rehearsal import find_compiler
-
-        find_compiler()
+        find_cuda_compiler()
     leave_out(task.left_out)
     return current_device()
 

@@ -42,13 +42,6 @@ def interpreted(operator: str) -> Iterator[None]:
         yield
 
 
-def find_compiler() -> None:
-    """Makes JAX see the CUDA compiler that stands apart from the environment, where tests are set up so."""
-    apart = str(Path(sys.prefix) / "cuda-compiler")
-    if Path(apart).is_dir() and apart not in sys.path:
-        sys.path.append(apart)
-
-
 def why_not_compiled() -> str | None:
     """Why nothing can be compiled for an H200 here, or `None`."""
     try:
