@@ -5,7 +5,7 @@ from pathlib import Path
 
 from jdsi.errors import CheckpointError
 
-from .config import COMPANIONS
+from .config import CHAT_TEMPLATES, COMPANIONS
 from .mistaken import GGUF
 
 PARTIAL = re.compile(r".*\.partial-[0-9a-f]{8}")
@@ -50,7 +50,7 @@ def _download(hub_id: str, *, weights: bool = True) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        small = ["config.json", *COMPANIONS]
+        small = ["config.json", *COMPANIONS, CHAT_TEMPLATES]
         if not weights:
             return Path(snapshot_download(hub_id, allow_patterns=small))
         folder = Path(snapshot_download(hub_id, allow_patterns=[*small, "model*.safetensors", "model*.index.json"]))

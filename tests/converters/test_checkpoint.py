@@ -65,6 +65,7 @@ def test_a_hub_id_downloads_weights_once(monkeypatch: pytest.MonkeyPatch, hf_fol
     assert load_spec("some/model").width == 40
     assert isinstance(open_checkpoint("some/model"), Checkpoint)
     assert {name for name, _ in asked} == {"some/model"}
+    assert all("additional_chat_templates/*.jinja" in patterns for _, patterns in asked)
     assert not any("bin" in pattern for _, patterns in asked for pattern in patterns if "sentencepiece" not in pattern)
     (hf_folder / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="no weights"):
