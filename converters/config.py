@@ -179,8 +179,10 @@ def spec_of(where: str | Path, family: Family, config: Any) -> TransformerSpec:
 
 def config_as_written(config: Mapping[str, Any], spec: TransformerSpec) -> dict[str, Any]:
     """The config for a folder that holds a model of `spec`, which may be another than `config` says, see `fitting`."""
+    # What is written has the usual names.
+    config = {key: value for key, value in config.items() if key != "transformers_weights"}
     if spec.head is None or spec.head.tied or not config.get("tie_word_embeddings", _ties_by_default(config)):
-        return dict(config)
+        return config
     return {**config, "tie_word_embeddings": False}
 
 

@@ -71,7 +71,7 @@ class WeightFiles:
     def _usual(cls, folder: Path) -> "WeightFiles | None":
         for name in ("model.safetensors", "pytorch_model.bin"):
             single, index = folder / name, folder / f"{name}.index.json"
-            if index.is_file() and not (single.is_file() and name not in _files_named(index)):
+            if index.is_file() and not (single.is_file() and name not in files_named(index)):
                 return cls._indexed(index)
             if single.is_file():
                 return cls((single,))
@@ -102,7 +102,7 @@ def holds_weights(folder: Path) -> bool:
     )
 
 
-def _files_named(index: Path) -> set[str]:
+def files_named(index: Path) -> set[str]:
     """The files that an index names; none if it is damaged, for it may be of no interest."""
     try:
         return set(_table_of(index).values())

@@ -65,12 +65,29 @@ def test_a_hub_id_downloads_weights_once(monkeypatch: pytest.MonkeyPatch, hf_fol
     assert load_spec("some/model").width == 40
     assert isinstance(open_checkpoint("some/model"), Checkpoint)
     assert {name for name, _ in asked} == {"some/model"}
-    assert all("additional_chat_templates/*.jinja" in patterns for _, patterns in asked)
+    assert "additional_chat_templates/*.jinja" in asked[0][1]
     assert not any("bin" in pattern for _, patterns in asked for pattern in patterns if "sentencepiece" not in pattern)
     (hf_folder / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="no weights"):
         open_checkpoint("some/model")
     assert asked[-1][1][0] == "pytorch_model*.bin"
+
+
+def test_a_hub_id_whose_config_names_its_weights(monkeypatch: pytest.MonkeyPatch, sharded_folder: Path) -> None:
+    import huggingface_hub
+
+    asked: list[str] = []
+
+    def download(name: str, *, allow_patterns: list[str]) -> str:
+        asked.extend(allow_patterns)
+        return str(sharded_folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    index, table = index_of(sharded_folder)
+    index.rename(sharded_folder / "chosen.json")
+    edit_json(sharded_folder / "config.json", transformers_weights="chosen.json")
+    assert isinstance(open_checkpoint("some/model"), Checkpoint)
+    assert asked[-1 - len(set(table.values())) :] == ["chosen.json", *sorted(set(table.values()))]
 
 
 def test_folders_without_the_right_files(tmp_path: Path, hf_folder: Path) -> None:

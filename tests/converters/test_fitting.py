@@ -147,16 +147,24 @@ def test_an_index_that_counts_the_whole_file_among_its_shards(tmp_path: Path) ->
 
 
 def test_the_file_that_a_config_names(tmp_path: Path) -> None:
-    zoo.save("gpt2", tmp_path)
-    wanted = arrays(tmp_path)
-    (tmp_path / "model.safetensors").rename(tmp_path / "chosen.safetensors")
-    save_file({"x": np.zeros(1, np.float32)}, tmp_path / "another.safetensors")
-    edit(tmp_path, transformers_weights="chosen.safetensors")
-    assert_same(arrays(tmp_path), wanted)
+    folder = tmp_path / "model"
+    zoo.save("gpt2", folder)
+    wanted = arrays(folder)
+    (folder / "model.safetensors").rename(folder / "chosen.safetensors")
+    save_file({"x": np.zeros(1, np.float32)}, folder / "another.safetensors")
+    edit(folder, transformers_weights="chosen.safetensors")
+    assert_same(arrays(folder), wanted)
+    for layout in ("hf", "orbax"):  # which have names of their own
+        convert(folder, tmp_path / "made" / layout, to=layout)
+        assert_same(arrays(tmp_path / "made" / layout), wanted)
+    convert(tmp_path / "made" / "orbax", tmp_path / "made" / "again", to="hf")
+    for made in ("hf", "again"):
+        zoo.auto_class("gpt2").from_pretrained(tmp_path / "made" / made)
+        assert_same(arrays(tmp_path / "made" / made), wanted)
     for name in ("absent.safetensors", "../chosen.safetensors"):
-        edit(tmp_path, transformers_weights=name)
+        edit(folder, transformers_weights=name)
         with pytest.raises(CheckpointError, match="transformers_weights, which is no file beside it"):
-            load_model(tmp_path)
+            load_model(folder)
 
 
 def test_weights_from_another_place(tmp_path: Path) -> None:
