@@ -47,9 +47,16 @@ class WeightFiles:
             CheckpointError: there are none, or an index is damaged or does not agree with the files.
 
         Warns:
-            JdsiWarning: weights under the usual names are left that belong to another set.
+            JdsiWarning: weights under the usual names are left that belong to another set, or an adapter is.
         """
         chosen = cls._usual(folder) or cls._loose(folder) if named is None else cls._named(folder, named)
+        if (folder / "adapter_config.json").is_file() or any(folder.glob("adapter_model.*")):
+            warnings.warn(
+                f"{folder}: holds an adapter (PEFT) beside the model, which is read without it; peft's "
+                "merge_and_unload() makes one model of both",
+                JdsiWarning,
+                stacklevel=2,
+            )
         taken = {file.name for file in chosen.files}
         if left := sorted(f.name for f in folder.iterdir() if _STANDARD.fullmatch(f.name) and f.name not in taken):
             warnings.warn(

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import jdsi
 from jdsi.converters import Checkpoint, OrbaxCheckpoint, load_model, load_spec, open_checkpoint, open_model
-from jdsi.errors import CheckpointError, ConfigError
+from jdsi.errors import CheckpointError, ConfigError, JdsiWarning
 from jdsi.models import parameters
 
 
@@ -129,6 +129,14 @@ def test_what_is_mistaken_for_a_checkpoint(hf_folder: Path, tmp_path: Path) -> N
     shutil.copy(hf_folder / "config.json", adapter)  # as some tools leave it
     with pytest.raises(CheckpointError, match="an adapter"):
         open_checkpoint(adapter)
+
+
+def test_an_adapter_beside_the_model_is_not_left_without_a_word(hf_folder: Path) -> None:
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        (hf_folder / name).write_bytes(b"{}")
+        with pytest.warns(JdsiWarning, match=r"holds an adapter \(PEFT\) beside the model, which is read without it"):
+            load_model(hf_folder)
+        (hf_folder / name).unlink()
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "pytorch_model.bin", "tokenizer.json"])
