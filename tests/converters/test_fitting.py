@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
+import jdsi
 import zoo
 from jdsi.converters import convert, load_model, load_spec, open_model, random_checkpoint
 from jdsi.converters.fitting import equal
@@ -205,6 +206,21 @@ def test_weights_from_another_place(tmp_path: Path) -> None:
     zoo.save("llama", tmp_path / "wider", intermediate_size=64)
     with pytest.raises(ConfigError, match="holds another model"):
         open_model(model, weights=tmp_path / "wider")
+
+
+def test_an_untied_head_for_a_tied_model(tmp_path: Path) -> None:
+    """What the config says of ties is not what makes it another model: weights decide."""
+    tied, untied = tmp_path / "tied", tmp_path / "untied"
+    zoo.save("llama", tied, tie_word_embeddings=True)
+    zoo.save("llama", untied, tie_word_embeddings=False)
+    wanted = arrays(untied)
+    listed = {"checkpoints": [str(untied / "model.safetensors")]}
+    for weights in (untied, listed):
+        with pytest.warns(JdsiWarning, match="they are not tied"):
+            engine = jdsi.init_inference(tied, checkpoint=weights, dtype="float32")
+        for layout in ("hf", "orbax"):
+            engine.save(tmp_path / layout, to=layout, overwrite=True)
+            assert_same(arrays(tmp_path / layout), wanted)
 
 
 def test_values_are_compared_and_not_bytes(tmp_path: Path) -> None:
