@@ -96,9 +96,12 @@ class BlockStore:
             blocks = {group: _cut_block(checkpoint, group, names) for group, names in groups(shapes).items()}
         else:
             if not isinstance(checkpoint, Checkpoint) or any(info.offset < 0 for info in checkpoint.tensors.values()):
+                first = ""
+                if isinstance(checkpoint, Checkpoint) and not (checkpoint.path / "config.json").is_file():
+                    first = ", once the config.json of the model is copied into it"
                 raise CheckpointError(
                     f"{checkpoint.label}: only safetensors files and streaming folders can be streamed; "
-                    "`jdsi convert SRC DST --to streaming` makes the latter from any other"
+                    f"`jdsi convert {checkpoint.label} DST --to streaming` makes the latter of this one{first}"
                 )
             assert isinstance(stored.parameters, MappedParameters)
             blocks = {group: _mapped_block(stored.parameters, group, names) for group, names in groups(shapes).items()}

@@ -21,6 +21,8 @@ def resolve(path_or_hub_id: str | Path) -> Path:
     Raises:
         CheckpointError: nothing is there, it is no folder of a checkpoint, or the hub cannot be reached.
     """
+    if not str(path_or_hub_id):
+        raise CheckpointError("'' is no folder and no hub id; give one")
     path = Path(path_or_hub_id).expanduser()
     if path.is_dir():
         if PARTIAL.fullmatch(path.absolute().name):
@@ -35,6 +37,14 @@ def resolve(path_or_hub_id: str | Path) -> Path:
     if not _HUB_ID.fullmatch(str(path_or_hub_id)):
         raise CheckpointError(f"{path}: no such folder")
     return _download(str(path_or_hub_id))
+
+
+def resolve_setting(key: str, value: str | Path) -> Path:
+    """As `resolve`, of what a setting says; its errors name the setting."""
+    try:
+        return resolve(value)
+    except CheckpointError as error:
+        raise CheckpointError(f"{key}: {error}") from error
 
 
 def resolve_config(path_or_hub_id: str | Path) -> Path:

@@ -208,6 +208,35 @@ def test_weights_from_another_place(tmp_path: Path) -> None:
         open_model(model, weights=tmp_path / "wider")
 
 
+def test_errors_of_checkpoint_name_the_key(tmp_path: Path) -> None:
+    zoo.save("llama", tmp_path / "model")
+    for options in ({}, {"model": tmp_path / "model"}):
+        for given, said in {
+            "./nope": "checkpoint: nope: no such folder",
+            "": "checkpoint: '' is no folder and no hub id",
+        }.items():
+            with pytest.raises(CheckpointError, match=said):
+                jdsi.init_inference(**options, checkpoint=given)
+    with pytest.raises(CheckpointError, match=r"checkpoint: .*absent\.json: "):
+        jdsi.init_inference(tmp_path / "model", checkpoint=str(tmp_path / "absent.json"))
+    with pytest.raises(CheckpointError, match="'' is no folder and no hub id; give one"):
+        jdsi.init_inference("")
+
+
+def test_streaming_files_of_pytorch_says_what_works(tmp_path: Path) -> None:
+    model, weights = tmp_path / "model", tmp_path / "weights"
+    zoo.save("llama", model)
+    weights.mkdir()
+    state = {key: torch.tensor(value) for key, value in load_file(model / "model.safetensors").items()}
+    torch.save(state, weights / "part.bin")
+    advice = rf"`jdsi convert {weights} DST --to streaming` makes the latter of this one, once the config\.json"
+    with pytest.raises(CheckpointError, match=advice):
+        jdsi.init_inference(model, checkpoint={"checkpoints": [str(weights / "part.bin")]}, offload="nvme")
+    (weights / "config.json").write_bytes((model / "config.json").read_bytes())
+    convert(weights, tmp_path / "streaming", to="streaming")
+    assert_same(arrays(tmp_path / "streaming"), arrays(model))
+
+
 def test_an_untied_head_for_a_tied_model(tmp_path: Path) -> None:
     """What the config says of ties is not what makes it another model: weights decide."""
     tied, untied = tmp_path / "tied", tmp_path / "untied"
