@@ -47,6 +47,10 @@ class Recipe(Protocol):
         """Whether a stored array is the parameter as it is, so that making it takes no memory."""
         ...
 
+    def largest(self, stored: Mapping[str, float]) -> float:
+        """The parameter's largest magnitude, from those of a block's arrays by name; NaN if there is any."""
+        ...
+
 
 @dataclasses.dataclass(frozen=True)
 class Joined:
@@ -71,6 +75,10 @@ class Joined:
         name, op = self.pieces[0]
         return len(self.pieces) == 1 and isinstance(op, Identity) and fields[name].dtype == dtype
 
+    def largest(self, stored: Mapping[str, float]) -> float:
+        """See `Recipe.largest`."""
+        return float(np.max([stored[name] for name, _ in self.pieces]))  # unlike Python's, of NaN too
+
 
 @dataclasses.dataclass(frozen=True)
 class Dequantized:
@@ -91,6 +99,10 @@ class Dequantized:
     def is_stored_as(self, fields: Mapping[str, Field], dtype: Any) -> bool:
         """See `Recipe.is_stored_as`."""
         return False
+
+    def largest(self, stored: Mapping[str, float]) -> float:
+        """See `Recipe.largest`; a scale is made for the largest number that it is for."""
+        return stored[dict(self.arrays)["scales"]] * self.format.largest
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ from jdsi.models.tensor_parallel import split_of
 from jdsi.models.weight_map import Identity
 
 from .block_form import FIELD_ALIGNMENT, BlockForm, Dequantized, Field, Joined, Parameter, Recipe
+from .block_watch import BlockWatch
 from .checkpoint import Checkpoint
 from .direct_io import Segment, identity, round_up
 from .orbax import groups
@@ -64,12 +65,14 @@ class BlockStore:
         spec: the model's.
         blocks: by name, in the order of a forward pass.
         files: those that blocks are read from, each with its `identity` when the store was opened.
+        watch: looks for NaN and infinity, see `look`.
     """
 
     path: Path
     spec: TransformerSpec
     blocks: Mapping[str, Block]
     files: Mapping[Path, tuple[int, ...]]
+    watch: BlockWatch = dataclasses.field(default_factory=BlockWatch, compare=False)
 
     @classmethod
     def open(cls, path: str | Path | StoredModel, *, tensor_parallel: int = 1) -> Self:
@@ -93,9 +96,12 @@ class BlockStore:
             blocks = {group: _cut_block(checkpoint, group, names) for group, names in groups(shapes).items()}
         else:
             if not isinstance(checkpoint, Checkpoint) or any(info.offset < 0 for info in checkpoint.tensors.values()):
+                first = ""
+                if isinstance(checkpoint, Checkpoint) and not (checkpoint.path / "config.json").is_file():
+                    first = ", once the config.json of the model is copied into it"
                 raise CheckpointError(
                     f"{checkpoint.label}: only safetensors files and streaming folders can be streamed; "
-                    "`jdsi convert SRC DST --to streaming` makes the latter from any other"
+                    f"`jdsi convert {checkpoint.label} DST --to streaming` makes the latter of this one{first}"
                 )
             assert isinstance(stored.parameters, MappedParameters)
             blocks = {group: _mapped_block(stored.parameters, group, names) for group, names in groups(shapes).items()}
@@ -111,6 +117,10 @@ class BlockStore:
     def dtype(self) -> np.dtype:
         """That the checkpoint had its layers in."""
         return self.blocks["layers.0"].form.parameters[0][1].dtype
+
+    def look(self, block: Block, memory: np.ndarray) -> None:
+        """To be told of every block that was read, for `watch` to look at the first time."""
+        self.watch.look(block.name, block.form, block.ranks, memory[: block.nbytes])
 
     def check_dtypes(self) -> None:
         """Raises ConfigError if parameters are no floating-point numbers, which nothing here could run."""

@@ -94,23 +94,35 @@ def on_host(array: jax.Array | np.ndarray) -> np.ndarray:
     return np.asarray(handle)
 
 
-# Type name: unsigned type of the same width, the bits without the sign, the smallest of those that is not finite.
-_NOT_FINITE: dict[str, tuple[type, int, int]] = {
-    "float64": (np.uint64, 0x7FFF_FFFF_FFFF_FFFF, 0x7FF0_0000_0000_0000),
-    "float32": (np.uint32, 0x7FFF_FFFF, 0x7F80_0000),
-    "float16": (np.uint16, 0x7FFF, 0x7C00),
-    "bfloat16": (np.uint16, 0x7FFF, 0x7F80),
-    "float8_e4m3fn": (np.uint8, 0x7F, 0x7F),
-    "float8_e5m2": (np.uint8, 0x7F, 0x7C),
+# Type name: unsigned type of the same width, and its bits without the sign. They rise with the number, up to NaN.
+_MAGNITUDE: dict[str, tuple[type, int]] = {
+    "float64": (np.uint64, 0x7FFF_FFFF_FFFF_FFFF),
+    "float32": (np.uint32, 0x7FFF_FFFF),
+    "float16": (np.uint16, 0x7FFF),
+    "bfloat16": (np.uint16, 0x7FFF),
+    "float8_e4m3fn": (np.uint8, 0x7F),
+    "float8_e5m2": (np.uint8, 0x7F),
 }
 _LOOK = 1 << 18
 
 
-def all_finite(block: np.ndarray) -> bool:
-    """Whether a C-contiguous array holds neither NaN nor infinity; True for types that have neither."""
-    if block.dtype.name not in _NOT_FINITE:
-        return True
-    unsigned, mask, limit = _NOT_FINITE[block.dtype.name]
+def largest(block: np.ndarray) -> float:
+    """The largest magnitude in a C-contiguous array; NaN if any is in it, and 0 of types that are no floats."""
+    if block.dtype.name not in _MAGNITUDE:
+        return 0.0
+    unsigned, mask = _MAGNITUDE[block.dtype.name]
     bits = block.reshape(-1).view(unsigned)
     # Pieces that stay in the cache, and a maximum over integers, keep this at memory speed.
-    return all(int((bits[i : i + _LOOK] & unsigned(mask)).max()) < limit for i in range(0, bits.size, _LOOK))
+    pieces = ((bits[i : i + _LOOK] & unsigned(mask)).max() for i in range(0, bits.size, _LOOK))
+    return float(np.array(max(pieces, default=0), unsigned).view(block.dtype))
+
+
+def all_finite(block: np.ndarray) -> bool:
+    """Whether a C-contiguous array holds neither NaN nor infinity; True for types that have neither."""
+    return math.isfinite(largest(block))
+
+
+def overflow(dtype: np.dtype) -> float:
+    """The smallest magnitude that becomes infinite when it is rounded to a floating-point type."""
+    info = jnp.finfo(dtype)
+    return 2.0**info.maxexp * (1 - 2.0 ** -(info.nmant + 2))  # half-way from the largest number to the next

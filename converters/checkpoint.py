@@ -111,7 +111,7 @@ def open_checkpoint(path_or_hub_id: str | Path) -> AnyCheckpoint:
         CheckpointError: nothing is there, it is damaged or unfinished, or the hub cannot be reached.
 
     Warns:
-        JdsiWarning: the folder holds two sets of weights.
+        JdsiWarning: the folder holds two sets of weights, or an adapter beside the model.
     """
     folder = resolve(path_or_hub_id)
     if (folder / MANIFEST).is_file():

@@ -33,6 +33,9 @@ COMPANIONS = (
 )
 """Tokenizer and generation files; conversions copy those that exist."""
 
+CHAT_TEMPLATES = "additional_chat_templates/*.jinja"
+"""Where transformers keeps the chat templates of a tokenizer that has several; they travel as `COMPANIONS` do."""
+
 _DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 _MOST_LAYERS = 10_000
 _DTYPES = {
@@ -176,8 +179,10 @@ def spec_of(where: str | Path, family: Family, config: Any) -> TransformerSpec:
 
 def config_as_written(config: Mapping[str, Any], spec: TransformerSpec) -> dict[str, Any]:
     """The config for a folder that holds a model of `spec`, which may be another than `config` says, see `fitting`."""
+    # What is written has the usual names.
+    config = {key: value for key, value in config.items() if key != "transformers_weights"}
     if spec.head is None or spec.head.tied or not config.get("tie_word_embeddings", _ties_by_default(config)):
-        return dict(config)
+        return config
     return {**config, "tie_word_embeddings": False}
 
 
@@ -189,6 +194,8 @@ def _ties_by_default(config: Mapping[str, Any]) -> bool:
 
 def copy_companions(source: Path, target: Path) -> None:
     """Copy the tokenizer and generation files that `source` has."""
-    for name in COMPANIONS:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+    for file in (*(source / name for name in COMPANIONS), *source.glob(CHAT_TEMPLATES)):
+        if file.is_file():
+            copy = target / file.relative_to(source)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, copy)

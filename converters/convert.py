@@ -35,7 +35,8 @@ def convert(
         to, tensor_parallel, max_shard_size, quantize, group_size, overwrite, progress: as for `save_parameters`.
         strict: whether tensors that the model does not use are an error, and not left out with a warning.
         dtype: `"float32"`, `"bfloat16"` or `"float16"`; `None` keeps every parameter's type, and the way back is then
-            bit-exact for all that is not quantised.
+            bit-exact for all that is not quantised. What is one parameter here (queries, keys and values) gets the
+            type that holds those of all its parts.
 
     Raises:
         CheckpointError: the source is missing, damaged or does not fit its config, or holds NaN or infinity where it is

@@ -71,6 +71,15 @@ def fit_names(spec: TransformerSpec, names: Collection[str]) -> TransformerSpec:
     return spec
 
 
+def same_but_for_ties(a: TransformerSpec, b: TransformerSpec) -> bool:
+    """Whether two specs differ in no more than whether the head is the embedding, which is up to the weights."""
+    untied = [
+        spec if spec.head is None else dataclasses.replace(spec, head=dataclasses.replace(spec.head, tied=False))
+        for spec in (a, b)
+    ]
+    return untied[0] == untied[1]
+
+
 def equal(store: TensorStore, a: TensorInfo, b: TensorInfo) -> bool:
     """Whether two stored tensors have the same shape and values; reads no further than where they differ."""
     if a.shape != b.shape:

@@ -99,12 +99,14 @@ def write_huggingface(
     tensors: dict[str, tuple[np.dtype, Shape]] = {}
     places: dict[str, tuple[Entry, int]] = {}
     bytes_of: collections.Counter[str] = collections.Counter()
+    idle = {stands_for: name for name, stands_for in weight_map.idle}
     for entry in weight_map.entries:
         kept = dtype or source.dtypes[entry.ours]
         bytes_of[kept.name] += math.prod(source.shapes[entry.ours]) * kept.itemsize
         for i, shape in enumerate(entry.source_shapes(source.shapes[entry.ours])):
-            tensors[entry.sources[i].name] = (kept, tuple(shape))
-            places[entry.sources[i].name] = (entry, i)
+            own = entry.sources[i].name
+            for name in (own, idle[own]) if own in idle else (own,):
+                tensors[name], places[name] = (kept, tuple(shape)), (entry, i)
     shards = plan_shards(tensors, max_shard_size)
     current, array = "", np.empty(0)
     for file, names in shards.items():

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from jdsi.errors import CheckpointError
 
-from .config import COMPANIONS
+from .config import CHAT_TEMPLATES, COMPANIONS, read_json
 from .mistaken import GGUF
+from .weight_files import files_named
 
 PARTIAL = re.compile(r".*\.partial-[0-9a-f]{8}")
 """Names of folders that a conversion is still writing, or left when it was killed."""
@@ -20,6 +21,8 @@ def resolve(path_or_hub_id: str | Path) -> Path:
     Raises:
         CheckpointError: nothing is there, it is no folder of a checkpoint, or the hub cannot be reached.
     """
+    if not str(path_or_hub_id):
+        raise CheckpointError("'' is no folder and no hub id; give one")
     path = Path(path_or_hub_id).expanduser()
     if path.is_dir():
         if PARTIAL.fullmatch(path.absolute().name):
@@ -36,6 +39,14 @@ def resolve(path_or_hub_id: str | Path) -> Path:
     return _download(str(path_or_hub_id))
 
 
+def resolve_setting(key: str, value: str | Path) -> Path:
+    """As `resolve`, of what a setting says; its errors name the setting."""
+    try:
+        return resolve(value)
+    except CheckpointError as error:
+        raise CheckpointError(f"{key}: {error}") from error
+
+
 def resolve_config(path_or_hub_id: str | Path) -> Path:
     """A config file, or the folder of one; of a hub id nothing but the config is downloaded. Errors as `resolve`."""
     path = Path(path_or_hub_id).expanduser()
@@ -47,18 +58,29 @@ def resolve_config(path_or_hub_id: str | Path) -> Path:
 
 
 def _download(hub_id: str, *, weights: bool = True) -> Path:
+    folder = _fetch(hub_id, ["config.json", *COMPANIONS, CHAT_TEMPLATES])
+    if not weights:
+        return folder
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    if isinstance(named := config.get("transformers_weights"), str):
+        folder = _fetch(hub_id, [named])
+        if named.endswith(".json") and (folder / named).is_file():
+            folder = _fetch(hub_id, sorted(files_named(folder / named)))
+        return folder
+    folder = _fetch(hub_id, ["model*.safetensors", "model*.index.json"])
+    if not any(folder.glob("*.safetensors")):
+        folder = _fetch(hub_id, ["pytorch_model*.bin", "pytorch_model*.index.json"])
+    return folder
+
+
+def _fetch(hub_id: str, patterns: list[str]) -> Path:
+    """The folder of a hub id in the cache, with those of its files that have such names."""
     from huggingface_hub import snapshot_download
 
     try:
-        small = ["config.json", *COMPANIONS]
-        if not weights:
-            return Path(snapshot_download(hub_id, allow_patterns=small))
-        folder = Path(snapshot_download(hub_id, allow_patterns=[*small, "model*.safetensors", "model*.index.json"]))
-        if not any(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(hub_id, allow_patterns=["pytorch_model*.bin", "pytorch_model*.index.json"]))
+        return Path(snapshot_download(hub_id, allow_patterns=patterns))
     except Exception as error:  # network, authentication, naming: each has types of its own
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise CheckpointError(
             f"{hub_id}: no such folder here, and it cannot be fetched from the Hugging Face Hub: {reason}"
         ) from error
-    return folder

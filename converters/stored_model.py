@@ -12,9 +12,9 @@ from jdsi.models.weight_map import Shape
 
 from .checkpoint import AnyCheckpoint, Checkpoint, open_checkpoint
 from .config import family_of, load_config, load_family, spec_of
-from .fitting import fit, fit_names
+from .fitting import fit, fit_names, same_but_for_ties
 from .live_model import LiveModel, is_module
-from .location import resolve, resolve_config
+from .location import resolve, resolve_config, resolve_setting
 from .manifest import MANIFEST
 from .sources import MappedParameters, ParameterSource
 from .weight_files import WeightFiles, holds_weights
@@ -110,8 +110,8 @@ def _elsewhere(weights: Any, said: TransformerSpec) -> AnyCheckpoint:
     if isinstance(weights, Mapping) or str(weights).endswith(".json"):
         files = weights_of(weights)
         return Checkpoint(files[0].parent, files)
-    folder = resolve(weights)
-    if (folder / "config.json").is_file() and load_family(folder)[1] != said:
+    folder = resolve_setting("checkpoint", weights)
+    if (folder / "config.json").is_file() and not same_but_for_ties(load_family(folder)[1], said):
         raise ConfigError(f"checkpoint={str(weights)!r} holds another model than the one that its weights are for")
     if (folder / MANIFEST).is_file() or (folder / "config.json").is_file():
         return open_checkpoint(folder)

@@ -1,6 +1,7 @@
 """One look at every block that is read: counts it for the progress and notes tensors with NaN or infinity."""
 
 import warnings
+from collections.abc import Collection
 
 import numpy as np
 
@@ -32,13 +33,18 @@ class Watcher:
 
     def warn(self, where: str) -> None:
         """Warn, once, of all tensors with NaN or infinity seen so far."""
-        told = []
-        if self._bad:
-            told.append(f"NaN or infinite values in {len(self._bad)} tensors: {some(self._bad)}")
-        if large := [name for name in self._too_large if name not in self._bad]:
-            told.append(
-                f"values in {len(large)} tensors are infinite as float16, which ends at 65504; unless they are stored "
-                f"so, bfloat16 or float32 has room for them: {some(large)}"
-            )
-        if told:
-            warnings.warn(f"{where}: {'; '.join(told)}", NonFiniteWarning, stacklevel=3)
+        warn_of(where, self._bad, [name for name in self._too_large if name not in self._bad])
+
+
+def warn_of(where: str, bad: Collection[str], too_large: Collection[str]) -> None:
+    """Warn, if there are any, of tensors with NaN or infinity, and of those that only float16 has no room for."""
+    told = []
+    if bad:
+        told.append(f"NaN or infinite values in {len(bad)} tensors: {some(bad)}")
+    if too_large:
+        told.append(
+            f"values in {len(too_large)} tensors are infinite as float16, which ends at 65504; unless they are stored "
+            f"so, bfloat16 or float32 has room for them: {some(too_large)}"
+        )
+    if told:
+        warnings.warn(f"{where}: {'; '.join(told)}", NonFiniteWarning, stacklevel=4)

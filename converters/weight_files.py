@@ -47,9 +47,16 @@ class WeightFiles:
             CheckpointError: there are none, or an index is damaged or does not agree with the files.
 
         Warns:
-            JdsiWarning: weights under the usual names are left that belong to another set.
+            JdsiWarning: weights under the usual names are left that belong to another set, or an adapter is.
         """
         chosen = cls._usual(folder) or cls._loose(folder) if named is None else cls._named(folder, named)
+        if (folder / "adapter_config.json").is_file() or any(folder.glob("adapter_model.*")):
+            warnings.warn(
+                f"{folder}: holds an adapter (PEFT) beside the model, which is read without it; peft's "
+                "merge_and_unload() makes one model of both",
+                JdsiWarning,
+                stacklevel=2,
+            )
         taken = {file.name for file in chosen.files}
         if left := sorted(f.name for f in folder.iterdir() if _STANDARD.fullmatch(f.name) and f.name not in taken):
             warnings.warn(
@@ -71,7 +78,7 @@ class WeightFiles:
     def _usual(cls, folder: Path) -> "WeightFiles | None":
         for name in ("model.safetensors", "pytorch_model.bin"):
             single, index = folder / name, folder / f"{name}.index.json"
-            if index.is_file() and not (single.is_file() and name not in _files_named(index)):
+            if index.is_file() and not (single.is_file() and name not in files_named(index)):
                 return cls._indexed(index)
             if single.is_file():
                 return cls((single,))
@@ -102,7 +109,7 @@ def holds_weights(folder: Path) -> bool:
     )
 
 
-def _files_named(index: Path) -> set[str]:
+def files_named(index: Path) -> set[str]:
     """The files that an index names; none if it is damaged, for it may be of no interest."""
     try:
         return set(_table_of(index).values())

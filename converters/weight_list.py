@@ -24,7 +24,7 @@ def weights_of(description: Mapping[str, Any] | str | Path) -> list[Path]:
         CheckpointError: the description cannot be read, or a file is not there.
     """
     where = "checkpoint" if isinstance(description, Mapping) else f"checkpoint={str(description)!r}"
-    content = description if isinstance(description, Mapping) else read_json(Path(description).expanduser())
+    content = description if isinstance(description, Mapping) else _read(Path(description).expanduser())
     for key in content:
         if key not in _KEYS:
             raise ConfigError(f"{where} has {key!r}{nearest(str(key), _KEYS)}; known: {', '.join(_KEYS)}")
@@ -43,3 +43,10 @@ def weights_of(description: Mapping[str, Any] | str | Path) -> list[Path]:
     if absent := [file for file, place in zip(files, found, strict=True) if place is None]:
         raise CheckpointError(f"{where} names files that are not in {some(map(str, folders))}: {some(absent)}")
     return [place for place in found if place is not None]
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return read_json(file)
+    except CheckpointError as error:
+        raise CheckpointError(f"checkpoint: {error}") from error

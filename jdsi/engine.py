@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from jdsi.config import InferenceConfig
 from jdsi.converters import ParameterSource, Progress, load_spec, save_parameters
+from jdsi.converters.fitting import same_but_for_ties
 from jdsi.converters.save import Layout
 from jdsi.errors import CapacityError, ConfigError
 from jdsi.generation import Classification, Completion, SamplingParams, pad_rows
@@ -119,7 +120,7 @@ class InferenceEngine:
             raise ConfigError("this model was in memory, with no config to go along; give like=, a folder of the same")
 
         def write(source: ParameterSource) -> None:
-            if load_spec(origin) != self.spec:
+            if not same_but_for_ties(load_spec(origin), self.spec):
                 raise ConfigError(f"{origin}: its config describes another model than the {self.spec.family} to save")
             save_parameters(source, path, like=origin, progress=progress, **asked)
 

@@ -13,6 +13,7 @@ from jdsi.config import InferenceConfig
 from jdsi.converters import StoredModel, load_model, open_model, resolve_dtype
 from jdsi.converters.block_store import BlockStore
 from jdsi.converters.live_model import is_module
+from jdsi.converters.location import resolve_setting
 from jdsi.engine import InferenceEngine
 from jdsi.errors import ConfigError
 from jdsi.generation.defaults import GenerationDefaults
@@ -76,6 +77,8 @@ def init_inference(
             loaded = source if parsed.dtype == "auto" else _cast(source, parsed.dtype)
             executor = ResidentExecutor(loaded, implementation, parsed.cache or Contiguous())
     else:
+        if model is None and isinstance(source, str | os.PathLike):
+            source = resolve_setting("checkpoint", Path(source) if isinstance(source, os.PathLike) else source)
         # First of all, so that a folder that is no model's is told by its config and not by its tokenizer.
         stored = open_model(source, weights=weights, strict=parsed.strict)
         folder = stored.path

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -93,6 +94,25 @@ def test_no_code_of_a_checkpoint_runs(
                 jdsi.CheckpointError, match=r"code of its own, own\.OwnTokenizer, which is not run; give"
             ):
                 load_tokenizer(path, required=True)
+    assert not (folder / "marker").exists()
+
+
+def test_a_class_that_transformers_has_is_used_and_no_code_runs(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("PreTrainedTokenizerFast", "GPT2Tokenizer", "GPT2TokenizerFast"):
+        path = tmp_path / name
+        shutil.copytree(folder, path)
+        config = json.loads((path / "tokenizer_config.json").read_text()) | {"tokenizer_class": name}
+        (path / "tokenizer_config.json").write_text(json.dumps(config))
+        wanted = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        ours = load_tokenizer(path, required=True)
+        assert type(ours) is type(wanted)
+        assert ours("def f(x):").input_ids == wanted("def f(x):").input_ids
+        assert command(monkeypatch, "generate", path, "--prompt", "def f(", "--max-new-tokens", 2) == 0
+        shown = capsys.readouterr()
+        assert "[y/N]" not in shown.out + shown.err
+        assert "code of its own" not in shown.err
     assert not (folder / "marker").exists()
 
 

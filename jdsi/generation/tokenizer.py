@@ -26,6 +26,7 @@ def load_tokenizer(source: str | os.PathLike[str], *, required: bool = False) ->
     """The `transformers` tokenizer of a folder or hub id; `None` if the folder has none and none is required.
 
     A tokenizer that is a class of its own, in code beside its files, is not loaded: code of a checkpoint is never run.
+    Where the files also name a class that transformers has, that one is loaded.
 
     Raises:
         CheckpointError: there is none though required, or it cannot be read.
@@ -79,7 +80,12 @@ def own_tokenizer(model: Any) -> Any:
 
 
 def _own_class(config: Mapping[str, Any]) -> str | None:
-    """The class, in code of the checkpoint's, that a tokenizer's config asks for."""
+    """The class, in code of the checkpoint's, that a tokenizer's config asks for, if transformers has none to use."""
+    from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
+
+    known = config.get("tokenizer_class")
+    if isinstance(known, str) and tokenizer_class_from_name(known) is not None:
+        return None
     where = config.get("auto_map")
     named = where.get("AutoTokenizer") if isinstance(where, Mapping) else where
     classes = [named] if isinstance(named, str) else [name for name in named or () if isinstance(name, str)]

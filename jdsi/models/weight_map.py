@@ -167,6 +167,8 @@ class WeightMap:
             it (as in `re.sub`).
         tied: pairs (copy, original) of tensors that are one in this model, the weight of the vocabulary projection
             first. The table has the original; a checkpoint may hold either, or both.
+        idle: pairs (name, stands_for) of tensors that their class has and computes nothing with. They are not read;
+            what is written under their name is the other tensor.
     """
 
     entries: tuple[Entry, ...]
@@ -174,6 +176,7 @@ class WeightMap:
     ignored: tuple[str, ...] = ()
     renamed: tuple[tuple[str, str], ...] = ()
     tied: tuple[tuple[str, str], ...] = ()
+    idle: tuple[tuple[str, str], ...] = ()
 
     def current_name(self, name: str) -> str:
         """What `name`, as stored, is called in this table."""

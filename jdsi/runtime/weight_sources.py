@@ -74,7 +74,7 @@ class DiskSource(MemorySource):
     """
 
     def __init__(self, store: BlockStore) -> None:
-        self._reader = DirectReader(known=store.files)
+        self._store, self._reader = store, DirectReader(known=store.files)
 
     def prepare(self, blocks: Sequence[tuple[Block, Streamed]]) -> None:
         """See `BlockSource.prepare`; reads nothing ahead."""
@@ -82,6 +82,7 @@ class DiskSource(MemorySource):
     def read(self, block: Block, memory: np.ndarray) -> None:
         """See `MemorySource.read`."""
         self._reader.read(block.segments, memory)
+        self._store.look(block, memory)
 
     def begin(self, block: Block, buffer: np.ndarray, weights: Streamed) -> Callable[[], Any]:
         """See `BlockSource.begin`; so that the disk has something to do between two blocks."""
@@ -89,6 +90,7 @@ class DiskSource(MemorySource):
 
         def finish() -> Any:
             arrived()
+            self._store.look(block, buffer)
             return weights.put(buffer, block.nbytes)
 
         return finish
@@ -106,15 +108,16 @@ class HostSource:
     """
 
     def __init__(self, store: BlockStore) -> None:
-        self._files, self._blocks = store.files, dict[str, Any]()
+        self._store, self._blocks = store, dict[str, Any]()
 
     def prepare(self, blocks: Sequence[tuple[Block, Streamed]]) -> None:
         """See `BlockSource.prepare`; reads all of them."""
-        with contextlib.closing(DirectReader(known=self._files)) as reader:
+        with contextlib.closing(DirectReader(known=self._store.files)) as reader:
             for block, weights in blocks:
                 if block.name not in self._blocks:
                     memory = PageBuffer(weights.memory_bytes(block.nbytes)).bytes
                     reader.read(block.segments, memory)
+                    self._store.look(block, memory)
                     # The driver copies from pinned memory at the link's speed, from other memory at a tenth of it.
                     self._blocks[block.name] = jax.block_until_ready(weights.put(memory, block.nbytes, "pinned_host"))
 

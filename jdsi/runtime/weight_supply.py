@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array
 
@@ -68,6 +69,9 @@ class WeightSupply:
         self.embed, self.top = programs.embed(used["embedding"]), programs.top(top)
         self._layers = [_Layer.of(programs, used[f"layers.{i}"], layer) for i, layer in enumerate(store.spec.layers)]
         self._prepared: dict[Any, dict[str, Array]] = {}
+        self._store, self._dtype = store, programs.dtype
+        if self._stream is None:
+            self._warn()
 
     @contextlib.contextmanager
     def block(self, name: str) -> Iterator[Delivery | Resident]:
@@ -104,7 +108,12 @@ class WeightSupply:
     def top_weights(self) -> Iterator[list[Delivery | Resident]]:
         """What the program `top` takes, a block for each of its arrays, until the end of the context."""
         with contextlib.ExitStack() as stack:
-            yield [stack.enter_context(self.block(name)) for name in self._top_blocks]
+            blocks = [stack.enter_context(self.block(name)) for name in self._top_blocks]
+            self._warn()  # once: by the end of a pass all blocks have been read
+            yield blocks
+
+    def _warn(self) -> None:
+        self._store.watch.warn(str(self._store.path), np.dtype(self._dtype))
 
     def report(self) -> StreamReport | None:
         """What was streamed so far, if anything is."""

@@ -62,6 +62,11 @@ class WeightFormat:
         return BLOCK if self.blocks else self.group
 
     @property
+    def largest(self) -> float:
+        """The largest magnitude before it is scaled, in formats without zero points."""
+        return _LARGEST[self.kind]
+
+    @property
     def words(self) -> int:
         """Inputs in one stored value."""
         return 4 if self.kind == "int4" else 1
@@ -188,7 +193,7 @@ def quantize(weight: Float[ArrayLike, "out in"], format: WeightFormat) -> Quanti
         largest = jnp.abs(grouped).max(-1)
         if format.blocks:
             largest = jnp.pad(largest, ((0, -rows % BLOCK), (0, 0))).reshape(-1, BLOCK, largest.shape[1]).max(1)
-        scale = _stored_scale(largest, _LARGEST[format.kind], format)
+        scale = _stored_scale(largest, format.largest, format)
     divisor = _of_rows(scale, rows, format)
     divisor = jnp.where(divisor > 0, divisor, 1.0)
     steps = grouped / divisor[..., None]

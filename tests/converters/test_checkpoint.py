@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import jdsi
 from jdsi.converters import Checkpoint, OrbaxCheckpoint, load_model, load_spec, open_checkpoint, open_model
-from jdsi.errors import CheckpointError, ConfigError
+from jdsi.errors import CheckpointError, ConfigError, JdsiWarning
 from jdsi.models import parameters
 
 
@@ -65,11 +65,29 @@ def test_a_hub_id_downloads_weights_once(monkeypatch: pytest.MonkeyPatch, hf_fol
     assert load_spec("some/model").width == 40
     assert isinstance(open_checkpoint("some/model"), Checkpoint)
     assert {name for name, _ in asked} == {"some/model"}
+    assert "additional_chat_templates/*.jinja" in asked[0][1]
     assert not any("bin" in pattern for _, patterns in asked for pattern in patterns if "sentencepiece" not in pattern)
     (hf_folder / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="no weights"):
         open_checkpoint("some/model")
     assert asked[-1][1][0] == "pytorch_model*.bin"
+
+
+def test_a_hub_id_whose_config_names_its_weights(monkeypatch: pytest.MonkeyPatch, sharded_folder: Path) -> None:
+    import huggingface_hub
+
+    asked: list[str] = []
+
+    def download(name: str, *, allow_patterns: list[str]) -> str:
+        asked.extend(allow_patterns)
+        return str(sharded_folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    index, table = index_of(sharded_folder)
+    index.rename(sharded_folder / "chosen.json")
+    edit_json(sharded_folder / "config.json", transformers_weights="chosen.json")
+    assert isinstance(open_checkpoint("some/model"), Checkpoint)
+    assert asked[-1 - len(set(table.values())) :] == ["chosen.json", *sorted(set(table.values()))]
 
 
 def test_folders_without_the_right_files(tmp_path: Path, hf_folder: Path) -> None:
@@ -111,6 +129,14 @@ def test_what_is_mistaken_for_a_checkpoint(hf_folder: Path, tmp_path: Path) -> N
     shutil.copy(hf_folder / "config.json", adapter)  # as some tools leave it
     with pytest.raises(CheckpointError, match="an adapter"):
         open_checkpoint(adapter)
+
+
+def test_an_adapter_beside_the_model_is_not_left_without_a_word(hf_folder: Path) -> None:
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        (hf_folder / name).write_bytes(b"{}")
+        with pytest.warns(JdsiWarning, match=r"holds an adapter \(PEFT\) beside the model, which is read without it"):
+            load_model(hf_folder)
+        (hf_folder / name).unlink()
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "pytorch_model.bin", "tokenizer.json"])

@@ -18,8 +18,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from checkpoints import save_llama
 from jdsi.converters import (
     NonFiniteWarning,
     ProgressBar,
@@ -108,6 +109,20 @@ def test_export_in_shards_of_a_model_in_memory(hf_folder: Path, tmp_path: Path) 
     assert all(np.array_equal(theirs[name].numpy(), wanted[name]) for name in wanted)
     with pytest.raises(ConfigError, match="'gpt2' for a model of family 'llama'"):
         export_huggingface(model, {"model_type": "gpt2"}, tmp_path / "other")
+
+
+def test_all_chat_templates_go_along(tmp_path: Path) -> None:
+    save_llama(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    tokenizer.chat_template = {"default": "D", "tool_use": "T", "rag": "R"}
+    tokenizer.save_pretrained(tmp_path / "model")
+    assert len(list((tmp_path / "model").glob("*/*.jinja"))) == 2
+    report = convert(tmp_path / "model", tmp_path / "orbax", to="orbax")
+    assert "additional_chat_templates/tool_use.jinja" in report.files
+    convert(tmp_path / "orbax", tmp_path / "hf", to="hf")
+    export_huggingface(load_model(tmp_path / "orbax"), tmp_path / "orbax", tmp_path / "exported")
+    for name in ("orbax", "hf", "exported"):
+        assert AutoTokenizer.from_pretrained(tmp_path / name).chat_template == tokenizer.chat_template, name
 
 
 def test_casting_while_converting(hf_folder: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
+import jdsi
 import zoo
 from jdsi.converters import convert, load_model, load_spec, open_model, random_checkpoint
 from jdsi.converters.fitting import equal
@@ -147,16 +148,24 @@ def test_an_index_that_counts_the_whole_file_among_its_shards(tmp_path: Path) ->
 
 
 def test_the_file_that_a_config_names(tmp_path: Path) -> None:
-    zoo.save("gpt2", tmp_path)
-    wanted = arrays(tmp_path)
-    (tmp_path / "model.safetensors").rename(tmp_path / "chosen.safetensors")
-    save_file({"x": np.zeros(1, np.float32)}, tmp_path / "another.safetensors")
-    edit(tmp_path, transformers_weights="chosen.safetensors")
-    assert_same(arrays(tmp_path), wanted)
+    folder = tmp_path / "model"
+    zoo.save("gpt2", folder)
+    wanted = arrays(folder)
+    (folder / "model.safetensors").rename(folder / "chosen.safetensors")
+    save_file({"x": np.zeros(1, np.float32)}, folder / "another.safetensors")
+    edit(folder, transformers_weights="chosen.safetensors")
+    assert_same(arrays(folder), wanted)
+    for layout in ("hf", "orbax"):  # which have names of their own
+        convert(folder, tmp_path / "made" / layout, to=layout)
+        assert_same(arrays(tmp_path / "made" / layout), wanted)
+    convert(tmp_path / "made" / "orbax", tmp_path / "made" / "again", to="hf")
+    for made in ("hf", "again"):
+        zoo.auto_class("gpt2").from_pretrained(tmp_path / "made" / made)
+        assert_same(arrays(tmp_path / "made" / made), wanted)
     for name in ("absent.safetensors", "../chosen.safetensors"):
-        edit(tmp_path, transformers_weights=name)
+        edit(folder, transformers_weights=name)
         with pytest.raises(CheckpointError, match="transformers_weights, which is no file beside it"):
-            load_model(tmp_path)
+            load_model(folder)
 
 
 def test_weights_from_another_place(tmp_path: Path) -> None:
@@ -197,6 +206,50 @@ def test_weights_from_another_place(tmp_path: Path) -> None:
     zoo.save("llama", tmp_path / "wider", intermediate_size=64)
     with pytest.raises(ConfigError, match="holds another model"):
         open_model(model, weights=tmp_path / "wider")
+
+
+def test_errors_of_checkpoint_name_the_key(tmp_path: Path) -> None:
+    zoo.save("llama", tmp_path / "model")
+    for options in ({}, {"model": tmp_path / "model"}):
+        for given, said in {
+            "./nope": "checkpoint: nope: no such folder",
+            "": "checkpoint: '' is no folder and no hub id",
+        }.items():
+            with pytest.raises(CheckpointError, match=said):
+                jdsi.init_inference(**options, checkpoint=given)
+    with pytest.raises(CheckpointError, match=r"checkpoint: .*absent\.json: "):
+        jdsi.init_inference(tmp_path / "model", checkpoint=str(tmp_path / "absent.json"))
+    with pytest.raises(CheckpointError, match="'' is no folder and no hub id; give one"):
+        jdsi.init_inference("")
+
+
+def test_streaming_files_of_pytorch_says_what_works(tmp_path: Path) -> None:
+    model, weights = tmp_path / "model", tmp_path / "weights"
+    zoo.save("llama", model)
+    weights.mkdir()
+    state = {key: torch.tensor(value) for key, value in load_file(model / "model.safetensors").items()}
+    torch.save(state, weights / "part.bin")
+    advice = rf"`jdsi convert {weights} DST --to streaming` makes the latter of this one, once the config\.json"
+    with pytest.raises(CheckpointError, match=advice):
+        jdsi.init_inference(model, checkpoint={"checkpoints": [str(weights / "part.bin")]}, offload="nvme")
+    (weights / "config.json").write_bytes((model / "config.json").read_bytes())
+    convert(weights, tmp_path / "streaming", to="streaming")
+    assert_same(arrays(tmp_path / "streaming"), arrays(model))
+
+
+def test_an_untied_head_for_a_tied_model(tmp_path: Path) -> None:
+    """What the config says of ties is not what makes it another model: weights decide."""
+    tied, untied = tmp_path / "tied", tmp_path / "untied"
+    zoo.save("llama", tied, tie_word_embeddings=True)
+    zoo.save("llama", untied, tie_word_embeddings=False)
+    wanted = arrays(untied)
+    listed = {"checkpoints": [str(untied / "model.safetensors")]}
+    for weights in (untied, listed):
+        with pytest.warns(JdsiWarning, match="they are not tied"):
+            engine = jdsi.init_inference(tied, checkpoint=weights, dtype="float32")
+        for layout in ("hf", "orbax"):
+            engine.save(tmp_path / layout, to=layout, overwrite=True)
+            assert_same(arrays(tmp_path / layout), wanted)
 
 
 def test_values_are_compared_and_not_bytes(tmp_path: Path) -> None:

@@ -37,10 +37,10 @@ CLASSES = (
 )
 
 
-def random_model(name: str) -> Any:
+def random_model(name: str, **changes: Any) -> Any:
     """Of the class `name`, every parameter random."""
     config = next(config for family, config in _CONFIGS.items() if name.startswith(family))
-    config = type(config)(**config.to_dict())
+    config = type(config)(**config.to_dict() | changes)
     if name in ("BertLMHeadModel", "RobertaForCausalLM"):
         config.is_decoder = True
     return random_torch_model(config, getattr(transformers, name))
@@ -70,6 +70,23 @@ def test_every_class_comes_back_from_every_layout(tmp_path: Path) -> None:
                 back = folder / f"from {layout}"
                 convert(folder / layout, back, to="hf")
             check_same(back, model)
+
+
+def test_an_untied_head_leaves_no_parameter_of_its_class_out(tmp_path: Path) -> None:
+    names = {
+        "BertForMaskedLM": ("cls.predictions.bias", "cls.predictions.decoder.bias"),
+        "RobertaForMaskedLM": ("lm_head.bias", "lm_head.decoder.bias"),
+    }
+    for name, (idle, used) in names.items():
+        model = random_model(name, tie_word_embeddings=False)
+        model.save_pretrained(tmp_path / name)
+        convert(tmp_path / name, tmp_path / f"{name} back", to="hf")
+        again, info = type(model).from_pretrained(tmp_path / f"{name} back", output_loading_info=True)
+        assert not info["missing_keys"]
+        assert not info["unexpected_keys"]
+        state = again.state_dict()
+        for key, value in model.state_dict().items():
+            assert torch.equal(state[key], state[used] if key == idle else value), (name, key)
 
 
 @pytest.mark.parity

@@ -127,6 +127,7 @@ def bert_like_weight_map(spec: TransformerSpec, names: EncoderNames) -> WeightMa
         entries += linear(f"{ours}.feed_forward_norm", f"{theirs}.{names.feed_forward_norm}", bias=True)
     ignored: tuple[str, ...] = (rf"{names.model}\.embeddings\.(position_ids|token_type_ids)",)
     tied: tuple[tuple[str, str], ...] = ()
+    idle: tuple[tuple[str, str], ...] = ()
     if spec.head is not None:
         entries += linear("head.transform.dense", names.transform, bias=True)
         entries += linear("head.transform.norm", names.transform_norm, bias=True)
@@ -139,7 +140,8 @@ def bert_like_weight_map(spec: TransformerSpec, names: EncoderNames) -> WeightMa
         else:
             entries += [tensor("head.bias", bias), tensor("head.weight", weight)]
             if bias != names.tied_bias:
-                ignored += (re.escape(names.tied_bias),)  # a parameter of the class that nothing is computed with
+                ignored += (re.escape(names.tied_bias),)
+                idle = ((names.tied_bias, bias),)
     if spec.classifier is not None:
         pooled = spec.head is not None or spec.classifier.labels is None
         dense, out = (names.pooler, names.next_sentence) if pooled else names.classifier
@@ -147,4 +149,4 @@ def bert_like_weight_map(spec: TransformerSpec, names: EncoderNames) -> WeightMa
         if spec.classifier.labels is not None:
             entries += linear("classifier.out", out, bias=True)
     renamed = ((r"(.*)LayerNorm\.gamma", r"\1LayerNorm.weight"), (r"(.*)LayerNorm\.beta", r"\1LayerNorm.bias"))
-    return WeightMap(tuple(entries), f"{names.model}.", ignored, renamed, tied)
+    return WeightMap(tuple(entries), f"{names.model}.", ignored, renamed, tied, idle)
