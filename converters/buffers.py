@@ -16,7 +16,7 @@ BLOCK_BYTES = 16 << 20
 """Bytes read, cast or written at a time."""
 
 OnBlock = Callable[[np.ndarray], None]
-"""Called with every flat block of a destination once it is filled; must not keep it."""
+"""Called with every flat block of a destination once it is filled; must not keep it. Threads may call at a time."""
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

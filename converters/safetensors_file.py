@@ -11,7 +11,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any, Self
@@ -23,6 +23,7 @@ from jdsi.errors import CheckpointError
 
 from .buffers import BLOCK_BYTES, OnBlock, cast, check_cast
 from .mistaken import refuse_pointer
+from .threads import THREADS, share_out
 
 DTYPES: Mapping[str, np.dtype] = {
     name: np.dtype(kind)
@@ -49,6 +50,7 @@ DTYPES: Mapping[str, np.dtype] = {
 MAX_HEADER_BYTES = 100_000_000
 """The longest header that the format's own library accepts."""
 
+_LEAST_BLOCK_BYTES = 1 << 20  # for less no second thread is started
 _MAX_DIMENSIONS = 32
 _MAX_BYTES = 1 << 62
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -191,14 +193,14 @@ def read_into(
 ) -> None:
     """Read a tensor, or a range of its rows, into `out`, casting on the way.
 
-    Memory beyond `out`: one block of `BLOCK_BYTES` when a cast is needed, else none.
+    Several threads share large ones. Memory beyond `out`: `BLOCK_BYTES` when a cast is needed, else none.
 
     Args:
         info: from `read_header`.
         out: C-contiguous array of the tensor's shape (with `rows`, of that many rows) and any type that the casting
             rule (`check_cast`) allows.
         rows: first row and the one after the last, along axis 0.
-        on_block: called with every flat block of `out` when it is filled.
+        on_block: called with every flat block of `out` when it is filled, by any thread and in any order.
 
     Raises:
         CheckpointError: the file ends early or cannot be read, or the cast is refused.
@@ -217,10 +219,16 @@ def read_into(
     if not out.size:
         return
     flat, itemsize = out.reshape(-1), info.dtype.itemsize
-    step = BLOCK_BYTES // max(itemsize, out.dtype.itemsize)
-    scratch = None if info.dtype == out.dtype else np.empty(min(step, flat.size), info.dtype)
-    with opened(info) as descriptor:
-        for begin in range(0, flat.size, step):
+    widest = max(itemsize, out.dtype.itemsize)
+    step = min(BLOCK_BYTES // THREADS // widest, max(_LEAST_BLOCK_BYTES // widest, -(-flat.size // THREADS)))
+    begins = range(0, flat.size, step)
+    # Allocated here: what threads allocate, the C library keeps for each.
+    size = (0 if info.dtype == out.dtype else min(THREADS, len(begins)), min(step, flat.size))
+    spare = list(np.empty(size, info.dtype))
+
+    def read_blocks(begins: Sequence[int]) -> None:
+        scratch = spare.pop() if spare else None
+        for begin in begins:
             block = flat[begin : begin + step]
             target = block if scratch is None else scratch[: block.size]
             read_exactly(descriptor, target.view(np.uint8).data, info.offset + (first + begin) * itemsize, info)
@@ -228,6 +236,9 @@ def read_into(
                 cast(block, target)
             if on_block is not None:
                 on_block(block)
+
+    with opened(info) as descriptor:
+        share_out(read_blocks, begins)
 
 
 @contextlib.contextmanager

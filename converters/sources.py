@@ -22,7 +22,7 @@ from .safetensors_file import TensorInfo
 from .shares import share_pieces
 
 Watch = Callable[[str, np.ndarray], None]
-"""Called with a tensor's name and each block of it that has been read; must not keep the block."""
+"""Called with a tensor's name and each block of it that has been read, by several threads; must not keep the block."""
 
 
 class ParameterSource(Protocol):

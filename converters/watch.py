@@ -1,5 +1,6 @@
 """One look at every block that is read: counts it for the progress and notes tensors with NaN or infinity."""
 
+import threading
 import warnings
 from collections.abc import Collection
 
@@ -17,10 +18,10 @@ class NonFiniteWarning(JdsiWarning):
 
 
 class Watcher:
-    """Passes as a `Watch`."""
+    """Passes as a `Watch`; several threads may call it, of which the progress sees one at a time."""
 
     def __init__(self, progress: Progress) -> None:
-        self._progress = progress
+        self._progress, self._lock = progress, threading.Lock()
         self._bad: dict[str, None] = {}
         self._too_large: dict[str, None] = {}
 
@@ -29,7 +30,8 @@ class Watcher:
             # A number that a narrow range has no room for became infinite, never NaN.
             narrow = block.dtype == np.float16 and not np.isnan(block).any()
             (self._too_large if narrow else self._bad)[name] = None
-        self._progress.advance(block.nbytes)
+        with self._lock:
+            self._progress.advance(block.nbytes)
 
     def warn(self, where: str) -> None:
         """Warn, once, of all tensors with NaN or infinity seen so far."""

@@ -3,6 +3,7 @@
 import json
 import os
 import struct
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,38 @@ def test_casts_over_several_blocks(tmp_path: Path, wanted: Any) -> None:
     assert same_bits(got, array.astype(wanted))
     assert sum(blocks) == size
     assert len(blocks) > 1
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threads_share_the_blocks_of_a_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
+    monkeypatch.setattr("jdsi.converters.threads.THREADS", threads)
+    monkeypatch.setattr("jdsi.converters.safetensors_file.THREADS", threads)
+    monkeypatch.setattr("jdsi.converters.safetensors_file.BLOCK_BYTES", 64 * threads)
+    array = np.arange(70 * 3, dtype=np.float32).reshape(70, 3)
+    path = tmp_path / "a.safetensors"
+    safetensors.numpy.save_file({"w": array, "empty": array[:0], "one": array[:1]}, path)
+    for wanted, rows in ((np.float32, None), (np.float16, None), (np.float32, (11, 68)), (np.float32, (4, 4))):
+        seen: list[np.ndarray] = []
+        running = {threading.current_thread().name}
+
+        def on_block(block: np.ndarray, seen: list[np.ndarray] = seen, running: set[str] = running) -> None:
+            running.add(threading.current_thread().name)
+            seen.append(block.copy())
+
+        expected = array if rows is None else array[slice(*rows)]
+        assert same_bits(read(path, "w", wanted, rows=rows, on_block=on_block), expected.astype(wanted))
+        values = np.sort(np.concatenate([np.empty(0, wanted), *seen]))
+        assert same_bits(values, expected.astype(wanted).reshape(-1)), "each value is seen once"
+        assert len(running) == 1 or (threads > 1 and expected.size)
+    assert same_bits(read(path, "empty"), array[:0])
+    assert same_bits(read(path, "one"), array[:1])
+
+    info = read_header(path)[0]["w"]
+    os.truncate(path, path.stat().st_size - 300)
+    before = threading.active_count()
+    with pytest.raises(CheckpointError, match="in the middle of the tensor"):
+        read_into(info, np.empty(info.shape, np.float32))
+    assert threading.active_count() == before
 
 
 def test_refuses_integers_as_floats(tmp_path: Path) -> None:
