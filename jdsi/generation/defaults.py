@@ -113,7 +113,7 @@ class GenerationDefaults:
     def warn(self) -> None:
         """Names what cannot be honoured, if there is anything."""
         if self.unsupported:
-            self._tell(f"{self.source} asks for {', '.join(self.unsupported)}, which cannot be honoured")
+            self.tell(f"{self.source} asks for {', '.join(self.unsupported)}, which cannot be honoured")
 
     def fill(self, params: SamplingParams, prompt_tokens: int, max_tokens: int, name: str = "prompt") -> SamplingParams:
         """A request's parameters with a value for every field.
@@ -149,10 +149,10 @@ class GenerationDefaults:
         if beams > 1 and temperature > 0 and not ("num_beams" in given and "temperature" in given):
             if "num_beams" in given:
                 drop = ("temperature", *TRUNCATION)
-                self._tell(f"num_beams={beams} searches with beams: {self.source} does not sample here")
+                self.tell(f"num_beams={beams} searches with beams: {self.source} does not sample here")
             elif "temperature" in given:
                 beams, drop = 1, ("num_beams",)
-                self._tell(f"temperature={temperature:g} samples: {self.source} does not search with beams here")
+                self.tell(f"temperature={temperature:g} samples: {self.source} does not search with beams here")
             else:
                 raise ConfigError(
                     f"{self.source} asks for do_sample with num_beams={beams}: sampling with beams is not supported; "
@@ -176,8 +176,8 @@ class GenerationDefaults:
                 )
         return max(1, min(wanted, max_tokens - prompt_tokens))
 
-    def _tell(self, message: str) -> None:
-        """Once."""
+    def tell(self, message: str) -> None:
+        """Warns, once of the same."""
         if message not in self._told:
             self._told.add(message)
             warnings.warn(message, JdsiWarning, stacklevel=3)

@@ -7,6 +7,7 @@ from typing import Literal
 from jdsi.errors import ConfigError
 from jdsi.pallas_kernels import Alibi, Rotary
 from jdsi.pallas_kernels.activations import known_activation
+from jdsi.pallas_kernels.rotary.scaling import LongRopeScaling
 
 
 def _check_sizes(**sizes: int) -> None:
@@ -271,6 +272,16 @@ class TransformerSpec:
         """Positions that a learned table has; `None` where positions are computed and have no end."""
         learned = self.embedding.positions
         return None if learned is None else learned.entries - learned.offset
+
+    @property
+    def recomputed_beyond(self) -> int | None:
+        """Length at which `transformers` computes all keys of a sequence anew; `None` where it keeps what it has.
+
+        Its Phi-3 does so where a sequence passes from LongRoPE's short factors to the long ones.
+        """
+        scalings = {layer.attention.rotary.scaling for layer in self.layers if layer.attention.rotary is not None}
+        lengths = [one.original_length for one in scalings if isinstance(one, LongRopeScaling)]
+        return min(lengths) if self.family == "phi3" and lengths else None
 
     @property
     def kv_heads(self) -> list[tuple[int, int, int]]:
