@@ -1,6 +1,7 @@
 """Sequence classifiers and poolers through the engine, against transformers run one text at a time."""
 
 import contextlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -229,3 +230,11 @@ def test_broken_weights_are_an_error(tmp_path: Path) -> None:
         engine = jdsi.init_inference(tmp_path)
     with pytest.raises(jdsi.JdsiError, match=r"text 0, 1 is not finite"):
         engine.classify(["a", "b"])
+
+
+def test_what_is_said_of_generation_has_no_effect(tmp_path: Path) -> None:
+    save(tmp_path, "bert", transformers.AutoModelForSequenceClassification)
+    for asked in ({"temperature": "hot"}, {"suppress_tokens": [999]}, {"eos_token_id": "2"}):
+        (tmp_path / "generation_config.json").write_text(json.dumps(asked))
+        engine = jdsi.init_inference(tmp_path)
+        assert (engine.eos_token_ids, engine.generation_defaults.values) == ((), {})
