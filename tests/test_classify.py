@@ -217,8 +217,9 @@ def test_chats_are_rendered_without_an_answer_to_come(tmp_path: Path) -> None:
     )
     engine = jdsi.init_inference(tmp_path, dtype="float32", tokenizer=tokenizer)
     chat = [{"role": "user", "content": "good"}, {"role": "assistant", "content": " film"}]
-    ids = tokenizer("good film", add_special_tokens=False)["input_ids"]
-    np.testing.assert_allclose(logits(engine, chat), logits(engine, ids), rtol=RTOL, atol=ATOL)
+    wanted = logits(engine, tokenizer(["good film", "good filmh"], add_special_tokens=False)["input_ids"])
+    given = [chat, jdsi.Chat(chat), jdsi.Chat(chat, add_generation_prompt=True)]
+    np.testing.assert_allclose(logits(engine, given), wanted[[0, 0, 1]], rtol=RTOL, atol=ATOL)
 
 
 def test_broken_weights_are_an_error(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from jdsi.models.spec import ClassifierSpec
 from .prompts import Prompt, as_list, encode, encoding
 
 Text = Prompt | tuple[str, str]
-"""A text, a pair of texts, token ids, or chat messages."""
+"""A text, a pair of texts, token ids, chat messages or a `Chat`."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
