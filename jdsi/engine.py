@@ -211,7 +211,8 @@ class InferenceEngine:
 
         Raises:
             ConfigError: the model is no sequence classifier, or the token types do not fit.
-            PromptError: a text is empty, not understood, or has ids outside the vocabulary.
+            PromptError: a text is empty, not understood, or has ids outside the vocabulary, or for RoBERTa the padding
+                id.
             CapacityError: a text has more than `max_tokens` tokens.
         """
         classifier = self.spec.classifier

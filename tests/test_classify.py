@@ -222,6 +222,15 @@ def test_chats_are_rendered_without_an_answer_to_come(tmp_path: Path) -> None:
     np.testing.assert_allclose(logits(engine, given), wanted[[0, 0, 1]], rtol=RTOL, atol=ATOL)
 
 
+def test_padding_that_a_model_gives_no_position_is_refused(tmp_path: Path) -> None:
+    model = save(tmp_path, "roberta", transformers.AutoModelForSequenceClassification)
+    engine = jdsi.init_inference(tmp_path, dtype="float32")
+    wanted = expected(model, [{"input_ids": [5, 9, 0, 7]}])
+    np.testing.assert_allclose(logits(engine, [[5, 9, 0, 7]]), wanted, rtol=RTOL, atol=ATOL)
+    with pytest.raises(jdsi.PromptError, match=r"text 1 has the padding id 1 at 2, .*; leave padding out"):
+        engine.classify([[5], [5, 9, 1, 7]])
+
+
 def test_broken_weights_are_an_error(tmp_path: Path) -> None:
     model = save(tmp_path, "bert", transformers.AutoModelForSequenceClassification)
     with torch.no_grad():

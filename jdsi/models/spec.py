@@ -134,10 +134,17 @@ class LayerSpec:
 
 @dataclasses.dataclass(frozen=True)
 class LearnedPositions:
-    """A learned table with `entries` rows; position p reads row `p + offset`."""
+    """A learned table with `entries` rows; position p reads row `p + offset`.
+
+    Attributes:
+        entries, offset: as said.
+        padding_id: tokens of this id have no position in `transformers`, wherever they are, and do not count for the
+            positions of others; so a text that is the same everywhere has none.
+    """
 
     entries: int
     offset: int = 0
+    padding_id: int | None = None
 
     def __post_init__(self) -> None:
         _check_sizes(entries=self.entries)
