@@ -181,8 +181,8 @@ class InferenceEngine:
         labels do not exclude each other, the sigmoid; of "regression", or with a single label, the logits themselves.
 
         Args:
-            texts: one or several, each text, a pair of texts as a tuple, token ids or chat messages. A tuple of two
-                texts is a pair, a list of two texts are two.
+            texts: one or several, each text, a pair of texts as a tuple, token ids, chat messages or a `Chat`, without
+                the opening of an answer. A tuple of two texts is a pair, a list of two texts are two.
             token_types: segment ids of texts that are given as token ids, a row for each; by default 0. The tokenizer
                 tells those of text.
 
@@ -191,7 +191,8 @@ class InferenceEngine:
 
         Raises:
             ConfigError: the model is no sequence classifier, or the token types do not fit.
-            PromptError: a text is empty, not understood, or has ids outside the vocabulary.
+            PromptError: a text is empty, not understood, or has ids outside the vocabulary, or for RoBERTa the padding
+                id.
             CapacityError: a text has more than `max_tokens` tokens.
         """
         classifier = self.spec.classifier

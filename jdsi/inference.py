@@ -83,7 +83,8 @@ def init_inference(
         stored = open_model(source, weights=weights, strict=parsed.strict)
         folder = stored.path
         use = parsed.generation_config
-        defaults = GenerationDefaults.read(folder, use) if folder else GenerationDefaults.of_model(source, use)
+        if stored.spec.generates:  # whatever is said of generation has no effect on others
+            defaults = GenerationDefaults.read(folder, use) if folder else GenerationDefaults.of_model(source, use)
         chosen = own_tokenizer(source if folder is None else folder) if chosen is None else chosen
         if parsed.offload is not None:
             executor = _offloaded(stored, parsed, implementation)
@@ -92,11 +93,13 @@ def init_inference(
         else:
             loaded = load_model(stored, dtype=parsed.dtype)
             executor = ResidentExecutor(loaded, implementation, parsed.cache or Contiguous())
-    end, ends = getattr(chosen, "eos_token_id", None), defaults.eos_token_ids
-    if ends is None:
-        ends = () if end is None else (end,)
     if eos_token_ids is not None:
         ends = tuple(eos_token_ids)
+    elif isinstance(source, Transformer):
+        end = getattr(chosen, "eos_token_id", None)
+        ends = () if end is None else (end,)
+    else:
+        ends = defaults.end_of(chosen) if stored.spec.generates else ()
     return InferenceEngine(
         executor, parsed, tokenizer=chosen, eos_token_ids=ends, generation_defaults=defaults, checkpoint=folder
     )

@@ -1,6 +1,7 @@
 """Sequence classifiers and poolers through the engine, against transformers run one text at a time."""
 
 import contextlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -216,8 +217,18 @@ def test_chats_are_rendered_without_an_answer_to_come(tmp_path: Path) -> None:
     )
     engine = jdsi.init_inference(tmp_path, dtype="float32", tokenizer=tokenizer)
     chat = [{"role": "user", "content": "good"}, {"role": "assistant", "content": " film"}]
-    ids = tokenizer("good film", add_special_tokens=False)["input_ids"]
-    np.testing.assert_allclose(logits(engine, chat), logits(engine, ids), rtol=RTOL, atol=ATOL)
+    wanted = logits(engine, tokenizer(["good film", "good filmh"], add_special_tokens=False)["input_ids"])
+    given = [chat, jdsi.Chat(chat), jdsi.Chat(chat, add_generation_prompt=True)]
+    np.testing.assert_allclose(logits(engine, given), wanted[[0, 0, 1]], rtol=RTOL, atol=ATOL)
+
+
+def test_padding_that_a_model_gives_no_position_is_refused(tmp_path: Path) -> None:
+    model = save(tmp_path, "roberta", transformers.AutoModelForSequenceClassification)
+    engine = jdsi.init_inference(tmp_path, dtype="float32")
+    wanted = expected(model, [{"input_ids": [5, 9, 0, 7]}])
+    np.testing.assert_allclose(logits(engine, [[5, 9, 0, 7]]), wanted, rtol=RTOL, atol=ATOL)
+    with pytest.raises(jdsi.PromptError, match=r"text 1 has the padding id 1 at 2, .*; leave padding out"):
+        engine.classify([[5], [5, 9, 1, 7]])
 
 
 def test_broken_weights_are_an_error(tmp_path: Path) -> None:
@@ -229,3 +240,11 @@ def test_broken_weights_are_an_error(tmp_path: Path) -> None:
         engine = jdsi.init_inference(tmp_path)
     with pytest.raises(jdsi.JdsiError, match=r"text 0, 1 is not finite"):
         engine.classify(["a", "b"])
+
+
+def test_what_is_said_of_generation_has_no_effect(tmp_path: Path) -> None:
+    save(tmp_path, "bert", transformers.AutoModelForSequenceClassification)
+    for asked in ({"temperature": "hot"}, {"suppress_tokens": [999]}, {"eos_token_id": "2"}):
+        (tmp_path / "generation_config.json").write_text(json.dumps(asked))
+        engine = jdsi.init_inference(tmp_path)
+        assert (engine.eos_token_ids, engine.generation_defaults.values) == ((), {})

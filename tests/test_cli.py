@@ -92,9 +92,18 @@ def test_classify(jdsi: Command, tmp_path: Path, folder: Path) -> None:
     spread = jdsi("classify", tmp_path, *texts, "--tensor-parallel", 2, "--pipeline-parallel", 2)
     assert [line.split("\t")[0] for line in spread.stdout.splitlines()] == [label for label, _ in lines]
     assert "classifier:" in jdsi("inspect", tmp_path).stdout
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}b{% endif %}"
+    )
+    tokenizer.save_pretrained(tmp_path / "chats")
+    (tmp_path / "chat.json").write_text(json.dumps([{"role": "user", "content": "bad film"}]))
+    chat = ("--chat-file", tmp_path / "chat.json", "--tokenizer", tmp_path / "chats")
+    ids = ",".join(map(str, tokenizer("bad film", add_special_tokens=False)["input_ids"]))
+    assert jdsi("classify", tmp_path, *chat).stdout == jdsi("classify", tmp_path, "--prompt-ids", ids).stdout != ""
     for arguments, message in (
         ((tmp_path, "--text", "a", "--pair", "b", "--pair", "c"), "2 --pair for 1 --text"),
-        ((tmp_path,), "at least one --text or --prompt-ids"),
+        ((tmp_path,), "at least one --text, --chat-file or --prompt-ids"),
         ((folder, "--text", "a"), "this llama model is not a sequence classifier; use generate()"),
     ):
         failed = jdsi("classify", *arguments)

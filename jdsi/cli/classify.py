@@ -27,7 +27,7 @@ from .engine_options import (
     silence,
 )
 from .progress import progress_line
-from .prompts import token_ids
+from .prompts import read_prompts
 
 _TEXTS = "Texts (each may be repeated)"
 
@@ -41,6 +41,9 @@ def classify(
             help="The second text of a pair; the first --pair goes with the first --text, and so on.",
             rich_help_panel=_TEXTS,
         ),
+    ] = None,
+    chat_file: Annotated[
+        list[str] | None, typer.Option(help="JSON file with a chat, as for generate.", rich_help_panel=_TEXTS)
     ] = None,
     prompt_ids: Annotated[
         list[str] | None, typer.Option(help="Token ids to classify, as 5,6,7.", rich_help_panel=_TEXTS)
@@ -65,7 +68,7 @@ def classify(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Label texts, or pairs of texts, with a sequence classifier: a line for each, the label and its score."""
-    texts = _texts(text or [], pair or [], prompt_ids or [])
+    texts = _texts(text or [], pair or [], chat_file or [], prompt_ids or [])
     import_transformers_without_torch()  # slow, as what follows: mistakes above are answered before
     from jdsi import init_inference
 
@@ -95,11 +98,11 @@ def classify(
             sys.stdout.write(f"{one.label}\t{one.score:.6g}\n")
 
 
-def _texts(texts: list[str], pairs: list[str], ids: list[str]) -> list[Any]:
+def _texts(texts: list[str], pairs: list[str], chat_files: list[str], ids: list[str]) -> list[Any]:
     if pairs and len(pairs) != len(texts):
         raise typer.BadParameter(f"{len(pairs)} --pair for {len(texts)} --text; give one for each, or none")
     found: list[Any] = list(zip(texts, pairs, strict=True)) if pairs else list(texts)
-    found += map(token_ids, ids)
+    found += read_prompts([], [], ids, chat_files, chat=False)
     if not found:
-        raise typer.BadParameter("give at least one --text or --prompt-ids")
+        raise typer.BadParameter("give at least one --text, --chat-file or --prompt-ids")
     return found

@@ -31,7 +31,8 @@ def inspect(
 
     if verify:
         _verify(model)
-    report = _report(load_spec(model)) | _stored(model) | {"generation": _generation(model)}
+    spec = load_spec(model)
+    report = _report(spec) | _stored(model) | {"generation": _generation(model) if spec.generates else None}
     if as_json:
         json.dump(report, sys.stdout)
         sys.stdout.write("\n")
@@ -126,8 +127,9 @@ def _show(report: dict[str, Any], every_parameter: bool) -> None:
         console.print(f"layers {first} to {last}:" if last > first else f"layer {first}:", layer)
     for key in ("embedding", "norm", "head", "classifier"):
         console.print(f"{key}:", spec[key])
-    asked = ", ".join(f"{name}={value}" for name, value in report["generation"].items() if value != ())
-    console.print("generation:", asked or "greedy")
+    if report["generation"] is not None:
+        asked = ", ".join(f"{name}={value}" for name, value in report["generation"].items() if value != ())
+        console.print("generation:", asked or "greedy")
     if every_parameter:
         formats = report["quantization"]
         table = Table("parameter", "shape", "values", *(["stored in"] if formats else []))

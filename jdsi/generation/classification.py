@@ -14,7 +14,7 @@ from jdsi.models.spec import ClassifierSpec
 from .prompts import Prompt, as_list, encode, encoding
 
 Text = Prompt | tuple[str, str]
-"""A text, a pair of texts, token ids, or chat messages."""
+"""A text, a pair of texts, token ids, chat messages or a `Chat`."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -117,6 +117,12 @@ class TextIntake:
             types = self._own_types(made)
         else:
             tokens = encode(text, self.tokenizer, vocabulary, name=name, answer=False)
+        positions = self.spec.embedding.positions
+        if positions is not None and positions.padding_id in tokens:
+            raise PromptError(
+                f"{name} has the padding id {positions.padding_id} at {tokens.index(positions.padding_id)}, and what "
+                f"{self.spec.family} makes of one within a text is not computed here; leave padding out"
+            )
         if types is not None and len(types) != len(tokens):
             raise ConfigError(f"token_types has {len(types)} ids for the {len(tokens)} tokens of {name}")
         kinds = self.spec.embedding.token_types

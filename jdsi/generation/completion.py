@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from typing import Literal
 
 from jdsi.errors import ConfigError, JdsiError
-from jdsi.generation.detokenizer import Detokenizer, Tokenizer
+from jdsi.generation.answer_text import AnswerText
+from jdsi.generation.detokenizer import Tokenizer
 from jdsi.generation.sampler_state import FinishCode
 from jdsi.generation.sampling_params import SamplingParams
-from jdsi.generation.stopping import StopStrings
 
 FinishReason = Literal["stop", "length"]
 
@@ -71,8 +71,7 @@ class CompletionBuilder:
             raise ConfigError(f"sampling parameter stop={params.stop!r} must be left out where there is no tokenizer")
         self._params = params
         self._name = name
-        self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer, prompt_ids)
-        self._stop = StopStrings(params.stop)
+        self._answer = AnswerText(params, tokenizer, prompt_ids)
         self._text: list[str] = []
         self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprob] = []
@@ -97,8 +96,8 @@ class CompletionBuilder:
         self._token_ids.append(int(token_id))
         if logprob is not None and self._params.logprobs is not None:
             self._logprobs.append(dataclasses.replace(logprob, top=logprob.top[: self._params.logprobs]))
-        delta = self._text_of(int(token_id), ends=finish == FinishCode.STOP)
-        if self._stop.matched is not None:
+        delta = self._answer.add(int(token_id), ends=finish == FinishCode.STOP)
+        if self._answer.stopped:
             self.finish_reason = "stop"
         elif finish != FinishCode.RUNNING:
             delta += self._end("stop" if finish == FinishCode.STOP else "length")
@@ -115,22 +114,10 @@ class CompletionBuilder:
             logprobs=None if self._params.logprobs is None else list(self._logprobs),
         )
 
-    def _text_of(self, token_id: int, *, ends: bool) -> str:
-        """What became certain with a token; one that ends the request is no more shown than a special one."""
-        text = self._detokenizer
-        if text is None:
-            return ""
-        before = self._pass_on(text.flush()) if ends else ""  # not that token's, so it is shown
-        own = text.special.get(token_id, "") + text.add(token_id) + (text.flush() if ends else "")
-        return before + self._pass_on(own, shown=not ends and token_id not in text.special)
-
     def _end(self, reason: FinishReason) -> str:
-        delta = self._pass_on(self._detokenizer.flush() if self._detokenizer else "")
-        self.finish_reason = "stop" if self._stop.matched is not None else reason
-        return delta + self._stop.flush()
-
-    def _pass_on(self, text: str, *, shown: bool = True) -> str:
-        return self._stop.feed(text, shown=shown, counts=len(self._token_ids) >= self._params.min_new_tokens)
+        delta = self._answer.end()
+        self.finish_reason = "stop" if self._answer.stopped else reason
+        return delta
 
     def _record(self, delta: str) -> str:
         self._text.append(delta)

@@ -15,6 +15,7 @@ from .sampling_params import SamplingParams
 from .transformers_names import IMMATERIAL, IN_FILES, UNSUPPORTED
 
 _FILE = "generation_config.json"
+_WITHOUT = 'generation_config="ignore" does without'
 _OWN_KEYS = {"do_sample", "max_length", "min_length"}
 _TOP_K = 50  # what transformers samples with where nothing says otherwise
 
@@ -65,7 +66,9 @@ class GenerationDefaults:
         source = f"the generation_config of {type(model).__name__}"
         own = getattr(model, "generation_config", None)
         options = {} if own is None else own.to_dict()
-        ends = _ends(source, options)
+        said = {} if own is None else {source: _ends(source, options)}
+        config = f"the config of {type(model).__name__}"
+        ends = _first_said({**said, config: _ends(config, model.config.to_dict())})
         return cls(eos_token_ids=ends) if use == "ignore" else cls.of(options, ends, source)
 
     @classmethod
@@ -81,8 +84,8 @@ class GenerationDefaults:
             try:
                 return None if key not in options else check(options[key])
             except Unfit as error:
-                advice = 'generation_config="ignore" does without'
-                raise CheckpointError(f"{source}: {key} is {options[key]!r}; it must be {error} ({advice})") from None
+                wrong = f"{key} is {options[key]!r}; it must be {error}"
+                raise CheckpointError(f"{source}: {wrong} ({_WITHOUT})") from None
 
         checked("pad_token_id", integer(-INT32_MAX))  # nothing here is padded with it, but it must be a number
         unsupported = [key for key in options if _unsupported(key, options[key])]
@@ -108,12 +111,29 @@ class GenerationDefaults:
         try:
             check_values(self.values, vocab_size)
         except ConfigError as error:
-            raise CheckpointError(f"{self.source}: {error}") from None
+            raise CheckpointError(f"{self.source}: {error} ({_WITHOUT})") from None
+
+    def end_of(self, tokenizer: Any) -> tuple[int, ...]:
+        """Ids that end a sequence, where nothing is said of them those of a tokenizer.
+
+        Warns:
+            JdsiWarning: of the latter, for `transformers` takes them from files of the model only.
+        """
+        if self.eos_token_ids is not None:
+            return self.eos_token_ids
+        end = getattr(tokenizer, "eos_token_id", None)
+        if end is None:
+            return ()
+        self.tell(
+            f"the model names no eos_token_id: that of its tokenizer, {end}, ends a sequence, and not in transformers; "
+            "eos_token_ids=() goes on"
+        )
+        return (end,)
 
     def warn(self) -> None:
         """Names what cannot be honoured, if there is anything."""
         if self.unsupported:
-            self._tell(f"{self.source} asks for {', '.join(self.unsupported)}, which cannot be honoured")
+            self.tell(f"{self.source} asks for {', '.join(self.unsupported)}, which cannot be honoured")
 
     def fill(self, params: SamplingParams, prompt_tokens: int, max_tokens: int, name: str = "prompt") -> SamplingParams:
         """A request's parameters with a value for every field.
@@ -149,10 +169,10 @@ class GenerationDefaults:
         if beams > 1 and temperature > 0 and not ("num_beams" in given and "temperature" in given):
             if "num_beams" in given:
                 drop = ("temperature", *TRUNCATION)
-                self._tell(f"num_beams={beams} searches with beams: {self.source} does not sample here")
+                self.tell(f"num_beams={beams} searches with beams: {self.source} does not sample here")
             elif "temperature" in given:
                 beams, drop = 1, ("num_beams",)
-                self._tell(f"temperature={temperature:g} samples: {self.source} does not search with beams here")
+                self.tell(f"temperature={temperature:g} samples: {self.source} does not search with beams here")
             else:
                 raise ConfigError(
                     f"{self.source} asks for do_sample with num_beams={beams}: sampling with beams is not supported; "
@@ -176,8 +196,8 @@ class GenerationDefaults:
                 )
         return max(1, min(wanted, max_tokens - prompt_tokens))
 
-    def _tell(self, message: str) -> None:
-        """Once."""
+    def tell(self, message: str) -> None:
+        """Warns, once of the same."""
         if message not in self._told:
             self._told.add(message)
             warnings.warn(message, JdsiWarning, stacklevel=3)
@@ -206,18 +226,27 @@ def _unsupported(key: str, value: Any) -> bool:
 
 
 def _eos_token_ids(folder: Path) -> tuple[int, ...] | None:
-    """Ids that end a sequence: of `generation_config.json` if it says any, else of `config.json`.
+    """Ids that end a sequence: of `generation_config.json` if it says any, else of `config.json`."""
+    said = {}
+    for name, path in ((str(folder / _FILE), folder / _FILE), ("config.json", folder / "config.json")):
+        if path.exists():
+            said[name] = _ends(str(path), read_json(path))
+    return _first_said(said)
+
+
+def _first_said(places: Mapping[str, tuple[int, ...] | None]) -> tuple[int, ...] | None:
+    """What the first of the places says that says anything.
 
     Warns:
-        JdsiWarning: the former says none, which for `transformers` settles it.
+        JdsiWarning: that is not the first of all, which for `transformers` settles it.
     """
-    paths = (folder / _FILE, folder / "config.json")
-    found = [(path, _ends(str(path), read_json(path))) for path in paths if path.exists()]
-    said = [(path, ends) for path, ends in found if ends is not None]
-    if said and said[0] != found[0] and said[0][1]:
-        message = f"{found[0][0]} names no eos_token_id: that of config.json ends a sequence, and not in transformers"
+    said = [place for place, ends in places.items() if ends is not None]
+    if not said:
+        return None
+    if (first := next(iter(places))) != said[0] and places[said[0]]:
+        message = f"{first} names no eos_token_id: that of {said[0]} ends a sequence, and not in transformers"
         warnings.warn(message, JdsiWarning, stacklevel=2)
-    return said[0][1] if said else None
+    return places[said[0]]
 
 
 def _ends(place: str, options: Mapping[str, Any]) -> tuple[int, ...] | None:

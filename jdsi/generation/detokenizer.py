@@ -1,8 +1,9 @@
 """Token ids to text as they come."""
 
+import copy
 import re
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 _WINDOW = 8
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -87,6 +88,12 @@ class Detokenizer:
         delta += text[self._emitted :]
         self._emitted = len(text)
         return delta
+
+    def copy(self) -> Self:
+        """One that goes on from here on its own."""
+        other = copy.copy(self)
+        other._ids, other._unfinished = list(self._ids), list(self._unfinished)
+        return other
 
     def _take(self, token_ids: Sequence[int]) -> str:
         self._ids += token_ids

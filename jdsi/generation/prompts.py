@@ -1,6 +1,7 @@
 """Prompts as users give them (text, chat messages, token ids) to token ids."""
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -37,9 +38,9 @@ def encode(prompt: Prompt, tokenizer: Any, vocab_size: int, *, name: str = "prom
     """Token ids of one prompt.
 
     Args:
-        prompt: text gets the tokenizer's special tokens; a chat goes through its chat template, a list of messages with
-            the opening of the assistant's turn appended; ids are taken as they are.
-        answer: whether a list of messages gets that opening.
+        prompt: text gets the tokenizer's special tokens; a chat goes through its chat template, with the opening of the
+            assistant's turn appended; ids are taken as they are.
+        answer: whether a chat gets that opening, where it does not say so itself.
         tokenizer: a `transformers` tokenizer, or `None`.
         vocab_size: ids must be below it.
         name: what error messages call the prompt.
@@ -51,14 +52,15 @@ def encode(prompt: Prompt, tokenizer: Any, vocab_size: int, *, name: str = "prom
     if isinstance(prompt, str):
         return _checked(_tokenize(prompt, tokenizer, name), vocab_size, name)
     if isinstance(prompt, Chat):
+        if not answer and prompt.add_generation_prompt is None:
+            prompt = dataclasses.replace(prompt, add_generation_prompt=False)
         text = _render(prompt, tokenizer, name)
         return _checked(_tokenize(text, tokenizer, name, add_special_tokens=False), vocab_size, name)
     items = _items(prompt)
     if items is None:
         raise PromptError(f"{name} is {_kind(prompt)}; {_PROMPT}")
     if items and all(isinstance(item, Mapping) for item in items):
-        chat = Chat(items, add_generation_prompt=None if answer else False)
-        return encode(chat, tokenizer, vocab_size, name=name)
+        return encode(Chat(items), tokenizer, vocab_size, name=name, answer=answer)
     for item in items:
         if not _is_id(item):
             raise PromptError(f"{name} is {_kind(prompt)} with {_kind(item)} in it; {_PROMPT}")

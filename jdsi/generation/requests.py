@@ -117,6 +117,7 @@ class Intake:
                 raise ConfigError(f"{self.defaults.source} asks for stop={own.stop!r}; give a tokenizer, or stop=()")
             raise ConfigError(f"sampling parameter stop={own.stop!r} must be left out where there is no tokenizer")
         self._check_length(prompt, own, name)
+        self._warn_of_length(len(prompt), own.max_new_tokens)
         return own
 
     def _check_length(self, prompt: list[int], params: SamplingParams, name: str) -> None:
@@ -124,6 +125,16 @@ class Intake:
             raise CapacityError(
                 f"{name} has {len(prompt)} tokens and max_new_tokens is {params.max_new_tokens}: together "
                 f"{len(prompt) + params.max_new_tokens}, more than the {self.max_tokens} this engine takes"
+            )
+
+    def _warn_of_length(self, prompt_tokens: int, new_tokens: int) -> None:
+        """Where the last token but one may be computed otherwise than in `transformers`."""
+        beyond = self.spec.recomputed_beyond
+        if beyond is not None and prompt_tokens <= beyond < prompt_tokens + new_tokens - 1:
+            self.defaults.tell(
+                f"a request may grow beyond {beyond} tokens, where this {self.spec.family} model changes to LongRoPE's "
+                "long factors: transformers then computes all its keys anew, and this engine keeps those it has, so "
+                f"that later tokens may differ; a prompt of more than {beyond} tokens, or forward, gives the same"
             )
 
     def _with_ids(self, params: SamplingParams) -> SamplingParams:

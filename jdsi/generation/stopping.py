@@ -1,7 +1,9 @@
 """Stop strings, matched on the text as it appears."""
 
+import copy
 import itertools
 from collections.abc import Sequence
+from typing import Self
 
 
 class StopStrings:
@@ -41,6 +43,12 @@ class StopStrings:
     def flush(self) -> str:
         """What was held back, once no more text follows."""
         return self._pass_on(len(self._held))
+
+    def copy(self) -> Self:
+        """One that goes on from here on its own."""
+        other = copy.copy(self)
+        other._shown = list(self._shown)
+        return other
 
     def _first(self, before: int) -> tuple[int, str] | None:
         """Where the first occurrence begins that ends after `before` characters, and of what."""

@@ -8,6 +8,7 @@ from jdsi.errors import ConfigError
 from jdsi.kv_cache import KVShape
 from jdsi.pallas_kernels import Alibi, Rotary
 from jdsi.pallas_kernels.activations import known_activation
+from jdsi.pallas_kernels.rotary.scaling import LongRopeScaling
 
 
 def _check_sizes(**sizes: int) -> None:
@@ -134,10 +135,17 @@ class LayerSpec:
 
 @dataclasses.dataclass(frozen=True)
 class LearnedPositions:
-    """A learned table with `entries` rows; position p reads row `p + offset`."""
+    """A learned table with `entries` rows; position p reads row `p + offset`.
+
+    Attributes:
+        entries, offset: as said.
+        padding_id: tokens of this id have no position in `transformers`, wherever they are, and do not count for the
+            positions of others; so a text that is the same everywhere has none.
+    """
 
     entries: int
     offset: int = 0
+    padding_id: int | None = None
 
     def __post_init__(self) -> None:
         _check_sizes(entries=self.entries)
@@ -278,3 +286,13 @@ class TransformerSpec:
         """What each layer remembers of a token, if the model generates."""
         attention = [layer.attention for layer in self.layers] if self.generates else []
         return [KVShape(a.num_kv_heads, a.head_dim, a.head_dim) for a in attention]
+
+    @property
+    def recomputed_beyond(self) -> int | None:
+        """Length at which `transformers` computes all keys of a sequence anew; `None` where it keeps what it has.
+
+        Its Phi-3 does so where a sequence passes from LongRoPE's short factors to the long ones.
+        """
+        scalings = {layer.attention.rotary.scaling for layer in self.layers if layer.attention.rotary is not None}
+        lengths = [one.original_length for one in scalings if isinstance(one, LongRopeScaling)]
+        return min(lengths) if self.family == "phi3" and lengths else None

@@ -10,7 +10,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jdsi.generation import Completion, FinishCode, SamplerFeatures, beam
-from jdsi.generation.beam_text import BeamText, BeamTexts
+from jdsi.generation.answer_text import AnswerText
+from jdsi.generation.beam_text import BeamTexts
 from jdsi.generation.requests import Request
 from jdsi.sharding import DATA, axis_index
 
@@ -65,7 +66,7 @@ def beam_search(
         eos_token_ids: end the requests that do not ignore them.
         max_requests: the requests are not padded beyond.
     """
-    texts = [BeamText(r.params, tokenizer, r.prompt) if r.params.stop else None for r in requests]
+    texts = [AnswerText(r.params, tokenizer, r.prompt) if r.params.stop else None for r in requests]
     found = _hypotheses(executor, requests, eos_token_ids, max_requests, texts)
     return [
         [_completion(request, tokenizer, one) for one in hypotheses[: request.params.n]]
@@ -86,7 +87,7 @@ def _hypotheses(
     requests: Sequence[Request],
     eos_token_ids: Sequence[int],
     max_requests: int,
-    texts: Sequence[BeamText | None],
+    texts: Sequence[AnswerText | None],
 ) -> list[list[beam.Hypothesis]]:
     prompts, params = [r.prompt for r in requests], [r.params for r in requests]
     executor.agree(

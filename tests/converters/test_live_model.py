@@ -86,6 +86,22 @@ def test_what_a_live_model_asks_of_generation(tmp_path: Path) -> None:
     assert (ignored.eos_token_ids, ignored.generation_defaults.values) == ((0, 7), {})
 
 
+def test_the_end_of_sequence_is_that_of_the_folder(tmp_path: Path) -> None:
+    save_llama(tmp_path, eos_token_id=17)
+    (tmp_path / "generation_config.json").write_text("{}")
+    live = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    for source, config in ((tmp_path, "config.json"), (live, "the config of LlamaForCausalLM")):
+        with pytest.warns(jdsi.JdsiWarning, match=f"names no eos_token_id: that of {config} ends"):
+            assert jdsi.init_inference(source).eos_token_ids == (17,)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
+    live = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    for source in (tmp_path, live):
+        with pytest.warns(jdsi.JdsiWarning, match="the model names no eos_token_id: that of its tokenizer, 0, ends"):
+            assert jdsi.init_inference(source).eos_token_ids == (0,)
+        assert jdsi.init_inference(source, eos_token_ids=()).eos_token_ids == ()
+
+
 def test_a_name_without_a_tokenizer(tmp_path: Path) -> None:
     zoo.save("gpt2", tmp_path)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)

@@ -356,6 +356,13 @@ def test_end_of_sequence_ids_that_are_none(tmp_path, name, value):
         GenerationDefaults.read(tmp_path)
 
 
+def test_tokens_outside_the_vocabulary_come_with_what_to_do(tmp_path):
+    defaults = GenerationDefaults.read(write(tmp_path, {"suppress_tokens": [5, 999]}))
+    defaults.check(1000)
+    with pytest.raises(CheckpointError, match=r'generation_config.json: .*999.* \(generation_config="ignore" does'):
+        defaults.check(300)
+
+
 @pytest.mark.parametrize("text", [b"[]", b"{", b"\xff"])
 def test_a_damaged_generation_config_is_named(tmp_path, text):
     (tmp_path / "generation_config.json").write_bytes(text)

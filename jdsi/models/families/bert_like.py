@@ -30,7 +30,7 @@ def bert_like_spec(
     heads: EncoderHeads,
     *,
     causal: bool = False,
-    first_position: int = 0,
+    padding_id: int | None = None,
     token_types: int = 0,
 ) -> TransformerSpec:
     """An encoder with norms behind the residual additions.
@@ -40,12 +40,13 @@ def bert_like_spec(
         feed_forward, norm: of every layer.
         heads: what the family's classes end in, and the activations of the heads.
         causal: whether it is used as a decoder.
-        first_position: row of the position table that the first token reads.
+        padding_id: positions start behind it; see `LearnedPositions`.
         token_types: entries of the segment table; 0 for none.
     """
     if (kind := getattr(config, "position_embedding_type", "absolute")) != "absolute":
         raise ConfigError(f"position_embedding_type {kind!r} is unknown; known: absolute")
     head_dim, entries = even_head_dim(config), config.max_position_embeddings
+    first_position = 0 if padding_id is None else padding_id + 1
     head = HeadSpec(config.tie_word_embeddings, bias=True, transform=HeadTransform(heads.transform, norm))
     language_model, classifier = encoder_heads(config, heads, head, causal=causal)
     layer = LayerSpec(
@@ -66,7 +67,7 @@ def bert_like_spec(
         vocab_size=config.vocab_size,
         width=config.hidden_size,
         max_positions=entries - first_position,
-        embedding=EmbeddingSpec(LearnedPositions(entries, first_position), token_types, norm=norm),
+        embedding=EmbeddingSpec(LearnedPositions(entries, first_position, padding_id), token_types, norm=norm),
         layers=(layer,) * config.num_hidden_layers,
         norm=None,
         head=language_model,

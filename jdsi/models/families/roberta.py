@@ -28,8 +28,8 @@ _NAMES = dataclasses.replace(
 def spec(config: Any) -> TransformerSpec:
     """The spec of a `RobertaConfig`.
 
-    `transformers` also gives every padding id inside a sequence the position of padding; here each token of a sequence
-    counts, and what is padding is said by the lengths alone.
+    `transformers` also gives every padding id inside a sequence the position of padding; in `forward` each token of a
+    sequence counts, and what is padding is said by the lengths alone. `classify` and `pool` refuse such ids.
     """
     if config.pad_token_id is None:
         raise ConfigError("pad_token_id is missing: positions start behind it")
@@ -39,7 +39,7 @@ def spec(config: Any) -> TransformerSpec:
         LayerNormSpec(config.layer_norm_eps),
         EncoderHeads(("ForMaskedLM", "ForCausalLM"), transform="gelu", classifier="tanh", pooler="tanh"),
         causal=config.is_decoder,
-        first_position=config.pad_token_id + 1,
+        padding_id=config.pad_token_id,
         token_types=config.type_vocab_size,
     )
 
