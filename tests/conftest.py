@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from costs import Costs
 from jdsi.cuda_compiler import find_cuda_compiler
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,6 +33,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 def pytest_configure(config: pytest.Config) -> None:
     """Once a run, before it: takes the oldest entries out of a compilation cache that has grown too large."""
+    config.pluginmanager.register(Costs())
     if hasattr(config, "workerinput") or not CACHE.is_dir():
         return
     room = CACHE_BYTES

@@ -5,11 +5,12 @@ import dataclasses
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
+import pytest
 from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import reset_gpu_interpret_mode_state
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -44,6 +45,13 @@ def interpreted_or_gpu(cores: int = 2) -> Iterator[None]:
     """The interpreter, or under `make test-gpu` the GPU itself: the same cases serve both."""
     with contextlib.nullcontext() if ON_GPU else interpreted(cores):
         yield
+
+
+def with_slow(names: Iterable[str], slow: Collection[str]) -> list[Any]:
+    """`names` for `parametrize`; those in `slow` prove nothing that others do not, and run with `make test-all`."""
+    names = list(names)
+    assert set(slow) <= set(names), set(slow) - set(names)
+    return [pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in names]
 
 
 def relative_error(actual: Any, expected: Any) -> float:

@@ -18,7 +18,7 @@ from jdsi.kv_cache import ContiguousContext
 from jdsi.models import Transformer, TransformerSpec
 from jdsi.models.families import family_for
 from jdsi.pallas_kernels import default_implementation
-from kernels import compile_for_h200, interpreted, relative_error
+from kernels import compile_for_h200, interpreted, relative_error, with_slow
 
 Step = Callable[[list[Array], Array, ContiguousContext], tuple[Array, ContiguousContext]]
 
@@ -63,10 +63,8 @@ def step_of(spec: TransformerSpec) -> tuple[Step, list[jax.ShapeDtypeStruct]]:
     return step, leaves
 
 
-# GPT-NeoX puts together what the others have: GPT-J's parallel halves, GPT-2's norms and biases, Llama's rotation.
-@pytest.mark.parametrize(
-    "family", [pytest.param(name, marks=pytest.mark.slow if name == "gpt_neox" else ()) for name in SMALL]
-)
+# Gemma 2 has all of Llama's kernels and masks beside; BLOOM all of GPT-2's; GPT-J turns pairs and adds both halves.
+@pytest.mark.parametrize("family", with_slow(SMALL, ["llama", "gpt2", "gpt_neox"]))
 def test_a_small_model_interpreted_equals_xla(family: str) -> None:
     spec = spec_of(family, **(COMMON | SMALL[family]))
     step, abstract = step_of(spec)

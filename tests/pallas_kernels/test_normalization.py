@@ -72,9 +72,16 @@ def test_layer_norm_goes_without_weight() -> None:
 # DeepSpeed tests its norms at widths from 128 to 14432; rows of a warp, of one and of several warpgroups, overlapping
 # last reads, narrow reads.
 WIDTHS = [64, 128, 129, 136, 256, 512, 768, 1124, 1600, 2048, 3584, 4096, 7168, 8192, 14432]
+ONCE = [(64, RMS), (129, RMS), (512, LAYER), (1124, LAYER), (2048, LAYER), (7168, RMS), (14432, RMS)]  # in `make test`
 
 
-@pytest.mark.parametrize(("width", "form"), [*zip(WIDTHS, [RMS, LAYER] * 7 + [RMS], strict=True), (14432, LAYER)])
+@pytest.mark.parametrize(
+    ("width", "form"),
+    [
+        pytest.param(width, form, marks=() if (width, form) in ONCE else pytest.mark.slow)
+        for width, form in [*zip(WIDTHS, [RMS, LAYER] * 7 + [RMS], strict=True), (14432, LAYER)]
+    ],
+)
 def test_kernel_agrees_with_float64_at_every_width(width: int, form: NormForm) -> None:
     with interpreted_or_gpu():
         check(3, width, "bfloat16", form, "rbwn", seed=width, implementation="pallas")

@@ -95,17 +95,19 @@ def check(case: Case) -> None:
         Case(3, 80, 384, INT8, "float16", config=OVER_INPUTS, residual=True),
         Case(8, 64, 256, INT8_GROUPS, config=OVER_INPUTS),
         Case(8, 64, 384, INT4[32, False], config=OVER_INPUTS, form=LinearForm("relu2")),
-        Case(1, 64, 256, INT4[32, True], "float16", config=SPLIT),
+        pytest.param(Case(1, 64, 256, INT4[32, True], "float16", config=SPLIT), marks=pytest.mark.slow),
         Case(2, 64, 256, INT4[64, True], config=SPLIT, bias=True, residual=True),
         Case(8, 64, 256, INT4[128, False], "float16", config=OVER_INPUTS),
         Case(11, 96, 128, INT4[128, True], config=SIDE_BY_SIDE, residual=True),
-        Case(5, 64, 256, FP8, config=OVER_INPUTS),
+        pytest.param(Case(5, 64, 256, FP8, config=OVER_INPUTS), marks=pytest.mark.slow),
         Case(8, 64, 384, FP8, "float16", config=SPLIT, bias=True),
         Case(8, 272, 256, BLOCKS, config=ONE_ABOVE_THE_OTHER),
         # Gate and up; more tokens than one tile of eight; both ways to cut rows; splits that are not of equal length.
         Case(2, 128, 384, BLOCKS, form=GATED, config=SPLIT),
         Case(24, 80, 128, INT4[64, False], form=GATED, config=SIDE_BY_SIDE, bias=True),
-        Case(64, 144, 256, INT8, "float16", config=ONE_ABOVE_THE_OTHER, residual=True),
+        pytest.param(
+            Case(64, 144, 256, INT8, "float16", config=ONE_ABOVE_THE_OTHER, residual=True), marks=pytest.mark.slow
+        ),
         Case(64, 64, 128, INT4[32, True], config=SIDE_BY_SIDE),
     ],
     ids=str,

@@ -19,7 +19,7 @@ from jdsi.pallas_kernels.attention import Alibi, AttentionForm, RoundedAlibi
 from jdsi.pallas_kernels.device import H200, current_device, target
 from jdsi.pallas_kernels.ragged_paged_attention import RAGGED_PAGED_ATTENTION, pallas, ragged_paged_attention
 from jdsi.pallas_kernels.ragged_paged_attention.specs import argument_specs
-from kernels import ON_GPU, RELATIVE, compile_for_h200, interpreted_or_gpu, relative_error
+from kernels import ON_GPU, RELATIVE, compile_for_h200, interpreted_or_gpu, relative_error, with_slow
 from ragged_cases import Batch, exact, make_batch
 
 FORM = AttentionForm(scale=0.125)
@@ -98,9 +98,10 @@ CASES: dict[str, tuple[dict[str, Any], AttentionForm, dict[str, int] | None]] = 
 }
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_against_float64(case: tuple[dict[str, Any], AttentionForm, dict[str, int] | None]) -> None:
-    arguments, form, config = case
+# What these put together the others have.
+@pytest.mark.parametrize("name", with_slow(CASES, ["mix, float16, holes", "no group, ALiBi"]))
+def test_against_float64(name: str) -> None:
+    arguments, form, config = CASES[name]
     check(make_batch(**arguments), form, config)
 
 
@@ -112,8 +113,9 @@ DEEPSPEED = {
 }
 
 
-@pytest.mark.parametrize(("lengths", "heads"), DEEPSPEED.values(), ids=DEEPSPEED)
-def test_deepspeed_cases(lengths: tuple[tuple[int, int], ...], heads: tuple[int, int]) -> None:
+@pytest.mark.parametrize("name", with_slow(DEEPSPEED, ["prompts", "a batch of two, 40 heads over 8"]))
+def test_deepspeed_cases(name: str) -> None:
+    lengths, heads = DEEPSPEED[name]
     check(make_batch(lengths, heads=heads, dtype=jnp.float16, page=16), FORM)
 
 
