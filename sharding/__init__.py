@@ -17,6 +17,7 @@ from .collectives import (
     own_share,
     reduce_scatter,
 )
+from .division import ByHeads, Division, Evenly
 from .mesh import Parallelism, make_mesh, stage_meshes
 from .processes import initialize
 from .rules import TENSOR_PARALLEL, AxisRules, LogicalAxes
@@ -31,6 +32,9 @@ __all__ = [
     "TENSOR",
     "TENSOR_PARALLEL",
     "AxisRules",
+    "ByHeads",
+    "Division",
+    "Evenly",
     "HeadSplit",
     "LogicalAxes",
     "Parallelism",

@@ -2,5 +2,20 @@
 
 from .linear import Embedding, Linear, VocabularyEmbedding, row_parallel, rows_of, whole
 from .norm import Norm
+from .parameter import WIDTH, Axis, Declaration, declaration_of, parameter, vocabulary_axis
 
-__all__ = ["Embedding", "Linear", "Norm", "VocabularyEmbedding", "row_parallel", "rows_of", "whole"]
+__all__ = [
+    "WIDTH",
+    "Axis",
+    "Declaration",
+    "Embedding",
+    "Linear",
+    "Norm",
+    "VocabularyEmbedding",
+    "declaration_of",
+    "parameter",
+    "row_parallel",
+    "rows_of",
+    "vocabulary_axis",
+    "whole",
+]

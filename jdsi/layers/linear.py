@@ -16,16 +16,36 @@ from jdsi.pallas_kernels import gated_linear, linear
 from jdsi.sharding import TENSOR, all_gather, all_reduce, axis_index, is_split, reduce_scatter
 
 from .norm import Norm
+from .parameter import WIDTH, Axis, parameter, vocabulary_axis
+
+UNDIVIDED = (None, None)
 
 
 class Linear(nnx.Module):
-    """`y = x W^T + b` with `W` laid out `[out, in]`, as checkpoints store it, and what can be fused with it."""
+    """`y = x W^T + b` with `W` laid out `[out, in]`, as checkpoints store it, and what can be fused with it.
+
+    Args:
+        in_features, out_features: of the matrix.
+        axes, quantizable: of the matrix, see `Declaration`; the bias is divided as its rows are.
+        bias: whether there is one.
+        dtype, rngs, scale: of random values.
+    """
 
     def __init__(
-        self, in_features: int, out_features: int, *, bias: bool, dtype: DTypeLike, rngs: nnx.Rngs, scale: float = 0.02
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        axes: tuple[Axis | None, Axis | None] = UNDIVIDED,
+        quantizable: bool = False,
+        bias: bool,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+        scale: float = 0.02,
     ) -> None:
-        self.weight = nnx.Param(jax.random.normal(rngs.params(), (out_features, in_features), dtype) * scale)
-        self.bias = nnx.Param(jnp.zeros(out_features, dtype)) if bias else None
+        matrix = jax.random.normal(rngs.params(), (out_features, in_features), dtype) * scale
+        self.weight = parameter(matrix, axes, quantizable=quantizable)
+        self.bias = parameter(jnp.zeros(out_features, dtype), axes[:1]) if bias else None
 
     def __call__(
         self,
@@ -64,8 +84,17 @@ def _norm_arguments(norm: Norm | None) -> dict:
 class Embedding(nnx.Module):
     """A table `[entries, E]` looked up by integer."""
 
-    def __init__(self, entries: int, width: int, *, dtype: DTypeLike, rngs: nnx.Rngs, scale: float = 0.02) -> None:
-        self.weight = nnx.Param(jax.random.normal(rngs.params(), (entries, width), dtype) * scale)
+    def __init__(
+        self,
+        entries: int,
+        width: int,
+        *,
+        axes: tuple[Axis | None, Axis | None] = UNDIVIDED,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+        scale: float = 0.02,
+    ) -> None:
+        self.weight = parameter(jax.random.normal(rngs.params(), (entries, width), dtype) * scale, axes)
 
     def __call__(self, ids: Int[Array, " T"]) -> Float[Array, "T E"]:
         return jnp.take(self.weight[...], ids, axis=0, mode="clip")
@@ -73,6 +102,9 @@ class Embedding(nnx.Module):
 
 class VocabularyEmbedding(Embedding):
     """A table of token embeddings; inside `jax.shard_map`, of one rank's share of the vocabulary."""
+
+    def __init__(self, entries: int, width: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        super().__init__(entries, width, axes=(vocabulary_axis(entries), WIDTH), dtype=dtype, rngs=rngs)
 
     def __call__(self, ids: Int[Array, " T"]) -> Float[Array, "T E"]:
         """Rows of the table, on every rank; an id outside the vocabulary reads its nearest entry, on a mesh zeros."""

@@ -1,6 +1,8 @@
 """One layer: attention, feed-forward, and the four ways families wire them to the residual stream."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import MappingProxyType
 
 import jax.numpy as jnp
@@ -9,8 +11,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jdsi.kv_cache import AttentionContext
-from jdsi.layers import Linear, Norm, row_parallel, whole
+from jdsi.layers import WIDTH, Axis, Linear, Norm, row_parallel, whole
 from jdsi.pallas_kernels import AttentionForm, NormForm
+from jdsi.sharding import ByHeads, Evenly
 
 from .spec import (
     AttentionSpec,
@@ -40,8 +43,11 @@ class Attention(nnx.Module):
 
     def __init__(self, spec: AttentionSpec, width: int, layer: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.spec, self.layer = spec, layer
-        self.qkv = Linear(width, sum(spec.qkv_rows), bias=spec.qkv_bias, dtype=dtype, rngs=rngs)
-        self.out = Linear(spec.qkv_rows[0], width, bias=spec.out_bias, dtype=dtype, rngs=rngs)
+        heads = ByHeads(spec.num_heads, spec.num_kv_heads, spec.head_dim)
+        fused, out = Axis("heads", dataclasses.replace(heads, fused=True)), Axis("heads", heads)
+        make = partial(Linear, quantizable=True, dtype=dtype, rngs=rngs)
+        self.qkv = make(width, sum(spec.qkv_rows), axes=(fused, WIDTH), bias=spec.qkv_bias)
+        self.out = make(spec.qkv_rows[0], width, axes=(WIDTH, out), bias=spec.out_bias)
         self.q_norm = make_norm(spec.qk_norm, spec.head_dim, dtype) if spec.qk_norm else None
         self.k_norm = make_norm(spec.qk_norm, spec.head_dim, dtype) if spec.qk_norm else None
         self.form = AttentionForm(
@@ -72,8 +78,11 @@ class Mlp(nnx.Module):
 
     def __init__(self, spec: MlpSpec, width: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.spec = spec
-        self.up = Linear(width, spec.width * (2 if spec.gated else 1), bias=spec.bias, dtype=dtype, rngs=rngs)
-        self.down = Linear(spec.width, width, bias=spec.bias, dtype=dtype, rngs=rngs)
+        stretches = 2 if spec.gated else 1
+        up, down = (Axis("feed_forward", Evenly(spec.width, n)) for n in (stretches, 1))
+        make = partial(Linear, quantizable=True, bias=spec.bias, dtype=dtype, rngs=rngs)
+        self.up = make(width, spec.width * stretches, axes=(up, WIDTH))
+        self.down = make(spec.width, width, axes=(WIDTH, down))
 
     def __call__(self, x: Hidden, *, norm: Norm | None = None) -> Float[Array, "T F"]:
         """The hidden units for `norm(x)`, the input of `down`."""

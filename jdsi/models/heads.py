@@ -7,7 +7,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from jdsi.layers import Linear
+from jdsi.layers import WIDTH, Linear, parameter, vocabulary_axis
 from jdsi.pallas_kernels import ACTIVATIONS, linear
 
 from .block import make_norm
@@ -36,8 +36,9 @@ class Head(nnx.Module):
         self.transform = TransformedHidden(spec.transform, width, dtype=dtype, rngs=rngs) if spec.transform else None
         self.project = Linear(width, table, bias=False, dtype=dtype, rngs=rngs) if table != width else None
         weight = jax.random.normal(rngs.params(), (vocab_size, table), dtype) * 0.02
-        self.weight = None if spec.tied else nnx.Param(weight)
-        self.bias = nnx.Param(jnp.zeros(vocab_size, dtype)) if spec.bias else None
+        axes = vocabulary_axis(vocab_size), WIDTH
+        self.weight = None if spec.tied else parameter(weight, axes, quantizable=True)
+        self.bias = parameter(jnp.zeros(vocab_size, dtype), axes[:1]) if spec.bias else None
 
     def __call__(self, hidden: Float[Array, "T E"], table: Float[Array, "V W"]) -> Float[Array, "T V"]:
         """Logits in float32; `table` is the token embedding, the projection of tied heads."""

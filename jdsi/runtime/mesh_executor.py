@@ -28,7 +28,7 @@ from .staged_context import StagedContext
 from .transfer import Link, all_here, is_here, part_on, replicate, spread
 
 Loader = Callable[[Mesh, Sequence[str]], dict[str, Array]]
-"""Gives the named parameters on a stage's mesh, divided as `jdsi.models.tensor_parallel.split_of` says."""
+"""Gives the named parameters on a stage's mesh, divided as `jdsi.models.splits_of` says."""
 
 
 class MeshExecutor:
@@ -181,7 +181,7 @@ class MeshExecutor:
             return jax.device_get(self._known_to_all(whole, abstract))
 
     def parameters(self) -> dict[str, Array]:
-        """The parameters on this process's devices, divided as `split_of` says, each on the mesh of its stage."""
+        """The parameters on this process's devices, divided as `splits_of` says, each on the mesh of its stage."""
         found: dict[str, Array] = {}
         for program, leaves in zip(self.programs, self._leaves, strict=True):
             for name, leaf in zip(program.names, leaves, strict=False):  # no leaves where the stage is elsewhere

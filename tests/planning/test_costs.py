@@ -11,8 +11,7 @@ from jaxtyping import Array
 
 from jdsi.errors import ConfigError
 from jdsi.kv_cache import ContiguousContext
-from jdsi.models import Transformer, TransformerSpec, abstract_parameters
-from jdsi.models.tensor_parallel import split_of
+from jdsi.models import Transformer, TransformerSpec, parameters_of
 from jdsi.planning import Workload, even_stages, parameter_count, stage_costs, stage_memory
 from jdsi.planning.shares import elements, share_of
 from jdsi.sharding import Parallelism
@@ -117,8 +116,8 @@ def test_shares_are_those_that_are_loaded(family: str, ranks: int) -> None:
     spec = small(family)
     share = share_of(spec, ranks)
     sizes = []
-    for name, leaf in abstract_parameters(spec).items():
-        split = split_of(spec, name, ranks)
+    for leaf in parameters_of(spec).values():
+        split = leaf.split(ranks)
         sizes.append(math.prod(leaf.shape if split is None else split.local_shape(leaf.shape)))
     assert elements(share.stage(range(3))) == sum(sizes)
 
