@@ -46,11 +46,16 @@ class Declaration:
     own_dtype: bool = False
 
 
-def parameter(
-    array: Array, axes: Sequence[Axis | None] = (), *, quantizable: bool = False, own_dtype: bool = False
-) -> nnx.Param:
+def parameter[Kind: nnx.Param](
+    array: Array,
+    axes: Sequence[Axis | None] = (),
+    *,
+    quantizable: bool = False,
+    own_dtype: bool = False,
+    kind: type[Kind] = nnx.Param,
+) -> Kind:
     """A declared parameter; see `Declaration`, where no axes mean that no dimension is ever divided."""
-    return nnx.Param(array, declaration=Declaration(tuple(axes) or (None,) * array.ndim, quantizable, own_dtype))
+    return kind(array, declaration=Declaration(tuple(axes) or (None,) * array.ndim, quantizable, own_dtype))
 
 
 def declaration_of(param: nnx.Variable) -> Declaration:

@@ -7,10 +7,10 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from jdsi.layers import WIDTH, Linear, parameter, vocabulary_axis
-from jdsi.pallas_kernels import ACTIVATIONS, linear
+from jdsi.layers import WIDTH, Linear, Weight, parameter, vocabulary_axis, weight
+from jdsi.pallas_kernels import ACTIVATIONS
 
-from .block import make_norm
+from .norms import make_norm
 from .spec import ClassifierSpec, HeadSpec, HeadTransform
 
 
@@ -35,20 +35,21 @@ class Head(nnx.Module):
         self.spec = spec
         self.transform = TransformedHidden(spec.transform, width, dtype=dtype, rngs=rngs) if spec.transform else None
         self.project = Linear(width, table, bias=False, dtype=dtype, rngs=rngs) if table != width else None
-        weight = jax.random.normal(rngs.params(), (vocab_size, table), dtype) * 0.02
+        matrix = jax.random.normal(rngs.params(), (vocab_size, table), dtype) * 0.02
         axes = vocabulary_axis(vocab_size), WIDTH
-        self.weight = None if spec.tied else parameter(weight, axes, quantizable=True)
+        self.weight: Weight | None = None if spec.tied else weight(matrix, axes, quantizable=True)
         self.bias = parameter(jnp.zeros(vocab_size, dtype), axes[:1]) if spec.bias else None
 
-    def __call__(self, hidden: Float[Array, "T E"], table: Float[Array, "V W"]) -> Float[Array, "T V"]:
+    def __call__(self, hidden: Float[Array, "T E"], table: Weight | None) -> Float[Array, "T V"]:
         """Logits in float32; `table` is the token embedding, the projection of tied heads."""
         if self.transform is not None:
             hidden = self.transform(hidden)
         if self.project is not None:
             hidden = self.project(hidden)
-        weight = table if self.weight is None else self.weight[...]
+        matrix = table if self.weight is None else self.weight
+        assert matrix is not None
         bias = None if self.bias is None else self.bias[...]
-        logits = linear(hidden, weight, bias, out_dtype=jnp.float32)
+        logits = matrix.product(hidden, bias, out_dtype=jnp.float32)
         cap = self.spec.softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 

@@ -1,134 +1,38 @@
 """What a model is, as data: one frozen description per layer, so that heterogeneous stacks need no flags."""
 
 import dataclasses
-import numbers
 from typing import Literal
 
-from jdsi.errors import ConfigError
-from jdsi.pallas_kernels import Alibi, Rotary
 from jdsi.pallas_kernels.activations import known_activation
 
+from .attention import AttentionSpec
+from .checks import check_sizes
+from .layer import LayerSpec
+from .mlp import MlpSpec
+from .norms import LayerNormSpec, NormSpec, RmsNormSpec
+from .residual import ParallelResidual, PostNorm, PreNorm, ResidualSpec, SandwichNorm
+from .sublayer import SublayerSpec
 
-def _check_sizes(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, numbers.Integral) or not 1 <= size < 2**31:
-            raise ConfigError(f"{name} is {size!r}; it must be an integer from 1 to {2**31 - 1}")
-
-
-@dataclasses.dataclass(frozen=True)
-class RmsNormSpec:
-    """RMSNorm; the effective weight is `weight + weight_offset`."""
-
-    eps: float
-    weight_offset: float = 0.0
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerNormSpec:
-    """LayerNorm with or without weight and bias."""
-
-    eps: float
-    bias: bool = True
-    weight: bool = True
-
-
-NormSpec = RmsNormSpec | LayerNormSpec
-
-
-@dataclasses.dataclass(frozen=True)
-class AttentionSpec:
-    """Multi-head attention with grouped key/value heads.
-
-    Attributes:
-        num_heads, num_kv_heads, head_dim: H, K, D.
-        scale: multiplies the scores, usually `head_dim ** -0.5`.
-        causal, window, softcap, alibi, rotary: see `jdsi.pallas_kernels.AttentionForm`.
-        qkv_bias, out_bias: whether the projections have a bias.
-        qk_norm: norm of every query and key head (over D) before the rotary embedding.
-    """
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    scale: float
-    causal: bool = True
-    window: int | None = None
-    softcap: float | None = None
-    alibi: Alibi | None = None
-    rotary: Rotary | None = None
-    qkv_bias: bool = False
-    out_bias: bool = False
-    qk_norm: RmsNormSpec | None = None
-
-    def __post_init__(self) -> None:
-        _check_sizes(num_heads=self.num_heads, num_kv_heads=self.num_kv_heads, head_dim=self.head_dim)
-        if self.window is not None:
-            _check_sizes(sliding_window=self.window)
-
-    @property
-    def qkv_rows(self) -> tuple[int, int, int]:
-        """Rows of q, k and v inside the fused projection."""
-        kv = self.num_kv_heads * self.head_dim
-        return self.num_heads * self.head_dim, kv, kv
-
-
-@dataclasses.dataclass(frozen=True)
-class MlpSpec:
-    """Feed-forward network: `down(act(up(x)))`, or `down(act(gate(x)) * up(x))` when gated.
-
-    When gated, our `up` weight holds the rows of gate, then those of up.
-    """
-
-    width: int
-    activation: str
-    gated: bool = False
-    bias: bool = False
-
-    def __post_init__(self) -> None:
-        known_activation(self.activation)
-        _check_sizes(width=self.width)
-
-
-@dataclasses.dataclass(frozen=True)
-class PreNorm:
-    """`x += attention(norm(x)); x += feed_forward(norm(x))`; with `from_norm`, the norm's output is the residual."""
-
-    norm: NormSpec
-    from_norm: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class PostNorm:
-    """`x = norm(x + attention(x)); x = norm(x + feed_forward(x))`."""
-
-    norm: NormSpec
-
-
-@dataclasses.dataclass(frozen=True)
-class SandwichNorm:
-    """`x += norm(attention(norm(x))); x += norm(feed_forward(norm(x)))`."""
-
-    norm: NormSpec
-
-
-@dataclasses.dataclass(frozen=True)
-class ParallelResidual:
-    """`x += attention(norm(x)) + feed_forward(norm'(x))`; with `shared_norm`, both read the same norm."""
-
-    norm: NormSpec
-    shared_norm: bool = False
-
-
-ResidualSpec = PreNorm | PostNorm | SandwichNorm | ParallelResidual
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerSpec:
-    """One layer of the stack."""
-
-    attention: AttentionSpec
-    feed_forward: MlpSpec
-    residual: ResidualSpec
+__all__ = [
+    "AttentionSpec",
+    "ClassifierSpec",
+    "EmbeddingSpec",
+    "HeadSpec",
+    "HeadTransform",
+    "LayerNormSpec",
+    "LayerSpec",
+    "LearnedPositions",
+    "MlpSpec",
+    "NormSpec",
+    "ParallelResidual",
+    "PostNorm",
+    "PreNorm",
+    "ResidualSpec",
+    "RmsNormSpec",
+    "SandwichNorm",
+    "SublayerSpec",
+    "TransformerSpec",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +43,7 @@ class LearnedPositions:
     offset: int = 0
 
     def __post_init__(self) -> None:
-        _check_sizes(entries=self.entries)
+        check_sizes(entries=self.entries)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,12 +145,12 @@ class TransformerSpec:
     classifier: ClassifierSpec | None = None
 
     def __post_init__(self) -> None:
-        _check_sizes(vocab_size=self.vocab_size, width=self.width, max_positions=self.max_positions)
+        check_sizes(vocab_size=self.vocab_size, width=self.width, max_positions=self.max_positions)
 
     @property
     def causal(self) -> bool:
         """Whether every layer looks only backwards."""
-        return all(layer.attention.causal for layer in self.layers)
+        return all(layer.causal for layer in self.layers)
 
     @property
     def generates(self) -> bool:
@@ -275,4 +179,4 @@ class TransformerSpec:
     @property
     def kv_heads(self) -> list[tuple[int, int, int]]:
         """Per layer `(num_kv_heads, key dim, value dim)`, what a KV cache is made from."""
-        return [(a.num_kv_heads, a.head_dim, a.head_dim) for a in (layer.attention for layer in self.layers)]
+        return [layer.kv_heads for layer in self.layers]

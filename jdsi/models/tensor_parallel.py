@@ -5,9 +5,9 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jdsi.sharding import TENSOR, Evenly, axis_index, axis_size, split_heads
+from jdsi.sharding import TENSOR, Evenly, axis_index, axis_size
 
-from .spec import LayerSpec, TransformerSpec
+from .spec import TransformerSpec
 
 SEQUENCE_PARALLEL_TOKENS = 1024
 """Tokens of a data-parallel group from which on the residual stream is divided over "tensor", unless one is told."""
@@ -23,7 +23,7 @@ def local_spec(spec: TransformerSpec, ranks: int) -> TransformerSpec:
     return dataclasses.replace(
         spec,
         vocab_size=Evenly(spec.vocab_size).among(ranks, 0).size,
-        layers=tuple(_local_layer(layer, ranks) for layer in spec.layers),
+        layers=tuple(layer.share(ranks) for layer in spec.layers),
     )
 
 
@@ -33,21 +33,3 @@ def without_padding(logits: Float[Array, "B V"], vocabulary: int) -> Float[Array
         return logits
     ids = axis_index(TENSOR) * logits.shape[1] + jnp.arange(logits.shape[1])
     return jnp.where(ids < vocabulary, logits, -jnp.inf)
-
-
-def _local_layer(layer: LayerSpec, ranks: int) -> LayerSpec:
-    heads = split_heads(layer.attention.num_heads, layer.attention.num_kv_heads, ranks)
-    alibi = layer.attention.alibi
-    if alibi is not None:
-        shares = [alibi.slopes[start:stop] for start, stop in heads.heads]
-        padded = tuple(slope for share in shares for slope in (*share, *(0.0,) * (heads.num_heads - len(share))))
-        alibi = dataclasses.replace(alibi, slopes=padded, split=(TENSOR, ranks))
-    return dataclasses.replace(
-        layer,
-        attention=dataclasses.replace(
-            layer.attention, num_heads=heads.num_heads, num_kv_heads=heads.num_kv_heads, alibi=alibi
-        ),
-        feed_forward=dataclasses.replace(
-            layer.feed_forward, width=Evenly(layer.feed_forward.width).among(ranks, 0).size
-        ),
-    )

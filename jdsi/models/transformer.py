@@ -14,9 +14,10 @@ from jdsi.kv_cache import AttentionContext, PackedContext
 from jdsi.layers import rows_of
 from jdsi.sharding import TENSOR, own_part
 
-from .block import BLOCKS, make_norm
 from .embedding import InputEmbedding, TokenTable
 from .heads import Classifier, Head, classified_tokens
+from .layer import Layer
+from .norms import make_norm
 from .parameters import Skeleton, layer_group
 from .part import Part
 from .spec import TransformerSpec
@@ -50,12 +51,7 @@ class Transformer(nnx.Module):
         there = part.first or (part.last and spec.head is not None and spec.head.tied)
         self.embedding = kind(spec.embedding, spec.vocab_size, width, dtype=dtype, rngs=rngs) if there else None
         self.layers = nnx.List(
-            [
-                BLOCKS[type(spec.layers[i].residual)](
-                    spec.layers[i], width, i - part.layers.start, dtype=dtype, rngs=rngs
-                )
-                for i in part.layers
-            ]
+            [Layer(spec.layers[i], width, i - part.layers.start, dtype=dtype, rngs=rngs) for i in part.layers]
         )
         norm, head, classifier = (spec.norm, spec.head, spec.classifier) if part.last else (None, None, None)
         self.norm = make_norm(norm, width, dtype) if norm else None
@@ -145,9 +141,7 @@ class Transformer(nnx.Module):
         """Vocabulary logits, float32, of hidden states returned by `forward`."""
         if self.head is None:
             raise ValueError(f"this {self.spec.family} checkpoint has no language-model head; use forward()")
-        # A head of its own reads no table, and a part may have none.
-        table = jnp.zeros((0, 0), hidden.dtype) if self.embedding is None else self.embedding.tokens.weight[...]
-        return self.head(hidden, table)
+        return self.head(hidden, None if self.embedding is None else self.embedding.tokens.weight)
 
     def __call__(
         self,

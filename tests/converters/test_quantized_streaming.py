@@ -37,7 +37,7 @@ from jdsi.converters.streaming import StreamingCheckpoint
 from jdsi.converters.streaming_layout import ALIGNMENT
 from jdsi.errors import CheckpointError, ConfigError
 from jdsi.models import parameters, parameters_of
-from jdsi.models.spec import ClassifierSpec, HeadSpec, HeadTransform, RmsNormSpec
+from jdsi.models.spec import AttentionSpec, ClassifierSpec, HeadSpec, HeadTransform, RmsNormSpec
 from jdsi.pallas_kernels.quantized_linear import WeightFormat, dequantize, quantize
 from jdsi.sharding import make_mesh, stage_meshes
 from parity import random_torch_model
@@ -428,10 +428,10 @@ def test_groups_are_the_largest_that_fit(root: Path) -> None:
     assert group(40) == WeightFormat("int8")
     assert group(40, "int4") is None
     assert group(96, "int4", 64) == WeightFormat("int4", 32)
-    qkv_bias = dataclasses.replace(spec.layers[0].attention, qkv_bias=True, qk_norm=RmsNormSpec(1e-6))
+    qkv_bias = dataclasses.replace(spec.layers[0].of(AttentionSpec), qkv_bias=True, qk_norm=RmsNormSpec(1e-6))
     others = dataclasses.replace(
         spec,
-        layers=(dataclasses.replace(spec.layers[0], attention=qkv_bias),),
+        layers=(spec.layers[0].replaced(qkv_bias),),
         head=HeadSpec(tied=False, bias=True, transform=HeadTransform("gelu", RmsNormSpec(1e-6))),
         classifier=ClassifierSpec(("a", "b"), "tanh"),
     )

@@ -113,7 +113,7 @@ def specs(draw: st.DrawFn) -> TransformerSpec:
         width=width,
         max_positions=8,
         embedding=EmbeddingSpec(),
-        layers=(LayerSpec(attention, mlp, PreNorm(NORM)),),
+        layers=(LayerSpec((attention, mlp), PreNorm(NORM)),),
         norm=NORM,
         head=HeadSpec(tied=draw(st.booleans()), bias=draw(st.booleans())),
     )
@@ -123,7 +123,7 @@ def specs(draw: st.DrawFn) -> TransformerSpec:
 @given(specs(), st.integers(1, 6))
 def test_parameters_of_a_model(spec: TransformerSpec, ranks: int) -> None:
     local = {name: leaf.shape for name, leaf in abstract_parameters(local_spec(spec, ranks)).items()}
-    attention, mlp = spec.layers[0].attention, spec.layers[0].feed_forward
+    attention, mlp = spec.layers[0].of(AttentionSpec), spec.layers[0].of(MlpSpec)
     splits, heads = splits_of(spec, ranks), split_heads(attention.num_heads, attention.num_kv_heads, ranks)
     q, k, _ = attention.qkv_rows
     for name, leaf in abstract_parameters(spec).items():
@@ -163,7 +163,7 @@ def test_parameters_of_a_model(spec: TransformerSpec, ranks: int) -> None:
 def test_output_columns_follow_the_query_heads(ranks: int) -> None:
     attention = AttentionSpec(6, 2, 4, 1.0)
     spec = TransformerSpec(
-        "none", 11, 8, 8, EmbeddingSpec(), (LayerSpec(attention, MlpSpec(9, "silu"), PreNorm(NORM)),), NORM, None
+        "none", 11, 8, 8, EmbeddingSpec(), (LayerSpec((attention, MlpSpec(9, "silu")), PreNorm(NORM)),), NORM, None
     )
     qkv, out = (splits_of(spec, ranks)[f"layers.0.attention.{part}.weight"] for part in ("qkv", "out"))
     if ranks == 1:
