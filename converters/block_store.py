@@ -117,10 +117,10 @@ class BlockStore:
         return self.blocks[self.layers[0]].form.parameters[0][1].dtype
 
     def check_dtypes(self) -> None:
-        """Raises ConfigError if parameters are no floating-point numbers, which nothing here could run."""
+        """Raises ConfigError if parameters are no floating-point numbers, nor of a type of their own."""
         for block in self.blocks.values():
             for name, parameter in block.form.parameters:
-                if parameter.dtype.kind in "iub":
+                if parameter.dtype.kind in "iub" and parameter.own_dtype is None:
                     where = f"{self.path}: {name} of {block.name}"
                     raise ConfigError(f"{where} is stored as {parameter.dtype}; only floats can be streamed")
 
@@ -146,7 +146,7 @@ def _stored_block(checkpoint: StreamingCheckpoint, name: str, infos: Infos) -> B
             tags = tuple((part, f"{local}:{part}") for part in stored.arrays)
             fields += [(tag, Field(*stored.arrays[part])) for part, tag in tags]
             recipe = Dequantized(stored.format, tags)
-        parameters.append((local, Parameter(shape, dtype, recipe)))
+        parameters.append((local, Parameter(shape, dtype, recipe, info.dtype)))
     nbytes = round_up(entry.nbytes)  # the file is padded to whole pages, which go straight into memory
     segments = (Segment(checkpoint.file, entry.offset, nbytes, 0),)
     fields.sort(key=lambda item: item[1].offset)
@@ -177,7 +177,7 @@ def _mapped_block(parameters: MappedParameters, group: str, infos: Infos) -> Blo
             for tag, (_, tensor, _), file in zip(tags, pieces, files, strict=True):
                 stored.append(_Stored(tag, tensor.dtype, tensor.shape, (file,)))
             recipe = Joined(tuple((tag, op) for tag, (op, _, _) in zip(tags, pieces, strict=True)))
-        made.append((name, Parameter(shape, parameters.dtypes[full], recipe)))
+        made.append((name, Parameter(shape, parameters.dtypes[full], recipe, info.dtype)))
     fields, segments, end = _laid_out(stored)
     return Block(group, BlockForm(fields, tuple(made)), segments, round_up(end))
 
@@ -214,6 +214,7 @@ def _cut_block(checkpoint: ShardedCheckpoint, group: str, infos: Infos) -> Block
     fields: tuple[tuple[str, Field], ...] = ()
     for rank in range(checkpoint.ranks):
         tensors = {info.inner: checkpoint.stored(full, rank) for full, info in infos.items()}
+        own = {info.inner: info.dtype for info in infos.values()}
         stored = [
             _Stored(name, tensor.dtype, tensor.shape, (Segment(tensor.file, tensor.offset, tensor.nbytes, 0),))
             for name, tensor in tensors.items()
@@ -221,5 +222,7 @@ def _cut_block(checkpoint: ShardedCheckpoint, group: str, infos: Infos) -> Block
         fields, reads, end = _laid_out(stored)
         part = round_up(end)
         segments += [dataclasses.replace(read, target=read.target + rank * part) for read in reads]
-        made = [(name, Parameter(tensor.shape, tensor.dtype, _plain(name))) for name, tensor in tensors.items()]
+        made = [
+            (name, Parameter(tensor.shape, tensor.dtype, _plain(name), own[name])) for name, tensor in tensors.items()
+        ]
     return Block(group, BlockForm(fields, tuple(made)), tuple(segments), checkpoint.ranks * part, checkpoint.ranks)

@@ -4,7 +4,7 @@ from .linear import Embedding, Linear, VocabularyEmbedding, rows_of, weight
 from .norm import Norm
 from .parameter import WIDTH, Axis, Declaration, declaration_of, parameter, vocabulary_axis
 from .sums import Combined, Product, Sum, row_parallel, whole
-from .weight import ArrayWeight, FormedWeight, Weight, WeightForm, fused_product
+from .weight import ArrayWeight, UnfusedWeight, Weight, WeightForm, fused_product
 
 __all__ = [
     "WIDTH",
@@ -13,11 +13,11 @@ __all__ = [
     "Combined",
     "Declaration",
     "Embedding",
-    "FormedWeight",
     "Linear",
     "Norm",
     "Product",
     "Sum",
+    "UnfusedWeight",
     "VocabularyEmbedding",
     "Weight",
     "WeightForm",

@@ -83,11 +83,8 @@ def fused_product(
     return linear(x, weight, bias, residual=residual, **around)
 
 
-class FormedWeight(nnx.Module):
-    """See `Weight`: made of parameters that `times` puts together; around it nothing is fused.
-
-    A form whose products an operator knows overrides `product`.
-    """
+class UnfusedWeight(nnx.Module):
+    """See `Weight`: of a form that no operator knows the product of, so that around `times` nothing is fused."""
 
     @abc.abstractmethod
     def times(self, x: Float[Array, "T in"]) -> Float[Array, "T out"]:

@@ -1,5 +1,7 @@
 """What a model makes of its last hidden states: logits over the vocabulary, or scores of whole sequences."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,7 +39,9 @@ class Head(nnx.Module):
         self.project = Linear(width, table, bias=False, dtype=dtype, rngs=rngs) if table != width else None
         matrix = jax.random.normal(rngs.params(), (vocab_size, table), dtype) * 0.02
         axes = vocabulary_axis(vocab_size), WIDTH
-        self.weight: Weight | None = None if spec.tied else weight(matrix, axes, quantizable=True)
+        plain = weight(matrix, axes, quantizable=True)
+        own: Any = plain if spec.form is None else spec.form.of(plain)
+        self.weight: Weight | None = None if spec.tied else own
         self.bias = parameter(jnp.zeros(vocab_size, dtype), axes[:1]) if spec.bias else None
 
     def __call__(self, hidden: Float[Array, "T E"], table: Weight | None) -> Float[Array, "T V"]:

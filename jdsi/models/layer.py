@@ -1,6 +1,7 @@
 """A layer: sublayers and a residual, as data and as a module."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Self, TypeVar
 
@@ -10,7 +11,7 @@ from jax.typing import DTypeLike
 
 from jdsi.errors import ConfigError
 from jdsi.kv_cache import AttentionContext
-from jdsi.layers import Norm, Sum, whole
+from jdsi.layers import Norm, Sum, WeightForm, whole
 
 from .norms import NormSpec, make_norm
 from .residual import ResidualSpec
@@ -26,10 +27,12 @@ class LayerSpec:
     Attributes:
         sublayers: in order, each with a name of its own; one of them attends to keys and values.
         residual: how they meet the residual stream.
+        forms: of the weights that are not arrays, by their names in the layer ("attention.qkv.weight").
     """
 
     sublayers: tuple[SublayerSpec, ...]
     residual: ResidualSpec
+    forms: tuple[tuple[str, WeightForm], ...] = ()
 
     def __post_init__(self) -> None:
         if len(set(self.names)) < len(self.names):
@@ -95,6 +98,10 @@ class Layer(nnx.Module):
         self.norm_names = tuple(spec.norms)
         for name, norm in spec.norms.items():
             setattr(self, name, make_norm(norm, width, dtype))
+        for path, form in spec.forms:
+            *to, name = path.split(".")
+            holder = functools.reduce(getattr, to, self)
+            setattr(holder, name, form.of(getattr(holder, name)))
 
     @property
     def norms(self) -> Mapping[str, Norm]:

@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from jdsi.layers import Axis, declaration_of
-from jdsi.sharding import TENSOR, TENSOR_PARALLEL, LogicalAxes, Split
+from jdsi.sharding import MESH_AXES, TENSOR, LogicalAxes, Split
 
 from .part import Part
 
@@ -58,7 +58,7 @@ class ParameterInfo:
         if ranks == 1:
             return None
         for dim, axis in enumerate(self.axes):
-            if axis is not None and axis.division is not None and TENSOR_PARALLEL.get(axis.name) == mesh_axis:
+            if axis is not None and axis.division is not None and MESH_AXES.get(axis.name) == mesh_axis:
                 return axis.division.among(ranks, dim)
         return None
 

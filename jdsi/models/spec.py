@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Literal
 
+from jdsi.errors import ConfigError
+from jdsi.layers import WeightForm
 from jdsi.pallas_kernels.activations import known_activation
 
 from .attention import AttentionSpec
@@ -85,12 +87,18 @@ class HeadSpec:
         bias: the projection has a bias.
         softcap: logits become `softcap * tanh(logits / softcap)`.
         transform: a dense layer in front.
+        form: of the projection, if it is not an array; a tied one is.
     """
 
     tied: bool
     bias: bool = False
     softcap: float | None = None
     transform: HeadTransform | None = None
+    form: WeightForm | None = None
+
+    def __post_init__(self) -> None:
+        if self.tied and self.form is not None:
+            raise ConfigError("a tied head is the table of token embeddings, an array: it has no form of its own")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,8 +16,6 @@ from jdsi.pallas_kernels.quantized_linear import (
     QuantizedWeight,
     WeightFormat,
     quantize,
-    quantized_gated_linear,
-    quantized_linear,
 )
 
 from ..calls import tree_bytes
@@ -62,15 +60,14 @@ class Products:
 
     def run(self, x: Float[Array, "T E"], layers: Weights) -> Float[Array, "T E"]:
         """The products of a step for `T` tokens."""
-        product, gated = (linear, gated_linear) if self.stored is None else (quantized_linear, quantized_gated_linear)
         for layer, weights in zip(self.spec.layers, layers, strict=True):
             norm: dict[str, Any] = {"norm": _NORM, "norm_weight": weights["norm"]}
-            heads = product(x, weights["qkv"], **norm)[:, : layer.of(AttentionSpec).qkv_rows[0]]
-            x = product(heads, weights["out"], residual=x)
+            heads = linear(x, weights["qkv"], **norm)[:, : layer.of(AttentionSpec).qkv_rows[0]]
+            x = linear(heads, weights["out"], residual=x)
             mlp = layer.of(MlpSpec)
-            up = gated if mlp.gated else product
+            up = gated_linear if mlp.gated else linear
             hidden = up(x, weights["up"], activation=mlp.activation, **norm)
-            x = product(hidden, weights["down"], residual=x)
+            x = linear(hidden, weights["down"], residual=x)
         return x
 
 
