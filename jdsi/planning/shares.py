@@ -5,9 +5,7 @@ import functools
 import math
 from collections.abc import Iterable, Mapping
 
-import jax.numpy as jnp
-
-from jdsi.models import TransformerSpec, abstract_parameters
+from jdsi.models import ParameterInfo, TransformerSpec, parameters_of
 from jdsi.models.tensor_parallel import local_spec
 from jdsi.sharding.schedule import split_layers
 
@@ -21,12 +19,14 @@ class Share:
     Attributes:
         spec: the model as that rank computes it.
         layers: of each layer the shapes of its parameters, by name within the layer.
-        others: shapes of the parameters outside the layers.
+        others: shapes of the parameters outside the layers, by name.
+        groups: of those, see `ParameterInfo`.
     """
 
     spec: TransformerSpec
     layers: tuple[Shapes, ...]
     others: Shapes
+    groups: Mapping[str, str]
 
     @property
     def table(self) -> str | None:
@@ -38,7 +38,7 @@ class Share:
         first, last = layers.start == 0, layers.stop == len(self.layers)
         shapes = [shape for i in layers for shape in self.layers[i].values()]
         for name, shape in self.others.items():
-            if first if name.startswith("embedding.") else last:
+            if first if self.groups[name] == "embedding" else last:
                 shapes.append(shape)
         # The last stage has a copy of its own of a table that both ends use.
         return [*shapes, self.others[self.table]] if last and not first and self.table else shapes
@@ -48,18 +48,15 @@ class Share:
 def share_of(spec: TransformerSpec, ranks: int) -> Share:
     """The share of each of `ranks` tensor-parallel ranks."""
     local = local_spec(spec, ranks)
-    # Layers are alike: describing one of each kind takes milliseconds where all would take a second.
-    kinds = list(dict.fromkeys(local.layers))
-    described: list[dict[str, tuple[int, ...]]] = [{} for _ in kinds]
-    others = {}
-    for name, leaf in abstract_parameters(dataclasses.replace(local, layers=tuple(kinds)), jnp.float32).items():
-        if name.startswith("layers."):
-            _, index, inner = name.split(".", 2)
-            described[int(index)][inner] = leaf.shape
+    layers: list[dict[str, tuple[int, ...]]] = [{} for _ in local.layers]
+    others: dict[str, ParameterInfo] = {}
+    for name, info in parameters_of(local).items():
+        if info.layer is None:
+            others[name] = info
         else:
-            others[name] = leaf.shape
-    by_kind = dict(zip(kinds, described, strict=True))
-    return Share(local, tuple(by_kind[layer] for layer in local.layers), others)
+            layers[info.layer][info.inner] = info.shape
+    shapes, groups = ({name: getattr(info, one) for name, info in others.items()} for one in ("shape", "group"))
+    return Share(local, tuple(layers), shapes, groups)
 
 
 @functools.lru_cache(maxsize=128)
@@ -70,7 +67,7 @@ def even_stages(spec: TransformerSpec, stages: int) -> tuple[range, ...]:
         ConfigError: there are more stages than layers.
     """
     share = share_of(spec, 1)
-    head = [shape for name, shape in share.others.items() if name.startswith("head.")]
+    head = [shape for name, shape in share.others.items() if share.groups[name] == "head"]
     head += [share.others[share.table]] if share.table else []
     layers = [elements(layer.values()) for layer in share.layers]
     return tuple(split_layers(layers, stages, last=elements(head)))

@@ -1,5 +1,6 @@
 """Streaming folders with quantised matrices: what is stored, how far it is off, and that every use sees the same."""
 
+import dataclasses
 import itertools
 import json
 import shutil
@@ -35,7 +36,8 @@ from jdsi.converters.quantization import Quantization, dequantized
 from jdsi.converters.streaming import StreamingCheckpoint
 from jdsi.converters.streaming_layout import ALIGNMENT
 from jdsi.errors import CheckpointError, ConfigError
-from jdsi.models import parameters
+from jdsi.models import parameters, parameters_of
+from jdsi.models.spec import AttentionSpec, ClassifierSpec, HeadSpec, HeadTransform, RmsNormSpec
 from jdsi.pallas_kernels.quantized_linear import WeightFormat, dequantize, quantize
 from jdsi.sharding import make_mesh, stage_meshes
 from parity import random_torch_model
@@ -412,9 +414,12 @@ def test_sources_that_cannot_be_quantised_are_named(root: Path, tmp_path: Path) 
     assert not (tmp_path / "out").exists()
 
 
-def test_groups_are_the_largest_that_fit() -> None:
+def test_groups_are_the_largest_that_fit(root: Path) -> None:
     def group(inputs: int, kind: str = "int8", size: int = 128) -> WeightFormat | None:
-        return Quantization(kind, size).format_of("head.weight", (5, inputs))
+        return Quantization(kind, size).format_of(dataclasses.replace(head, shape=(5, inputs)))
+
+    spec = load_spec(root / "bfloat16")
+    head = parameters_of(spec)["head.weight"]
 
     assert group(384) == WeightFormat("int8", 128)
     assert group(384, size=64) == WeightFormat("int8", 64)
@@ -423,14 +428,16 @@ def test_groups_are_the_largest_that_fit() -> None:
     assert group(40) == WeightFormat("int8")
     assert group(40, "int4") is None
     assert group(96, "int4", 64) == WeightFormat("int4", 32)
-    for name in (
-        "embedding.tokens.weight",
-        "norm.weight",
-        "layers.0.attention.qkv.bias",
-        "head.transform.dense.weight",
-    ):
-        assert Quantization("int8").format_of(name, (128, 128)) is None
-    assert Quantization("int8").format_of("layers.0.attention.q_norm.weight", (128,)) is None
+    qkv_bias = dataclasses.replace(spec.layers[0].of(AttentionSpec), qkv_bias=True, qk_norm=RmsNormSpec(1e-6))
+    others = dataclasses.replace(
+        spec,
+        layers=(spec.layers[0].replaced(qkv_bias),),
+        head=HeadSpec(tied=False, bias=True, transform=HeadTransform("gelu", RmsNormSpec(1e-6))),
+        classifier=ClassifierSpec(("a", "b"), "tanh"),
+    )
+    quantized = Quantization("int8").formats(parameters_of(others))
+    products = ("attention.qkv", "attention.out", "feed_forward.up", "feed_forward.down")
+    assert quantized.keys() == {"head.weight", *(f"layers.0.{product}.weight" for product in products)}
 
 
 def test_the_command_converts_and_inspects(root: Path, tmp_path: Path) -> None:

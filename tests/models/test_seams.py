@@ -1,0 +1,65 @@
+"""What is added to a model from outside, without a change to the product, runs everywhere and computes what it says."""
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import seams
+from jdsi import InferenceConfig, SamplingParams
+from jdsi.engine import InferenceEngine
+from jdsi.layers import WIDTH, Axis, parameter
+from jdsi.models import ParameterInfo, abstract_parameters
+from jdsi.runtime.forward import forward
+from jdsi.sharding import EXPERT, Evenly
+
+PROMPTS = [[3, 14, 15, 9, 2], [6, 5, 35], [8, 9, 7, 9]]
+
+
+@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.parametrize("name", ["experts", "int8", "low_rank", "half_steps"])
+def test_a_toy_runs_on_every_executor(name: str, tmp_path: Path) -> None:
+    module = importlib.import_module(f"toys.{name}")
+    assert module.__file__ is not None
+    assert len(Path(module.__file__).read_text().splitlines()) <= 60
+    toy: seams.Toy = module.TOY
+    arrays = seams.random_arrays(toy.spec)
+    plain = toy.plain(arrays)
+    expected = [plain.greedy(prompt, 6) for prompt in PROMPTS]
+    assert len({tuple(tokens) for tokens in expected}) == len(PROMPTS)
+    lengths = np.array([len(prompt) for prompt in PROMPTS])
+    padded = np.zeros((len(PROMPTS), lengths.max()), np.int32)
+    for row, prompt in enumerate(PROMPTS):
+        padded[row, : len(prompt)] = prompt
+    for where, executor in seams.executors(toy.spec, arrays, tmp_path / "store"):
+        logits = np.asarray(forward(executor, padded, lengths))
+        for row, prompt in enumerate(PROMPTS):
+            np.testing.assert_allclose(
+                logits[row, : len(prompt)], plain.logits(prompt), rtol=2e-3, atol=2e-4, err_msg=where
+            )
+        engine = InferenceEngine(executor, InferenceConfig())
+        done = engine.generate(PROMPTS, SamplingParams(temperature=0, max_new_tokens=6))
+        assert [completion.token_ids for completion in done] == expected, where
+
+
+def test_a_parameter_may_be_divided_over_two_axes() -> None:
+    experts, units = Axis("experts", Evenly(6, multiple=1)), Axis("feed_forward", Evenly(40))
+    param: Any = parameter(jnp.zeros((6, 40, 24)), (experts, units, WIDTH))
+    axes = param.get_metadata()["declaration"].axes
+    info = ParameterInfo(param.shape, None, "layers.0", 0, "feed_forward.up", axes, False)
+    over_experts, over_units = info.split(2, EXPERT), info.split(4)
+    assert over_experts is not None
+    assert over_units is not None
+    assert over_experts.local_shape(over_units.local_shape(info.shape)) == (3, 10, 24)
+    assert info.logical_axes == ("experts", "feed_forward", "width")
+
+
+def test_parts_of_a_form_keep_their_types() -> None:
+    toy: seams.Toy = importlib.import_module("toys.int8").TOY
+    types = {name: leaf.dtype.name for name, leaf in abstract_parameters(toy.spec, "bfloat16").items()}
+    at = "layers.1.attention.qkv.weight"
+    assert (types[f"{at}.values"], types[f"{at}.scales"]) == ("int8", "float32")
+    assert types["embedding.tokens.weight"] == "bfloat16"
