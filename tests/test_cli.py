@@ -245,6 +245,21 @@ def test_inspect(jdsi: Command, folder: Path) -> None:
     assert "layers.1.feed_forward.down.weight" in shown.stdout
 
 
+def test_inspect_and_plan_without_the_weights(jdsi: Command, folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "clone")
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    (tmp_path / "clone" / "model.safetensors").write_text(pointer)
+    wanted = jdsi("inspect", folder, "--json").stdout
+    for arguments in (("inspect", "--json"), ("plan", "--topology", "h200:1", "--no-compile", "--context", 64)):
+        shown = jdsi(*arguments, tmp_path / "clone")
+        assert shown.returncode == 0, shown.stderr
+        (told,) = [line for line in shown.stderr.splitlines() if line.startswith("jdsi: warning: ")]
+        assert "config.json alone says what the model is" in told
+        assert "git lfs pull" in told
+        if "--json" in arguments:
+            assert shown.stdout == wanted
+
+
 def test_what_the_folder_asks_for_and_the_command_says(jdsi: Command, tmp_path: Path) -> None:
     shutil.copytree(TINY, tmp_path / "model")
     asked = {"eos_token_id": 1, "do_sample": True, "top_p": 0.5, "max_new_tokens": 6, "top_h": 0.4}
