@@ -15,7 +15,7 @@ def import_transformers_without_torch() -> None:
     sys.modules["torch"] = None  # type: ignore[assignment]  # what makes Python say that there is none
     try:
         import transformers  # noqa: F401
-        from transformers.utils import is_torch_available
+        from transformers.utils.import_utils import is_torch_available
 
         is_torch_available()  # remembers what it finds
     finally:
