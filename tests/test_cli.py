@@ -162,6 +162,34 @@ def test_what_standard_output_cannot_show_is_escaped(jdsi: Command, script: tupl
         assert (found.returncode, found.stdout, found.stderr) == (0, shown, "")
 
 
+def test_an_output_that_takes_nothing_ends_in_a_line(folder: Path) -> None:
+    code = WITHOUT_TORCH + "from jdsi.cli import main; main()"
+    for redirected, status, said in (
+        (">/dev/full", 1, "jdsi: error: [Errno 28] No space left on device\n"),
+        (">&-", 1, "jdsi: error: standard output is closed; redirect it to a file, or to /dev/null\n"),
+        ("| true", 141, ""),
+    ):
+        command = f'set -o pipefail; "$@" {redirected}'
+        run = ["bash", "-c", command, "bash", sys.executable, "-c", code, "inspect", folder]
+        found = subprocess.run(run, capture_output=True, text=True, timeout=300, check=False)
+        assert (found.returncode, found.stderr) == (status, said), redirected
+
+
+def test_weights_that_do_not_fit_are_told_in_a_line(jdsi: Command, folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.norm.weight"]
+    tensors["lm_head.weight"] = tensors["lm_head.weight"][:, 1:].copy()
+    save_file(tensors, tmp_path / "model" / "model.safetensors")
+    found = jdsi("generate", tmp_path / "model", "--prompt", "x")
+    assert (found.returncode, found.stdout) == (1, "")
+    (line,) = found.stderr.splitlines()
+    assert line.startswith("jdsi: error: ")
+    assert "does not fit the model its config describes" in line
+    assert "model.norm.weight" in line
+    assert "lm_head.weight" in line
+
+
 def test_chats_from_files(jdsi: Command, folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "chat.json"
     options = ("generate", folder, "--max-new-tokens", 4, "--json")
