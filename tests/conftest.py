@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,9 @@ if not ON_GPU:
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     # Virtual devices, for meshes; what uses no mesh runs on the first.
     os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+# Where a shell runs this in the background Ctrl-C is ignored, and what a test interrupts would never end.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # A kernel's warpgroups are threads in the interpreter, and they wait for each other: on a machine with fewer cores than
 # warpgroups XLA's thread pool would not run them all, and the test would never end.
 os.environ.setdefault("NPROC", "8")
