@@ -18,7 +18,12 @@ from transformers import AutoModelForSequenceClassification
 
 from checkpoints import save_llama, save_script, save_tokenizer
 from jdsi.cli import main
+<<<<<<< HEAD
 from test_classify import save
+=======
+from without_torch import WITHOUT_TORCH
+from zoo import save_as
+>>>>>>> tests
 
 TINY = Path(__file__).resolve().parent.parent / "examples" / "tiny-python-lm"
 
@@ -79,7 +84,7 @@ def test_convert_then_generate_gives_the_same(jdsi: Command, folder: Path, tmp_p
 
 
 def test_classify(jdsi: Command, tmp_path: Path, folder: Path) -> None:
-    save(tmp_path, "bert", AutoModelForSequenceClassification, id2label={0: "bad", 1: "good"})
+    save_as(AutoModelForSequenceClassification, "bert", tmp_path, id2label={0: "bad", 1: "good"})
     texts = ("--text", "a film", "--text", "bad", "--pair", "good .", "--pair", "b", "--prompt-ids", "5,6,7")
     shown, answer = jdsi("classify", tmp_path, *texts), jdsi("classify", tmp_path, *texts, "--json")
     assert shown.returncode == answer.returncode == 0, shown.stderr + answer.stderr
