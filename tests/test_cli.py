@@ -18,12 +18,8 @@ from transformers import AutoModelForSequenceClassification
 
 from checkpoints import save_llama, save_script, save_tokenizer
 from jdsi.cli import main
-<<<<<<< HEAD
-from test_classify import save
-=======
 from without_torch import WITHOUT_TORCH
 from zoo import save_as
->>>>>>> tests
 
 TINY = Path(__file__).resolve().parent.parent / "examples" / "tiny-python-lm"
 
