@@ -6,6 +6,11 @@ DEMO_MODEL := build/demo-model
 # Tests run in this many processes; PYTEST_WORKERS=0 runs them in one. PYTEST_ARGS adds arguments of your own.
 PYTEST_WORKERS ?= 2
 PYTEST_ARGS ?=
+# What is broken most often, and soonest seen: no more than a few programs are compiled, one family goes all the way.
+QUICK = tests/test_layout.py tests/test_config.py tests/sharding/test_split.py tests/sharding/test_schedule.py \
+	tests/converters/test_matching.py tests/converters/test_safetensors_file.py tests/generation/test_prompts.py \
+	tests/generation/test_sampling_params.py tests/kv_cache tests/models/test_llama.py \
+	'tests/test_families.py::test_whole_path[llama]'
 PYTEST = $(BIN)/pytest --durations=10 $(PYTEST_ARGS)
 # Each has its own part of the tests and takes from another's when it is done, so that few modules are set up in two.
 WORKERS = -n $(PYTEST_WORKERS) --dist worksteal
@@ -19,12 +24,13 @@ GPU_PYTHON ?=
 
 export PYTHON
 
-.PHONY: help venv venv-gpu venv-runtime demo test test-all test-gpu gpu-report gpu-rehearsal lint format clean
+.PHONY: help venv venv-gpu venv-runtime demo test test-quick test-all test-gpu gpu-report gpu-rehearsal lint format clean
 
 help:
 	@echo "make demo      convert the embedded checkpoint and generate from it (run-time dependencies only)"
 	@echo "make venv      make .venv with everything the tests and the linters need"
 	@echo "make test      the tests a machine without a GPU can run, on the CPU"
+	@echo "make test-quick  a part of them, in under two minutes: layout, units, one family end to end"
 	@echo "make test-all  the same and the slow ones"
 	@echo "make test-gpu  the tests that need a GPU, on the GPU"
 	@echo "make gpu-report  run those, then measure everything on the GPU, in MINUTES=8; writes REPORT=$(REPORT)"
@@ -49,6 +55,9 @@ demo: venv-runtime
 # JAX is pinned to the CPU: the CUDA libraries that PyTorch brings must not make it look for a GPU.
 test: venv
 	JAX_PLATFORMS=cpu $(PYTEST) $(WORKERS)
+
+test-quick: venv
+	JAX_PLATFORMS=cpu $(PYTEST) $(WORKERS) $(QUICK)
 
 test-all: venv
 	JAX_PLATFORMS=cpu $(PYTEST) $(WORKERS) --slow

@@ -43,7 +43,7 @@ def fit(family: Family, spec: TransformerSpec, store: TensorStore) -> tuple[Tran
             del stored[copy]
         else:
             warnings.warn(
-                f"{store.label}: config.json says tie_word_embeddings, but {stored[copy].name} differs from "
+                f"{store.label}: the config says tie_word_embeddings, but {stored[copy].name} differs from "
                 f"{stored[original].name}: they are not tied, and the former is used",
                 JdsiWarning,
                 stacklevel=2,

@@ -33,7 +33,8 @@ class LiveModel(StateDict):
         label: its class's name.
 
     Raises:
-        ConfigError: it is another module, of another family, or its tensors are not what its class computes with.
+        ConfigError: it is another module, of another family, or does not compute what its class and config say, as far
+            as its own `forward`s and the rotary frequencies tell.
     """
 
     def __init__(self, model: Any, *, weightless: bool = False) -> None:
@@ -43,6 +44,9 @@ class LiveModel(StateDict):
         self.config = copy.deepcopy(model.config)
         self.config.architectures = [kind.__name__]
         refuse_quantized(self.label, getattr(model.config, "quantization_config", None))
+        _check_forward(model, self.label)
+        if not weightless:
+            _check_rotary(model, self.label)
         self._state: Mapping[str, Any] = {} if weightless else model.state_dict()
         if empty := [name for name, tensor in self._state.items() if tensor.is_meta]:
             raise ConfigError(
@@ -80,3 +84,35 @@ def _check_class(model: Any, label: str) -> None:
             f"{label} is a class of {kind.__module__}, not of transformers itself, and may compute something else; "
             "give an instance of the class it is made after"
         )
+
+
+def _check_forward(model: Any, label: str) -> None:
+    """Refuses instances that were given another `forward`; what accelerate's hooks put there computes the same."""
+    for name, module in model.named_modules():
+        if "forward" in vars(module) and not hasattr(module, "_hf_hook"):
+            where = f"its {name} has" if name else "it has"
+            raise ConfigError(f"{label}: {where} a forward of its own, which may compute something else; remove that")
+
+
+def _check_rotary(model: Any, label: str) -> None:
+    """Refuses frequencies, which are not in the state dict, that are not those of the config as it is now."""
+    for name, module in model.named_modules():
+        ours = getattr(module, "original_inv_freq", getattr(module, "inv_freq", None))
+        if ours is None or getattr(module, "config", None) is None or ours.is_meta:
+            continue
+        try:
+            fresh = type(module)(model.config)
+        except Exception as error:  # whatever transformers finds when it makes something of the values
+            raise ConfigError(f"{label}: its config describes no {type(module).__name__}: {error!r}") from error
+        right = getattr(fresh, "original_inv_freq", fresh.inv_freq)
+        scales = [getattr(rotary, "attention_scaling", 1.0) for rotary in (module, fresh)]
+        # A model that was cast has them rounded to its type.
+        if (
+            ours.shape != right.shape
+            or scales[0] != scales[1]
+            or not np.allclose(ours.float().cpu().numpy(), right.float().cpu().numpy(), rtol=1e-2, atol=0)
+        ):
+            raise ConfigError(
+                f"{label}: the rotary frequencies of its {name} are not those of its config, which was changed after "
+                "it was made; make it anew of that config"
+            )

@@ -97,7 +97,7 @@ def match(
         _section("of another shape", misshapen),
         _section("not known to this family", stray),
     ]
-    raise CheckpointError(f"{where} does not fit the model its config.json describes:" + "".join(parts))
+    raise CheckpointError(f"{where} does not fit the model its config describes:" + "".join(parts))
 
 
 def some(items: Iterable[str]) -> str:

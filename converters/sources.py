@@ -215,5 +215,5 @@ def check_shapes(where: str | Path, found: Mapping[str, Shape], wanted: Mapping[
     if lines:
         more = f"\n  ... and {len(lines) - 20} more" if len(lines) > 20 else ""
         raise CheckpointError(
-            f"{where} does not fit the model its config.json describes:\n  " + "\n  ".join(lines[:20]) + more
+            f"{where} does not fit the model its config describes:\n  " + "\n  ".join(lines[:20]) + more
         )

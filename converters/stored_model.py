@@ -1,11 +1,12 @@
 """A checkpoint understood: which model it holds, and its parameters."""
 
 import dataclasses
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jdsi.errors import ConfigError
+from jdsi.errors import CheckpointError, ConfigError, JdsiWarning
 from jdsi.models import TransformerSpec, shapes_of
 from jdsi.models.families import Family
 
@@ -85,17 +86,28 @@ def open_model(source: Any, *, weights: Any = None, strict: bool = False) -> Sto
 def load_spec(path: str | Path) -> TransformerSpec:
     """The spec of a checkpoint folder, a config file or a hub id, of which nothing but the config is fetched.
 
-    Of a folder with weights it is that of the model they make; no more of them is read than `open_model` does.
+    Of a folder with weights it is that of the model they make; no more of them is read than `open_model` does. Where
+    those in the Hugging Face layout cannot be opened (absent, damaged, git-lfs pointers), the config alone is asked.
 
     Raises:
-        CheckpointError: the config is missing, or the folder is damaged.
+        CheckpointError: the config is missing, or a folder that `convert` made is damaged.
         ConfigError: its family or one of its options is not supported.
+
+    Warns:
+        JdsiWarning: the weights cannot be opened; see also `open_model`.
     """
     place = resolve_config(path)
     family, said = load_family(place)
     if place.is_file() or not holds_weights(place):
         return said
-    store = open_checkpoint(place)
+    try:
+        store = open_checkpoint(place)
+    except CheckpointError as error:
+        if (place / MANIFEST).is_file():
+            raise
+        reason = " ".join(str(error).split())
+        warnings.warn(f"the weights are not asked, config.json alone says what the model is: {reason}", JdsiWarning, 2)
+        return said
     return fit(family, said, store)[0] if isinstance(store, Checkpoint) else fit_names(said, store.shapes)
 
 

@@ -87,11 +87,14 @@ def _trained_whole(key: str, value: Any) -> None:
 
 
 def _no_experts(key: str, value: Any) -> None:
+    """`moe` says whether there are any, `moe_experts` how many."""
     if isinstance(value, Mapping):
         _one(key, value)
         enabled = value.get("enabled")
     elif isinstance(value, bool):
         enabled = value
+    elif key == "moe" and value in (0, 1, "0", "1"):
+        enabled = value in (1, "1")
     else:
         return _one(key, value)
     if enabled:
@@ -118,6 +121,15 @@ def _of_training(hint: str) -> Callable[[str, Any], None]:
         raise ConfigError(f"config key {key!r} is of DeepSpeed's training configuration; {hint}")
 
     return refuse
+
+
+def _precision(dtype: str) -> Callable[[str, Any], None]:
+    def check(key: str, value: Any) -> None:
+        asks = value.get("enabled", True) if isinstance(value, Mapping) else value
+        if asks not in (None, False):
+            _of_training(f"here it is dtype={dtype!r}")(key, value)
+
+    return check
 
 
 def _zero(value: Any) -> str | None:
@@ -209,8 +221,8 @@ _ONLY: Mapping[str, Callable[[str, Any], None]] = MappingProxyType(
         "training_mp_size": _trained_whole,
         **dict.fromkeys(("moe", "moe_experts"), _no_experts),
         "base_dir": _in_the_description,
-        "fp16": _of_training("here it is dtype='float16'"),
-        "bf16": _of_training("here it is dtype='bfloat16'"),
+        "fp16": _precision("float16"),
+        "bf16": _precision("bfloat16"),
         "zero_optimization": _of_training("here it is offload='host' or 'nvme', or zero with offload_param"),
         **dict.fromkeys(
             (

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +21,9 @@ if not ON_GPU:
     find_cuda_compiler()
     # Virtual devices, for meshes; what uses no mesh runs on the first.
     os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+# Where a shell runs this in the background Ctrl-C is ignored, and what a test interrupts would never end.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # A kernel's warpgroups are threads in the interpreter, and they wait for each other: on a machine with fewer cores than
 # warpgroups XLA's thread pool would not run them all, and the test would never end.
 os.environ.setdefault("NPROC", "8")

@@ -9,6 +9,7 @@ import numpy as np
 
 from jdsi.pallas_kernels.attention import AttentionForm
 from jdsi.pallas_kernels.decode_attention import decode_attention, paged_decode_attention
+from kernels import array
 
 FORM = AttentionForm(0.125)
 
@@ -51,8 +52,8 @@ def make(case: Case, dtype: str, seed: int = 0) -> dict[str, Any]:
     rows, (heads, kv_heads) = len(lengths), case.heads
     starts = np.maximum(lengths - case.queries, 0) if case.starts is None else np.array(case.starts)
     arrays: dict[str, Any] = {
-        "q": jnp.asarray(rng.standard_normal((rows, case.queries, heads, case.dim)), dtype),
-        "q_start": jnp.asarray(starts, jnp.int32),
+        "q": array(rng.standard_normal((rows, case.queries, heads, case.dim)), dtype),
+        "q_start": array(starts, jnp.int32),
         "k_lengths": jnp.asarray(lengths),
         "v": None,
     }
@@ -76,7 +77,7 @@ def make(case: Case, dtype: str, seed: int = 0) -> dict[str, Any]:
         for key, (part, kind, rest) in parts.items():
             part = np.where(seen[:, None, :, None] if part.ndim == 4 else seen[:, None], part, rest)
             part = part if tables is None else _paged(part, tables, case.page, 2 * tables.size, rest)
-            arrays[key] = jnp.asarray(part, jnp.float32).astype(kind)
+            arrays[key] = array(np.asarray(part, np.float32), kind)
     return arrays
 
 
@@ -105,7 +106,7 @@ def jitted(case: Case, arrays: dict[str, Any], **options: Any) -> tuple[np.ndarr
 
 def oracle(case: Case, arrays: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     """Result and logarithms in float64, one query and one head at a time."""
-    wide = {name: None if x is None else np.asarray(x.astype(jnp.float32), np.float64) for name, x in arrays.items()}
+    wide = {name: None if x is None else np.asarray(x, np.float64) for name, x in arrays.items()}
     q, lengths = wide["q"], np.asarray(arrays["k_lengths"])
     there = np.arange(case.capacity) < lengths[:, None]
     keys = {name: wide.get(name) for name in ("k", "v", "k_scales", "v_scales")}

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import reset_gpu_interpret_mode_state
@@ -52,6 +53,11 @@ def with_slow(names: Iterable[str], slow: Collection[str]) -> list[Any]:
     names = list(names)
     assert set(slow) <= set(names), set(slow) - set(names)
     return [pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in names]
+
+
+def array(x: Any, dtype: Any = None) -> jax.Array:
+    """An array on the device that NumPy has converted: JAX would compile a program for every shape."""
+    return jnp.asarray(np.asarray(x, None if dtype is None else jnp.dtype(dtype)))
 
 
 def relative_error(actual: Any, expected: Any) -> float:

@@ -7,13 +7,12 @@ from typing import Any
 from unittest import mock
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jdsi.pallas_kernels.linear import block, gated_linear, linear
 from jdsi.pallas_kernels.normalization import NormForm
-from kernels import ON_GPU, interpreted_or_gpu
+from kernels import ON_GPU, array, interpreted_or_gpu
 
 RMS = NormForm(centred=False, eps=1e-5, weight_offset=1.0)
 LAYER = NormForm(centred=True, eps=1e-5)
@@ -38,23 +37,23 @@ def case(
     rng = np.random.default_rng(seed)
     rows = outputs * (2 if gated else 1)
 
-    def array(*shape: int, offset: float = 0.0, scale: float = 1.0) -> jax.Array:
-        return jnp.asarray(offset + scale * rng.standard_normal(shape), dtype)
+    def normal(*shape: int, offset: float = 0.0, scale: float = 1.0) -> jax.Array:
+        return array(offset + scale * rng.standard_normal(shape), dtype)
 
     arguments: Case = {
-        "x": array(tokens, inputs, offset=0.5),
-        "weight": array(rows, inputs, scale=inputs**-0.5),
+        "x": normal(tokens, inputs, offset=0.5),
+        "weight": normal(rows, inputs, scale=inputs**-0.5),
         "activation": activation,
         "norm": norm,
     }
     if bias:
-        arguments["bias"] = array(rows)
+        arguments["bias"] = normal(rows)
     if residual:
-        arguments["residual"] = array(tokens, outputs)
+        arguments["residual"] = normal(tokens, outputs)
     if norm is not None:
-        arguments["norm_weight"] = array(inputs, offset=1.0, scale=0.1)
+        arguments["norm_weight"] = normal(inputs, offset=1.0, scale=0.1)
         if norm.centred:
-            arguments["norm_bias"] = array(inputs, scale=0.1)
+            arguments["norm_bias"] = normal(inputs, scale=0.1)
     return arguments | ({"gated": True} if gated else {})
 
 

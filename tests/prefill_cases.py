@@ -9,7 +9,7 @@ import numpy as np
 
 from jdsi.pallas_kernels.attention import AttentionForm
 from jdsi.pallas_kernels.prefill_attention import PREFILL_ATTENTION
-from kernels import relative_error
+from kernels import array, relative_error
 
 _CAUSAL = AttentionForm(0.125)
 
@@ -37,14 +37,14 @@ class Case:
             (self.batch, kv_heads, self.keys, self.dim[0]),
             (self.batch, kv_heads, self.keys, self.dim[1]),
         )
-        q, k, v = (jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes)
+        q, k, v = (array(rng.standard_normal(shape), dtype) for shape in shapes)
         q_segments = k_segments = None
         if self.segments is not None:
             numbers = np.arange(len(self.segments))[::-1]
             row = np.full(max(self.queries, self.keys), -1, np.int32)
             row[: sum(self.segments)] = np.repeat(numbers, self.segments)
             q_segments, k_segments = (jnp.asarray(np.tile(row[:n], (self.batch, 1))) for n in (self.queries, self.keys))
-        start, lengths = (None if x is None else jnp.asarray(x, jnp.int32) for x in (self.q_start, self.k_lengths))
+        start, lengths = (None if x is None else array(x, jnp.int32) for x in (self.q_start, self.k_lengths))
         return q, k, v, start, lengths, q_segments, k_segments
 
     def visible(self, arrays: tuple[Any, ...]) -> np.ndarray:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdsi.pallas_kernels.attention import AttentionForm
+from kernels import array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,9 +67,9 @@ def make_batch(
     new = [tokens for tokens, _ in lengths]
     q = rng.standard_normal((sum(new) + padding, heads[0], dim))
     return Batch(
-        jnp.asarray(q, dtype),
-        jnp.asarray(k, dtype),
-        jnp.asarray(v, dtype),
+        array(q, dtype),
+        array(k, dtype),
+        array(v, dtype),
         tables,
         np.cumsum([0, *new]).astype(np.int32),
         np.array([keys for _, keys in lengths], np.int32),
@@ -78,7 +79,7 @@ def make_batch(
 
 def exact(batch: Batch, form: AttentionForm) -> tuple[np.ndarray, np.ndarray]:
     """Outputs and logarithms of the denominators, token by token, in float64."""
-    q, k, v = (np.asarray(x.astype(jnp.float32), np.float64) for x in (batch.q, batch.k_pages, batch.v_pages))
+    q, k, v = (np.asarray(x, np.float64) for x in (batch.q, batch.k_pages, batch.v_pages))
     (tokens, heads, _), (pages, kv_heads, page, _) = q.shape, k.shape
     out, lse = np.zeros((tokens, heads, v.shape[3])), np.full((tokens, heads), -np.inf)
     for b, (new, keys) in enumerate(batch.lengths):

@@ -15,25 +15,13 @@ from jdsi.converters.block_store import BlockStore
 from jdsi.runtime import compilation_counts
 from jdsi.runtime.residency import Residency
 from jdsi.runtime.streamed import StreamedExecutor
-from parity import random_torch_model
-from zoo import CONFIGS
+from zoo import save_as
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefgh", "##x", "good", "bad", "film", "."]
 TEXTS = ["a good film .", ("a film", "bad b c d e ."), "ax", ("good", "good"), "a b c d e f g h a b c d e f g h a b"]
 ROWS = [[5, 9, 2, 7], [11, 4, 4, 60, 33, 21, 8, 9, 10, 70, 71, 72], [3], [8, 8, 8, 0], [70] * 17]
 RTOL, ATOL = 5e-4, 5e-5
-
-
-def save(folder: Path, name: str, auto_class: Any, **changes: Any) -> Any:
-    """A random model in a folder; BERTs with a tokenizer."""
-    config = transformers.AutoConfig.for_model(name, **(CONFIGS[name] | changes))
-    model = random_torch_model(config, auto_class)
-    model.save_pretrained(folder)
-    if name == "bert":
-        transformers.BertTokenizer(vocab={word: i for i, word in enumerate(WORDS)}).save_pretrained(folder)
-    return model
 
 
 def expected(model: Any, inputs: list[dict[str, Any]], key: str = "logits") -> np.ndarray:
@@ -55,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def torch_model(folder: Path) -> Any:
     labels = {0: "bad", 1: "good", 2: "neither"}
-    return save(folder, "bert", transformers.AutoModelForSequenceClassification, id2label=labels)
+    return save_as(transformers.AutoModelForSequenceClassification, "bert", folder, id2label=labels)
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +91,7 @@ def test_a_module_says_what_its_folder_says(folder: Path, torch_model: Any, engi
 
 @pytest.mark.parity
 def test_a_bare_encoder_pools(tmp_path: Path) -> None:
-    model = save(tmp_path, "bert", transformers.AutoModel)
+    model = save_as(transformers.AutoModel, "bert", tmp_path)
     for options in ({}, {"tensor_parallel": 2, "pipeline_parallel": 2}, {"offload": "nvme"}):
         with contextlib.closing(jdsi.init_inference(tmp_path, dtype="float32", **options)) as engine:
             wanted = expected(model, [{"input_ids": row} for row in ROWS], "pooler_output")
@@ -121,8 +109,8 @@ MESHES = (
 
 @pytest.mark.parity
 def test_meshes(folder: Path, torch_model: Any, tmp_path: Path) -> None:
-    reward = save(tmp_path / "reward", "llama", transformers.AutoModelForSequenceClassification, num_labels=1)
-    pre_training = save(tmp_path / "pre-training", "bert", transformers.AutoModelForPreTraining)
+    reward = save_as(transformers.AutoModelForSequenceClassification, "llama", tmp_path / "reward", num_labels=1)
+    pre_training = save_as(transformers.AutoModelForPreTraining, "bert", tmp_path / "pre-training")
     types = [[i % 2 for i in range(len(row))] for row in ROWS]
     plain = [{"input_ids": row} for row in ROWS]
     typed = [one | {"token_type_ids": kinds} for one, kinds in zip(plain, types, strict=True)]
@@ -154,7 +142,7 @@ def test_streamed_weights_are_read_once_for_several_batches(folder: Path, torch_
         np.testing.assert_allclose(logits(engine, ROWS), wanted, rtol=RTOL, atol=ATOL)
         assert engine.stats.stream is not None
         assert (engine.stats.stream.passes, engine.stats.stream.blocks >= 3) == (1, True)
-    model = save(tmp_path, "bert", transformers.AutoModelForPreTraining)
+    model = save_as(transformers.AutoModelForPreTraining, "bert", tmp_path)
     with contextlib.closing(streamed(tmp_path, "embedding")) as engine:  # the table comes twice, whichever head is used
         for _ in range(2):
             wanted = expected(model, plain, "seq_relationship_logits")
@@ -201,16 +189,16 @@ def test_other_models_say_what_to_call(engine: jdsi.InferenceEngine, tmp_path: P
         engine.generate("a film")
     with pytest.raises(jdsi.ConfigError, match=r"no pooler alone; use classify\(\)"):
         engine.pool("a film")
-    save(tmp_path / "llama", "llama", transformers.AutoModelForCausalLM)
+    save_as(transformers.AutoModelForCausalLM, "llama", tmp_path / "llama")
     with pytest.raises(jdsi.ConfigError, match=r"this llama model is not a sequence classifier; use generate\(\)"):
         jdsi.init_inference(tmp_path / "llama").classify(ROWS)
-    save(tmp_path / "masked", "roberta", transformers.AutoModelForMaskedLM)
+    save_as(transformers.AutoModelForMaskedLM, "roberta", tmp_path / "masked")
     with pytest.raises(jdsi.ConfigError, match=r"not a sequence classifier; use forward\(\)"):
         jdsi.init_inference(tmp_path / "masked").classify(ROWS)
 
 
 def test_chats_are_rendered_without_an_answer_to_come(tmp_path: Path) -> None:
-    save(tmp_path, "bert", transformers.AutoModelForSequenceClassification)
+    save_as(transformers.AutoModelForSequenceClassification, "bert", tmp_path)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}h{% endif %}"
@@ -232,7 +220,7 @@ def test_padding_that_a_model_gives_no_position_is_refused(tmp_path: Path) -> No
 
 
 def test_broken_weights_are_an_error(tmp_path: Path) -> None:
-    model = save(tmp_path, "bert", transformers.AutoModelForSequenceClassification)
+    model = save_as(transformers.AutoModelForSequenceClassification, "bert", tmp_path)
     with torch.no_grad():
         model.classifier.bias.fill_(float("nan"))
     model.save_pretrained(tmp_path)

@@ -18,7 +18,8 @@ from transformers import AutoModelForSequenceClassification
 
 from checkpoints import save_llama, save_script, save_tokenizer
 from jdsi.cli import main
-from test_classify import save
+from without_torch import WITHOUT_TORCH
+from zoo import save_as
 
 TINY = Path(__file__).resolve().parent.parent / "examples" / "tiny-python-lm"
 
@@ -79,7 +80,7 @@ def test_convert_then_generate_gives_the_same(jdsi: Command, folder: Path, tmp_p
 
 
 def test_classify(jdsi: Command, tmp_path: Path, folder: Path) -> None:
-    save(tmp_path, "bert", AutoModelForSequenceClassification, id2label={0: "bad", 1: "good"})
+    save_as(AutoModelForSequenceClassification, "bert", tmp_path, id2label={0: "bad", 1: "good"})
     texts = ("--text", "a film", "--text", "bad", "--pair", "good .", "--pair", "b", "--prompt-ids", "5,6,7")
     shown, answer = jdsi("classify", tmp_path, *texts), jdsi("classify", tmp_path, *texts, "--json")
     assert shown.returncode == answer.returncode == 0, shown.stderr + answer.stderr
@@ -160,6 +161,34 @@ def test_what_standard_output_cannot_show_is_escaped(jdsi: Command, script: tupl
     for environment, shown in ((plain, "\\U0001f642\\xe9\n"), ({"PYTHONIOENCODING": "ascii:replace"}, "??\n")):
         found = process(*options, "--stream", **environment)
         assert (found.returncode, found.stdout, found.stderr) == (0, shown, "")
+
+
+def test_an_output_that_takes_nothing_ends_in_a_line(folder: Path) -> None:
+    code = WITHOUT_TORCH + "from jdsi.cli import main; main()"
+    for redirected, status, said in (
+        (">/dev/full", 1, "jdsi: error: [Errno 28] No space left on device\n"),
+        (">&-", 1, "jdsi: error: standard output is closed; redirect it to a file, or to /dev/null\n"),
+        ("| true", 141, ""),
+    ):
+        command = f'set -o pipefail; "$@" {redirected}'
+        run = ["bash", "-c", command, "bash", sys.executable, "-c", code, "inspect", folder]
+        found = subprocess.run(run, capture_output=True, text=True, timeout=300, check=False)
+        assert (found.returncode, found.stderr) == (status, said), redirected
+
+
+def test_weights_that_do_not_fit_are_told_in_a_line(jdsi: Command, folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.norm.weight"]
+    tensors["lm_head.weight"] = tensors["lm_head.weight"][:, 1:].copy()
+    save_file(tensors, tmp_path / "model" / "model.safetensors")
+    found = jdsi("generate", tmp_path / "model", "--prompt", "x")
+    assert (found.returncode, found.stdout) == (1, "")
+    (line,) = found.stderr.splitlines()
+    assert line.startswith("jdsi: error: ")
+    assert "does not fit the model its config describes" in line
+    assert "model.norm.weight" in line
+    assert "lm_head.weight" in line
 
 
 def test_chats_from_files(jdsi: Command, folder: Path, tmp_path: Path) -> None:
@@ -243,6 +272,21 @@ def test_inspect(jdsi: Command, folder: Path) -> None:
     assert shown.returncode == 0
     assert "layers 0 to 1" in shown.stdout
     assert "layers.1.feed_forward.down.weight" in shown.stdout
+
+
+def test_inspect_and_plan_without_the_weights(jdsi: Command, folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "clone")
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    (tmp_path / "clone" / "model.safetensors").write_text(pointer)
+    wanted = jdsi("inspect", folder, "--json").stdout
+    for arguments in (("inspect", "--json"), ("plan", "--topology", "h200:1", "--no-compile", "--context", 64)):
+        shown = jdsi(*arguments, tmp_path / "clone")
+        assert shown.returncode == 0, shown.stderr
+        (told,) = [line for line in shown.stderr.splitlines() if line.startswith("jdsi: warning: ")]
+        assert "config.json alone says what the model is" in told
+        assert "git lfs pull" in told
+        if "--json" in arguments:
+            assert shown.stdout == wanted
 
 
 def test_what_the_folder_asks_for_and_the_command_says(jdsi: Command, tmp_path: Path) -> None:

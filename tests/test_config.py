@@ -77,6 +77,10 @@ def test_dtype_names(name: str, dtype: str) -> None:
         ({"mp_size": "-1"}, "tensor_parallel=-1"),
         ({"mp_size": True}, "tensor_parallel=True"),
         ({"moe": True}, "asks for experts"),
+        ({"moe": 1}, "asks for experts"),
+        ({"moe_experts": 0}, "asks for moe_experts=0"),
+        ({"fp16": True}, "here it is dtype='float16'"),
+        ({"bf16": {"loss_scale": 0}}, "here it is dtype='bfloat16'"),
         ({"moe_experts": True}, "asks for experts"),
         ({"moe_experts": [True]}, "asks for"),
         ({"moe_experts": 4}, "asks for moe_experts=4"),
@@ -110,6 +114,7 @@ def test_numbers_that_come_as_text() -> None:
     """As from an environment: `mp_size=os.environ["WORLD_SIZE"]`."""
     config = InferenceConfig.from_dict({"mp_size": "2", "tensor_parallel": 2, "max_tokens": " 64 ", "ep_size": "1"})
     assert (config.tensor_parallel, config.max_tokens) == (2, 64)
+    assert InferenceConfig.from_dict({"moe": 0, "fp16": {"enabled": False}, "bf16": None}) == InferenceConfig()
     assert InferenceConfig.from_dict({"mp_size": "1", "min_tokens": "1", "moe_experts": ["1"]}) == InferenceConfig()
     assert InferenceConfig(max_batch_size="8").max_batch_size == 8  # type: ignore[arg-type]
 

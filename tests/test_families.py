@@ -17,11 +17,9 @@ from jdsi.runtime.offload import footprint_on
 from jdsi.runtime.residency import plan_residency
 from jdsi.runtime.streamed import StreamedExecutor
 from parity import random_torch_model
-from zoo import CONFIGS, ENCODERS
+from zoo import CONFIGS, ENCODERS, PROMPTS
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-PROMPTS = [[5, 9, 2, 7], [11, 4, 4, 60, 33, 21, 8, 9, 10, 70, 71, 72], [3]]
 
 
 def test_every_family_is_here() -> None:

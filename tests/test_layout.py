@@ -212,6 +212,13 @@ def run_python(code: str) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def test_no_test_imports_another() -> None:
+    """What several need is in a module of its own, so that a test is run once and by its own name."""
+    modules = {path.stem: path for path in (ROOT / "tests").rglob("*.py")}
+    imports = read_imports(modules)
+    assert not [(name, one) for name, found in imports.items() for one in found if one.startswith("test_")]
+
+
 REPORT = """
 import json, sys
 import jax._src.xla_bridge

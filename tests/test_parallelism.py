@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 import jdsi
-from test_families import PROMPTS
-from zoo import CONFIGS, ENCODERS, three_layers
+from zoo import CONFIGS, ENCODERS, PROMPTS, three_layers
 
 # A few tokens each, from many programs.
 pytestmark = pytest.mark.usefixtures("quick_compilation")

@@ -53,6 +53,19 @@ def auto_class(name: str) -> Any:
     return transformers.AutoModelForMaskedLM if name in ENCODERS else transformers.AutoModelForCausalLM
 
 
+PROMPTS = [[5, 9, 2, 7], [11, 4, 4, 60, 33, 21, 8, 9, 10, 70, 71, 72], [3]]
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefgh", "##x", "good", "bad", "film", "."]
+
+
+def save_as(auto: Any, name: str, folder: Path, **changes: Any) -> torch.nn.Module:
+    """Saves a family's model of another class than language models are; a BERT with a tokenizer of `WORDS`."""
+    model = random_torch_model(transformers.AutoConfig.for_model(name, **(CONFIGS[name] | changes)), auto)
+    model.save_pretrained(folder)
+    if name == "bert":
+        transformers.BertTokenizer(vocab={word: i for i, word in enumerate(WORDS)}).save_pretrained(folder)
+    return model
+
+
 def save(name: str, folder: Path, **changes: Any) -> torch.nn.Module:
     """Saves a family's model, with changes to its settings, and returns it."""
     model = random_torch_model(transformers.AutoConfig.for_model(name, **(CONFIGS[name] | changes)), auto_class(name))

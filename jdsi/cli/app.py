@@ -42,24 +42,54 @@ def main() -> None:
     """Runs the command; a mistake of the user's ends in one line on stderr and exit code 1, never in a traceback."""
     # transformers would advise on every start to install PyTorch, which only its own models need.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    if sys.stdout is None:
+        _complain("error: standard output is closed; redirect it to a file, or to /dev/null")
+        sys.exit(1)
     _escape_what_cannot_be_shown()
     try:
         with _warnings_in_a_line():
-            app()
+            _run()
     except JdsiError as error:
-        sys.stderr.write(f"jdsi: error: {error}\n")
+        _complain(f"error: {' '.join(str(error).split())}")
         sys.exit(1)
     except KeyboardInterrupt:
-        sys.stderr.write("jdsi: interrupted\n")
+        _complain("interrupted")
         sys.exit(130)
     except ImportError as error:
         if not _interrupted(error):  # a module that was being imported reports Ctrl-C as its own failure
             raise
         sys.exit(130)
     except BrokenPipeError:
-        # The reader (head, a pager) has what it wanted; Python must not complain while closing stdout.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # The reader (head, a pager) has what it wanted.
+        _leave_output()
         sys.exit(141)
+    except OSError as error:
+        _complain(f"error: {error}")
+        _leave_output()
+        sys.exit(1)
+
+
+def _run() -> None:
+    try:
+        app()
+    except SystemExit as end:
+        # typer ends with 1 where a pipe is closed, and that is no mistake.
+        if isinstance(end.__context__, BrokenPipeError):
+            raise end.__context__ from None
+        raise
+    finally:
+        sys.stdout.flush()  # Python would do so after everything, where nothing can be said of a full disk
+
+
+def _complain(line: str) -> None:
+    with contextlib.suppress(OSError, AttributeError):  # standard error may be closed, or full, as well
+        sys.stderr.write(f"jdsi: {line}\n")
+
+
+def _leave_output() -> None:
+    """What is not written yet goes nowhere, or Python would complain while it closes standard output."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager

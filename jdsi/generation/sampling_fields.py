@@ -82,12 +82,14 @@ def flag(value: Any) -> bool:
 
 
 def texts(value: Any) -> tuple[str, ...]:
-    """One non-empty string or several."""
+    """One non-empty string or several, of whole characters."""
     items = [value] if isinstance(value, str) else value
     if not isinstance(items, list | tuple | set | frozenset):
         raise Unfit("a string or a sequence of strings")
     if not all(isinstance(item, str) and item for item in items):
         raise Unfit("non-empty strings")
+    if any("\ud800" <= character <= "\udfff" for item in items for character in item):
+        raise Unfit("text, which has no half of a surrogate pair")
     return tuple(items)
 
 

@@ -56,6 +56,8 @@ def load_tokenizer(source: str | os.PathLike[str], *, required: bool = False) ->
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:  # a damaged file raises nearly anything
         reason = (str(error).strip() or repr(error)).splitlines()[0]
+        if isinstance(error, KeyError):
+            reason = f"its files have no {reason}"
         raise CheckpointError(f"the tokenizer of {folder} cannot be read: {reason}") from error
 
 

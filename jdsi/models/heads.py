@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jdsi.layers import WIDTH, Linear, Weight, parameter, vocabulary_axis
-from jdsi.layers.weight import weight
+from jdsi.layers.linear import weight
 from jdsi.pallas_kernels import ACTIVATIONS
 
 from .norms import make_norm

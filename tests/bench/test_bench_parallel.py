@@ -20,7 +20,7 @@ WIDTH, LAYERS, ROWS, PROMPT_TOKENS = 48, 2, 8, 16
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
-    degrees = ("--tensor-parallel", "2,4", "--pipeline-parallel", "2", "--data-parallel", "")
+    degrees = ("--tensor-parallel", "4", "--pipeline-parallel", "2", "--data-parallel", "")
     command = ["bench", "parallel", *OPTIONS, *degrees, "--micro-batches", "1,2", "--topology", "h200:8", "--json"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # see compilation
@@ -37,7 +37,6 @@ def test_host_times_stand_beside_those_of_one_device(found: dict[str, Any]) -> N
     records = section(found, "host")
     assert [tuple(record["parallelism"].values()) for record in records] == [
         (1, 1, 1),
-        (2, 1, 1),
         (4, 1, 1),
         (1, 2, 1),
     ]
@@ -51,7 +50,7 @@ def test_host_times_stand_beside_those_of_one_device(found: dict[str, Any]) -> N
 
 def test_programs_exchange_what_the_formula_says(found: dict[str, Any]) -> None:
     records = section(found, "exchanges")
-    assert len(records) == 2 * (1 + 1 + 2)  # two phases of two programs of one stage, and one of two
+    assert len(records) == 2 * (1 + 2)  # two phases of a program of one stage, and of one of two
     for record in records:
         tokens = ROWS * (PROMPT_TOKENS if record["phase"] == "prompt" else 1)
         assert record["tokens"] == tokens

@@ -131,6 +131,21 @@ def test_what_is_mistaken_for_a_checkpoint(hf_folder: Path, tmp_path: Path) -> N
         open_checkpoint(adapter)
 
 
+def test_the_spec_of_a_folder_whose_weights_did_not_come(sharded_folder: Path, hf_folder: Path) -> None:
+    wanted = load_spec(hf_folder)
+    shards = sorted(sharded_folder.glob("model-*.safetensors"))
+    for file in shards:
+        file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.warns(JdsiWarning, match=r"config\.json alone says what the model is: .*a git-lfs pointer"):
+        assert load_spec(sharded_folder) == wanted
+    for file in shards:
+        file.unlink()
+    with pytest.warns(JdsiWarning, match=r"config\.json alone says what the model is: .*that are not there"):
+        assert load_spec(sharded_folder) == wanted
+    with pytest.raises(CheckpointError, match="that are not there"):
+        open_model(sharded_folder)
+
+
 def test_an_adapter_beside_the_model_is_not_left_without_a_word(hf_folder: Path) -> None:
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         (hf_folder / name).write_bytes(b"{}")

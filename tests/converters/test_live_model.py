@@ -160,6 +160,28 @@ def test_what_is_no_model_of_a_family_is_refused_by_what_it_is() -> None:
         jdsi.init_inference(model)
 
 
+def test_what_is_not_in_the_state_dict(tmp_path: Path) -> None:
+    """Rotary frequencies are those of the config that the module was made of, and a forward may be the instance's."""
+    made = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 2.0, "original_max_position_embeddings": 16}
+    for name, rope in (("llama", made), ("gpt_neox", None), ("falcon", None)):
+        changes = {} if rope is None else {"rope_parameters": rope}
+        model = zoo.save(name, tmp_path, **changes)
+        load_model(model)
+        load_model(copy.deepcopy(model).bfloat16(), dtype="bfloat16")
+        theta = dict(model.config.rope_parameters)
+        model.config.rope_parameters = theta | {"rope_theta": 50.0}
+        with pytest.raises(ConfigError, match=r"rotary frequencies of its .*rotary_emb are not those of its config"):
+            load_model(model)
+        model.config.rope_parameters = theta
+        load_model(model)
+    inner = model.get_submodule("transformer.h.0.mlp")
+    for module, said in ((model, "it has"), (inner, r"its transformer\.h\.0\.mlp has")):
+        module.forward = lambda *_: None
+        with pytest.raises(ConfigError, match=f"{said} a forward of its own"):
+            load_model(model)
+        del module.forward
+
+
 def test_memory_is_one_copy_of_the_model() -> None:
     config = transformers.LlamaConfig(
         vocab_size=8000, hidden_size=512, intermediate_size=1408, num_hidden_layers=6, num_attention_heads=8

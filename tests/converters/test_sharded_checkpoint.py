@@ -122,8 +122,15 @@ def test_the_degree_it_was_cut_for_is_one_read_each(tmp_path: Path, monkeypatch:
 WRITERS: dict[str, Callable[..., None]] = {"orbax": write_orbax, "streaming": write_streaming}
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("to", ["orbax", "streaming", "hf"])
+# Hugging Face's is the layout that depends on the family; in the others one with padded heads, and one rearranged.
+@pytest.mark.parametrize(
+    ("name", "to"),
+    [
+        pytest.param(name, to, marks=() if to == "hf" or name in ("llama-mqa", "bloom") else pytest.mark.slow)
+        for to in ("orbax", "streaming", "hf")
+        for name in FAMILIES
+    ],
+)
 def test_a_model_on_a_mesh_is_saved_and_restored_on_another(name: str, to: str, tmp_path: Path) -> None:
     hf, out = tmp_path / "hf", tmp_path / "out"
     save(name, hf)

@@ -51,7 +51,7 @@ WRONG = {
         ]
     ),
     "bad_words_ids": st.sampled_from([3, [3], [[]], [[-1]], [["a"]], None]),
-    "bad_words": st.sampled_from([[""], [1], 3, None]),
+    "bad_words": st.sampled_from([[""], [1], 3, None, "\udfff"]),
     "suppress_tokens": st.sampled_from([[-1], 3, None]),
     "begin_suppress_tokens": st.sampled_from([["a"], 3, None]),
     "forced_bos_token_id": st.sampled_from([-1, 2**31, [3], True, "a"]),
@@ -60,7 +60,7 @@ WRONG = {
     "allowed_tokens": st.sampled_from([3, "x", [[5]], [0, 1], [[0.5]], [[-2]], [[0], [0, 1]]]),
     "logits_processor": st.sampled_from([3, "x", []]),
     "no_repeat_ngram": st.integers(max_value=-1) | st.integers(min_value=2**31),
-    "stop": st.sampled_from([[""], [1], 3, None]),
+    "stop": st.sampled_from([[""], [1], 3, None, "\ud800", ["a", "b\udcff"]]),
     "stop_token_ids": st.sampled_from([[-1], ["a"], 3, [True], [2**31]]),
     "ignore_eos": st.sampled_from([0, None, "no"]),
     "logprobs": st.integers(max_value=-1) | st.integers(min_value=2**31) | st.booleans(),

@@ -48,3 +48,10 @@ def test_a_tokenizer_config_that_transformers_cannot_use(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": 5}')
     with pytest.raises(CheckpointError, match="cannot be read"):
         load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_without_what_it_needs(tmp_path):
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}))).save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="cannot be read: its files have no 'added_tokens'"):
+        load_tokenizer(tmp_path)

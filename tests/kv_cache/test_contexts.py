@@ -1,13 +1,15 @@
 """Contexts against each other: whatever way tokens arrive, the hidden states are the same."""
 
+import functools
 import re
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jdsi.kv_cache import ContiguousContext, PackedContext, RecordingContext
+from jdsi.kv_cache import AttentionContext, ContiguousContext, PackedContext, RecordingContext
 from jdsi.models import Transformer, TransformerSpec
 from jdsi.models.spec import AttentionSpec, EmbeddingSpec, HeadSpec, LayerSpec, MlpSpec, PreNorm, RmsNormSpec
 from jdsi.pallas_kernels import AttentionForm, Rotary
@@ -46,8 +48,14 @@ def alone(model: Transformer, sequences: list[np.ndarray]) -> list[np.ndarray]:
     out = []
     for tokens in sequences:
         context = PackedContext.from_lengths(jnp.array([len(tokens)]), len(tokens))
-        out.append(np.asarray(model.forward(jnp.asarray(tokens), context)[0]))
+        out.append(np.asarray(compiled(model)(jnp.asarray(tokens), context)[0]))
     return out
+
+
+@functools.cache
+def compiled(model: Transformer) -> Callable[..., tuple[jax.Array, AttentionContext]]:
+    """The forward pass as one program for each shape; operation by operation it would be a hundred."""
+    return jax.jit(model.forward)
 
 
 def close(a: jax.Array | np.ndarray, b: np.ndarray) -> None:
@@ -56,7 +64,7 @@ def close(a: jax.Array | np.ndarray, b: np.ndarray) -> None:
 
 def test_packed_with_padding(model: Transformer, sequences: list[np.ndarray], alone: list[np.ndarray]) -> None:
     tokens = np.concatenate([*sequences, np.full(6, 30)])
-    hidden, _ = model.forward(jnp.asarray(tokens), PackedContext.from_lengths(jnp.array(LENGTHS), len(tokens)))
+    hidden, _ = compiled(model)(jnp.asarray(tokens), PackedContext.from_lengths(jnp.array(LENGTHS), len(tokens)))
     for got, expected in zip(np.split(np.asarray(hidden), np.cumsum(LENGTHS))[:3], alone, strict=True):
         close(got, expected)
 
@@ -67,8 +75,8 @@ def test_dense_ignores_what_is_in_the_padding(
     tokens = np.full((3, 13), 29)
     for row, sequence in zip(tokens, sequences, strict=True):
         row[: len(sequence)] = sequence
-    hidden, _ = model.forward(jnp.asarray(tokens).reshape(-1), PackedContext.from_dense(3, 13, jnp.array(LENGTHS)))
-    for got, expected, length in zip(hidden.reshape(3, 13, -1), alone, LENGTHS, strict=True):
+    hidden, _ = compiled(model)(jnp.asarray(tokens).reshape(-1), PackedContext.from_dense(3, 13, jnp.array(LENGTHS)))
+    for got, expected, length in zip(np.asarray(hidden).reshape(3, 13, -1), alone, LENGTHS, strict=True):
         close(got[:length], expected)
 
 
@@ -77,7 +85,7 @@ def test_any_chunking_through_the_cache(
     model: Transformer, sequences: list[np.ndarray], alone: list[np.ndarray], chunk: int
 ) -> None:
     context = ContiguousContext.create(model.spec.kv_shapes, 3, 12)
-    step = jax.jit(model.forward)
+    step = compiled(model)
     found: list[list[np.ndarray]] = [[], [], []]
     for start in range(0, max(LENGTHS), chunk):
         pieces = [sequence[start : start + chunk] for sequence in sequences]
@@ -86,8 +94,8 @@ def test_any_chunking_through_the_cache(
             row[: len(piece)] = piece
         counts = jnp.array([len(piece) for piece in pieces], jnp.int32)
         hidden, context = step(jnp.asarray(tokens).reshape(-1), context.begin(counts, chunk))
-        for row, piece, rows in zip(hidden.reshape(3, chunk, -1), pieces, found, strict=True):
-            rows.append(np.asarray(row[: len(piece)]))
+        for row, piece, rows in zip(np.asarray(hidden).reshape(3, chunk, -1), pieces, found, strict=True):
+            rows.append(row[: len(piece)])
     assert context.lengths.tolist() == list(LENGTHS)
     for rows, expected in zip(found, alone, strict=True):
         close(np.concatenate(rows), expected)
@@ -97,9 +105,9 @@ def test_select_copies_rows(model: Transformer, sequences: list[np.ndarray], alo
     longest = sequences[1]
     context = ContiguousContext.create(model.spec.kv_shapes, 2, 12)
     tokens = np.stack([longest[:10], longest[::-1][:10]])
-    _, context = model.forward(jnp.asarray(tokens).reshape(-1), context.begin(jnp.array([10, 10]), 10))
+    _, context = compiled(model)(jnp.asarray(tokens).reshape(-1), context.begin(jnp.array([10, 10]), 10))
     context = context.select(jnp.array([1, 0, 0])).begin(jnp.ones(3, jnp.int32), 1)
-    hidden, _ = model.forward(jnp.full(3, longest[10]), context)
+    hidden, _ = compiled(model)(jnp.full(3, longest[10]), context)
     close(hidden[1], alone[1][10])
     close(hidden[2], alone[1][10])
     assert not np.allclose(hidden[0], alone[1][10], atol=1e-3)
@@ -107,8 +115,8 @@ def test_select_copies_rows(model: Transformer, sequences: list[np.ndarray], alo
 
 def test_recorded_weights_are_a_causal_softmax(model: Transformer, sequences: list[np.ndarray]) -> None:
     tokens = jnp.asarray(sequences[1])
-    plain, _ = model.forward(tokens, PackedContext.from_dense(1, len(tokens)))
-    hidden, context = model.forward(tokens, RecordingContext.from_dense(1, len(tokens)))
+    plain, _ = compiled(model)(tokens, PackedContext.from_dense(1, len(tokens)))
+    hidden, context = compiled(model)(tokens, RecordingContext.from_dense(1, len(tokens)))
     close(hidden, np.asarray(plain))
     assert [w.shape for w in context.weights] == [(1, 4, 11, 11)] * 2
     np.testing.assert_allclose(np.sum(context.weights[0], axis=-1), 1, rtol=1e-5)

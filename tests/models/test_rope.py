@@ -19,6 +19,7 @@ from jdsi.models.families import family_for
 from jdsi.models.families.rope import rotary, rotary_dim
 from jdsi.models.spec import AttentionSpec
 from jdsi.pallas_kernels import base_frequencies
+from kernels import with_slow
 from parity import check_causal
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
@@ -122,7 +123,8 @@ FIXED = {
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("name", [*FIXED, *LENGTH_DEPENDENT])
+# Frequencies are compared above; these also scale attention, or change in between.
+@pytest.mark.parametrize("name", with_slow([*FIXED, *LENGTH_DEPENDENT], ["linear", "llama3"]))
 def test_parity_under_and_over_the_original_length(name: str) -> None:
     # 15 + 6 tokens also cross the length at which dynamic and longrope change, 19, while generating.
     config = config_of(dict((FIXED | LENGTH_DEPENDENT)[name]), max_position_embeddings=19)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jdsi.pallas_kernels import Alibi, AttentionForm, attention, attention_weights
+from kernels import array
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -56,8 +57,8 @@ def test_equals_brute_force(form: AttentionForm, batch: int, length: int, kv_hea
     v = rng.standard_normal((batch, kv_heads, keys, 4))
     q_at = np.arange(length) + rng.integers(0, keys - length + 1, (batch, 1))
     k_at = np.tile(np.arange(keys), (batch, 1))
-    arrays = [jnp.asarray(a, jnp.float32) for a in (q, k, v)]
-    positions = {"q_positions": jnp.asarray(q_at), "k_positions": jnp.asarray(k_at)}
+    arrays = [array(a, jnp.float32) for a in (q, k, v)]
+    positions = {"q_positions": array(q_at, jnp.int32), "k_positions": array(k_at, jnp.int32)}
     out = jax.jit(lambda q, k, v: attention(q, k, v, form, **positions))(*arrays)
     np.testing.assert_allclose(out, brute_force(q, k, v, form, q_at, k_at), rtol=1e-5, atol=1e-5)
 
@@ -66,7 +67,7 @@ def test_long_prompts_in_blocks_equal_one_block() -> None:
     rng = np.random.default_rng(0)
     length = 700
     q, k, v = (
-        jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in [(1, length, 2, 4)] + [(1, 1, length, 4)] * 2
+        array(rng.standard_normal(shape), jnp.float32) for shape in [(1, length, 2, 4)] + [(1, 1, length, 4)] * 2
     )
     positions = jnp.arange(length)[None]
     form = AttentionForm(0.5, window=300)
@@ -81,7 +82,7 @@ def test_long_prompts_in_blocks_equal_one_block() -> None:
 def test_skipping_what_lies_behind_the_diagonal_changes_nothing(length: int) -> None:
     rng = np.random.default_rng(length)
     q, k, v = (
-        jnp.asarray(rng.standard_normal((2, *shape)), jnp.float32) for shape in [(length, 2, 4)] + [(1, length, 4)] * 2
+        array(rng.standard_normal((2, *shape)), jnp.float32) for shape in [(length, 2, 4)] + [(1, length, 4)] * 2
     )
     positions = jnp.tile(jnp.arange(length), (2, 1))
     segments = jnp.asarray(np.sort(rng.integers(0, 3, (2, length))))

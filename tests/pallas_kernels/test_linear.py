@@ -22,7 +22,7 @@ from jdsi.pallas_kernels.linear.partition import (
     units,
 )
 from jdsi.pallas_kernels.normalization import NormForm, normalise
-from kernels import relative_error
+from kernels import array, relative_error
 from linear_cases import ACTIVATIONS, LAYER, RMS, call, case, oracle
 
 RELATIVE = {"float32": 1e-6, "bfloat16": 1e-2, "float16": 2e-3}
@@ -31,7 +31,7 @@ RELATIVE = {"float32": 1e-6, "bfloat16": 1e-2, "float16": 2e-3}
 def plain_case(rows: int, dtype: str) -> tuple[jax.Array, jax.Array, jax.Array]:
     rng = np.random.default_rng(rows)
     arrays = (rng.standard_normal((rows, 70)), rng.standard_normal((33, 70)), rng.standard_normal(33))
-    x, weight, bias = (jnp.asarray(a, dtype) for a in arrays)
+    x, weight, bias = (array(a, dtype) for a in arrays)
     return x, weight, bias
 
 

@@ -18,7 +18,7 @@ from jdsi.pallas_kernels.quantized_linear import QuantizedWeight, WeightFormat, 
 from jdsi.pallas_kernels.quantized_linear.api import QUANTIZED_LINEAR
 from jdsi.pallas_kernels.quantized_linear.specs import argument_specs, format_name
 from jdsi.pallas_kernels.quantized_linear.tiling import Shape, best, tilings
-from kernels import RELATIVE, compile_for_h200, interpreted_or_gpu, relative_error
+from kernels import RELATIVE, array, compile_for_h200, interpreted_or_gpu, relative_error
 from lowered import kernels_of
 from packed_numbers import packed_numbers, spread
 
@@ -56,14 +56,14 @@ class Case:
 
     def arrays(self) -> tuple[jax.Array, QuantizedWeight, jax.Array | None, jax.Array | None]:
         rng, rows = np.random.default_rng(self.tokens + self.out), self.out * self.form.operands
-        x = jnp.asarray(rng.standard_normal((self.tokens, self.inputs)), self.dtype)
+        x = array(rng.standard_normal((self.tokens, self.inputs)), self.dtype)
         weight = quantized(rng.standard_normal((rows, self.inputs)) * self.inputs**-0.5, self.stored)
-        bias = jnp.asarray(rng.standard_normal(rows), self.dtype) if self.bias else None
+        bias = array(rng.standard_normal(rows), self.dtype) if self.bias else None
         return (
             x,
             weight,
             bias,
-            jnp.asarray(rng.standard_normal((self.tokens, self.out)), self.dtype) if self.residual else None,
+            array(rng.standard_normal((self.tokens, self.out)), self.dtype) if self.residual else None,
         )
 
     def run(self, *arrays: Any) -> jax.Array:

@@ -15,7 +15,7 @@ from jdsi.errors import UnsupportedError
 from jdsi.pallas_kernels.attention import Alibi, AttentionForm, RoundedAlibi
 from jdsi.pallas_kernels.decode_attention import decode_attention, paged_decode_attention
 from jdsi.pallas_kernels.device import H200, target
-from kernels import RELATIVE, relative_error
+from kernels import RELATIVE, array, relative_error
 from triton_interpreter import A100, L40, compile_for, interpreted_triton
 
 FORM = AttentionForm(scale=0.2)
@@ -72,10 +72,10 @@ def make(case: Case) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
     rng = np.random.default_rng(case.seed)
     rows, (heads, kv_heads) = len(case.keys), case.heads
     lengths = np.array(case.keys)
-    q = np.asarray(jnp.asarray(rng.standard_normal((rows, case.queries, heads, case.dim)), case.dtype), np.float64)
+    q = np.asarray(array(rng.standard_normal((rows, case.queries, heads, case.dim)), case.dtype), np.float64)
     dims = {"k": case.dim} | ({} if case.value_dim else {"v": case.v_dim or case.dim})
     there = np.arange(case.capacity) < lengths[:, None]
-    arrays, wide = {"q": jnp.asarray(q, case.dtype)}, {}
+    arrays, wide = {"q": array(q, case.dtype)}, {}
     if case.page:
         columns = -(-case.capacity // case.page)
         tables = rng.choice([-1, rows * columns, 2**31 - 1], (rows, columns)).astype(np.int32)
@@ -91,7 +91,7 @@ def make(case: Case) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
             x = np.asarray(jnp.asarray(np.round(x / scales[..., None]), case.narrow), np.float64)
             wide[name] = x * scales[..., None]
         else:
-            x = np.asarray(jnp.asarray(x, case.dtype), np.float64)
+            x = np.asarray(array(x, case.dtype), np.float64)
             wide[name] = x
             x = np.where(there[:, None, :, None], x, np.nan)
         for key, part in ((name, x), (f"{name}_scales", scales)):
@@ -100,7 +100,7 @@ def make(case: Case) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
                     fill = np.nan if case.narrow is None or part is scales else 0
                     part = _paged(part, arrays["block_tables"], case.page, fill)
                 dtype = case.dtype if case.narrow is None else case.narrow if key == name else "float32"
-                arrays[key] = jnp.asarray(part, dtype)
+                arrays[key] = array(part, dtype)
     arrays["q_start"] = np.maximum(lengths - case.queries, 0).astype(np.int32)
     arrays["k_lengths"] = lengths.astype(np.int32)
     values = wide["v"] if "v" in wide else wide["k"][..., : case.value_dim]

@@ -19,7 +19,7 @@ from jdsi.pallas_kernels.linear import triton
 from jdsi.pallas_kernels.linear.api import gated_linear, linear
 from jdsi.pallas_kernels.linear.form import LinearForm
 from jdsi.pallas_kernels.normalization import NormForm
-from kernels import RELATIVE, relative_error
+from kernels import RELATIVE, array, relative_error
 from triton_interpreter import A100, L40, compile_for, interpreted_triton
 
 EXACT = {
@@ -40,7 +40,7 @@ def make(tokens: int, outputs: int, inputs: int, dtype: Any = jnp.bfloat16, seed
     shapes = {"x": (tokens, inputs), "weight": (outputs, inputs), "bias": (outputs,), "residual": (tokens, outputs)}
     arrays = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
     arrays["weight"] /= math.sqrt(inputs)
-    return {name: jnp.asarray(x, dtype) for name, x in arrays.items()}
+    return {name: array(x, dtype) for name, x in arrays.items()}
 
 
 def wide(*arrays: jax.Array) -> list[np.ndarray]:

@@ -17,7 +17,7 @@ from jdsi.pallas_kernels.device import H200
 from jdsi.pallas_kernels.linear.form import LinearForm
 from jdsi.pallas_kernels.normalization import NormForm
 from jdsi.pallas_kernels.quantized_linear import QuantizedWeight, WeightFormat, dequantize, quantize, triton
-from kernels import RELATIVE, relative_error
+from kernels import RELATIVE, array, relative_error
 from triton_interpreter import A100, compile_for, interpreted_triton
 
 TRITON = tuple(map(int, importlib.metadata.version("triton").split(".")[:2]))
@@ -40,7 +40,7 @@ def make(
 ) -> tuple[jax.Array, QuantizedWeight, np.ndarray]:
     """Tokens, a weight, and their product in float64."""
     rng = np.random.default_rng(seed)
-    x = jnp.asarray(rng.standard_normal((tokens, inputs)), dtype)
+    x = array(rng.standard_normal((tokens, inputs)), dtype)
     weight = quantize(rng.standard_normal((outputs, inputs)) / math.sqrt(inputs), form)
     return x, weight, np.asarray(x, np.float64) @ np.asarray(dequantize(weight), np.float64).T
 
@@ -79,7 +79,7 @@ def test_odd_sizes(name: str, tokens: int, outputs: int, inputs: int, splits: in
 def test_what_follows_the_product() -> None:
     x, weight, product = make(FORMATS["int4"], 4, 48, 256)
     rng = np.random.default_rng(0)
-    bias, residual = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in ((48,), (4, 48)))
+    bias, residual = (array(rng.standard_normal(shape), jnp.bfloat16) for shape in ((48,), (4, 48)))
     for splits in (1, 2):
         y = run(x, weight, bias, residual, config=SMALL | {"splits": splits}, activation="relu")
         expected = np.asarray(residual, np.float64) + np.maximum(product + np.asarray(bias, np.float64), 0)

@@ -82,8 +82,26 @@ def wide(family: str) -> TransformerSpec:
     return small(family, **(WIDE | ({"head_dim": 128} if family in ("gemma2", "qwen3") else {})))
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gptj", "falcon", "gemma2"])
-@pytest.mark.parametrize("work", [Workload.decode(4, 64), Workload.prefill(2, 32)], ids=["decode", "prefill"])
+DECODE, PREFILL = Workload.decode(4, 64), Workload.prefill(2, 32)
+
+
+# Every family's layers once, Llama's in both phases.
+@pytest.mark.parametrize(
+    ("family", "work"),
+    [
+        ("llama", DECODE),
+        ("llama", PREFILL),
+        ("gpt2", DECODE),
+        ("gptj", PREFILL),
+        ("falcon", DECODE),
+        ("gemma2", PREFILL),
+        *(
+            pytest.param(family, work, marks=pytest.mark.slow)
+            for family, work in (("gpt2", PREFILL), ("gptj", DECODE), ("falcon", PREFILL), ("gemma2", DECODE))
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else f"{value.new_tokens}-new",
+)
 def test_operations_and_bytes_are_those_that_xla_counts(family: str, work: Workload) -> None:
     spec = wide(family)
     graph, state = nnx.split(nnx.eval_shape(lambda: Transformer(spec)))

@@ -27,6 +27,8 @@ from jdsi.runtime.weight_stream import WeightStream
 from jdsi.sharding import make_mesh
 from zoo import three_layers
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 PROMPTS = [[5, 9, 2, 7], [11, 4, 4, 60, 33, 21, 8], [3]]
 SAMPLING = jdsi.SamplingParams(max_new_tokens=7, ignore_eos=True)
 
@@ -50,6 +52,9 @@ def expected(llama: Path) -> list[list[int]]:
     return [c.token_ids for c in engine.generate(PROMPTS, SAMPLING)]
 
 
+OTHERS = (("llama", 0, True), ("streaming", 0, False), ("streaming", 2, True))
+
+
 def limit_for(folder: Path, layers: int, edges: bool = True, *, batch: int = 64, max_tokens: int = 256) -> int:
     """The memory limit that keeps so many layers, and the embedding and the head or not."""
     store = BlockStore.open(folder)
@@ -67,8 +72,15 @@ def limit_for(folder: Path, layers: int, edges: bool = True, *, batch: int = 64,
     return PROCESS_BYTES + weights + min(kv, weights)  # for KV no more than half is set aside
 
 
-@pytest.mark.parametrize("layout", ["llama", "streaming"])
-@pytest.mark.parametrize(("layers", "edges"), [(0, False), (0, True), (2, True)])
+@pytest.mark.parametrize(
+    ("layout", "layers", "edges"),
+    [
+        ("llama", 0, False),
+        ("llama", 2, True),
+        ("streaming", 0, True),
+        *(pytest.param(*rest, marks=pytest.mark.slow) for rest in OTHERS),
+    ],
+)
 def test_tokens_do_not_depend_on_where_weights_live(
     layout: str, layers: int, edges: bool, request: pytest.FixtureRequest, expected: list[list[int]]
 ) -> None:
