@@ -50,13 +50,6 @@ def jdsi(monkeypatch: pytest.MonkeyPatch) -> Command:
     return run
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("llama")
-    save_llama(path)
-    return path
-
-
 def test_convert_then_generate_gives_the_same(jdsi: Command, folder: Path, tmp_path: Path) -> None:
     converted, back = tmp_path / "orbax", tmp_path / "hf"
     first = process("convert", folder, converted, "--json")
