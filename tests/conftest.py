@@ -5,11 +5,17 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from costs import Costs
 from jdsi.cuda_compiler import find_cuda_compiler
+
+if TYPE_CHECKING:
+    import transformers
+
+    import jdsi
 
 ROOT = Path(__file__).resolve().parent.parent
 ON_GPU = os.environ.get("JDSI_TEST_GPU") == "1"
@@ -78,3 +84,29 @@ def quick_compilation() -> Iterator[None]:
     with few_optimizations():
         yield
     jax.clear_caches()  # so that nothing else runs on these programs
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama with a tokenizer; a module whose tests want another has a fixture of this name."""
+    from checkpoints import save_llama
+
+    path = tmp_path_factory.mktemp("llama")
+    save_llama(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def engine(folder: Path) -> "jdsi.InferenceEngine":
+    """With all defaults."""
+    import jdsi
+
+    return jdsi.init_inference(folder)
+
+
+@pytest.fixture(scope="module")
+def torch_model(folder: Path) -> "transformers.PreTrainedModel":
+    """What PyTorch makes of it."""
+    import transformers
+
+    return transformers.AutoModelForCausalLM.from_pretrained(folder).eval()

@@ -25,16 +25,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def torch_model(folder: Path) -> Any:
-    return transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
-
-
-@pytest.fixture(scope="module")
-def engine(folder: Path) -> jdsi.InferenceEngine:
-    return jdsi.init_inference(folder)
-
-
 def all_of(completion: jdsi.Completion) -> list[jdsi.Completion]:
     return [completion, *completion.alternatives]
 

@@ -7,10 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-import transformers
 
 import jdsi
-from checkpoints import save_llama
 from jdsi import ConfigError, SamplingParams
 from jdsi.generation.sampler_state import seed_of_choice
 
@@ -18,23 +16,6 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 PROMPTS = [[5, 9, 2, 7, 7, 1], [40, 8], [3], [250] * 9, [11, 12, 13]]
 SAMPLED = SamplingParams(max_new_tokens=9, temperature=1.0, top_p=0.9, seed=5, n=3, repetition_penalty=1.2, logprobs=1)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("llama")
-    save_llama(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def engine(folder: Path) -> jdsi.InferenceEngine:
-    return jdsi.init_inference(folder)
-
-
-@pytest.fixture(scope="module")
-def torch_model(folder: Path) -> transformers.PreTrainedModel:
-    return transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
 
 
 def ids(completions: list[jdsi.Completion]) -> list[list[list[int]]]:

@@ -211,7 +211,7 @@ def test_chats_are_rendered_without_an_answer_to_come(tmp_path: Path) -> None:
 
 
 def test_padding_that_a_model_gives_no_position_is_refused(tmp_path: Path) -> None:
-    model = save(tmp_path, "roberta", transformers.AutoModelForSequenceClassification)
+    model = save_as(transformers.AutoModelForSequenceClassification, "roberta", tmp_path)
     engine = jdsi.init_inference(tmp_path, dtype="float32")
     wanted = expected(model, [{"input_ids": [5, 9, 0, 7]}])
     np.testing.assert_allclose(logits(engine, [[5, 9, 0, 7]]), wanted, rtol=RTOL, atol=ATOL)
@@ -231,7 +231,7 @@ def test_broken_weights_are_an_error(tmp_path: Path) -> None:
 
 
 def test_what_is_said_of_generation_has_no_effect(tmp_path: Path) -> None:
-    save(tmp_path, "bert", transformers.AutoModelForSequenceClassification)
+    save_as(transformers.AutoModelForSequenceClassification, "bert", tmp_path)
     for asked in ({"temperature": "hot"}, {"suppress_tokens": [999]}, {"eos_token_id": "2"}):
         (tmp_path / "generation_config.json").write_text(json.dumps(asked))
         engine = jdsi.init_inference(tmp_path)

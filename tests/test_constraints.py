@@ -1,15 +1,12 @@
 """What must, may and must not be generated, through the engine: against transformers' `generate`, and by its effect."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import transformers
 
 import jdsi
-from checkpoints import save_llama
 from jdsi import ConfigError, JdsiError, SamplingParams
 from transformers_chain import generation_options
 
@@ -18,20 +15,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 PROMPTS = [[5, 9, 2, 7, 7, 1], [40, 8], [3], [250] * 9, [11, 12, 13]]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("llama")
-    save_llama(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def engine(folder: Path) -> jdsi.InferenceEngine:
-    return jdsi.init_inference(folder)
-
-
-def test_greedy_search_under_constraints_equals_transformers(folder: Path, engine: jdsi.InferenceEngine) -> None:
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+def test_greedy_search_under_constraints_equals_transformers(torch_model: Any, engine: jdsi.InferenceEngine) -> None:
     plain = [c.token_ids for c in engine.generate(PROMPTS, SamplingParams(max_new_tokens=12))]
     options: list[dict[str, Any]] = [
         {"bad_words_ids": [[plain[0][0]], plain[0][2:4]], "no_repeat_ngram": 2},
@@ -43,7 +27,7 @@ def test_greedy_search_under_constraints_equals_transformers(folder: Path, engin
     params = [SamplingParams(max_new_tokens=12, **own) for own in options]
     for prompt, own, before, completion in zip(PROMPTS, params, plain, engine.generate(PROMPTS, params), strict=True):
         with torch.no_grad():
-            out = model.generate(torch.tensor([prompt]), pad_token_id=0, **generation_options(own.filled()))
+            out = torch_model.generate(torch.tensor([prompt]), pad_token_id=0, **generation_options(own.filled()))
         assert completion.token_ids == out[0, len(prompt) :].tolist(), own
         assert completion.token_ids != before, own
 

@@ -23,23 +23,6 @@ from without_torch import WITHOUT_TORCH
 PROMPTS = ["def f(", "The quick brown fox jumps over the lazy", "x", "return café"]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("llama")
-    save_llama(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def torch_model(folder: Path) -> transformers.PreTrainedModel:
-    return transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
-
-
-@pytest.fixture(scope="module")
-def engine(folder: Path) -> jdsi.InferenceEngine:
-    return jdsi.init_inference(folder)
-
-
 def torch_tokens(model: transformers.PreTrainedModel, prompt: list[int], **options: object) -> list[int]:
     with torch.no_grad():
         out = model.generate(torch.tensor([prompt]), pad_token_id=0, **options)

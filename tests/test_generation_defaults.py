@@ -9,19 +9,11 @@ import torch
 import transformers
 
 import jdsi
-from checkpoints import save_llama
 from jdsi import SamplingParams
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 PROMPTS = [[5, 9, 2, 7, 7, 1], [40, 8]]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("llama")
-    save_llama(path)
-    return path
 
 
 def asking(folder: Path, **options: Any) -> Path:

@@ -9,23 +9,7 @@ import typer
 
 from jdsi.without_torch import import_transformers_without_torch
 
-from .engine_options import (
-    Coordinator,
-    DataParallel,
-    Distributed,
-    GpuDirect,
-    Kernels,
-    NumProcesses,
-    Offload,
-    PipelineParallel,
-    ProcessId,
-    Strict,
-    TensorParallel,
-    Tokenizer,
-    Weights,
-    join_others,
-    silence,
-)
+from . import engine_options as options
 from .progress import progress_line
 from .prompts import read_prompts
 
@@ -33,7 +17,7 @@ _TEXTS = "Texts (each may be repeated)"
 
 
 def classify(
-    model: Annotated[str, typer.Argument(help="Folder of a Hugging Face or converted checkpoint, or a hub id.")],
+    model: options.Model,
     text: Annotated[list[str] | None, typer.Option(help="Text to classify.", rich_help_panel=_TEXTS)] = None,
     pair: Annotated[
         list[str] | None,
@@ -48,31 +32,31 @@ def classify(
     prompt_ids: Annotated[
         list[str] | None, typer.Option(help="Token ids to classify, as 5,6,7.", rich_help_panel=_TEXTS)
     ] = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    offload: Offload = None,
+    dtype: options.Dtype = "auto",
+    offload: options.Offload = None,
     memory_limit: Annotated[
         str | None, typer.Option(help="With --offload: memory to keep to, as 2GiB; by default what is free.")
     ] = None,
-    gpu_direct: GpuDirect = False,
-    tensor_parallel: TensorParallel = 1,
-    pipeline_parallel: PipelineParallel = 1,
-    data_parallel: DataParallel = 1,
-    distributed: Distributed = False,
-    coordinator: Coordinator = None,
-    num_processes: NumProcesses = None,
-    process_id: ProcessId = None,
-    kernels: Kernels = True,
-    tokenizer: Tokenizer = None,
-    checkpoint: Weights = None,
-    strict: Strict = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    gpu_direct: options.GpuDirect = False,
+    tensor_parallel: options.TensorParallel = 1,
+    pipeline_parallel: options.PipelineParallel = 1,
+    data_parallel: options.DataParallel = 1,
+    distributed: options.Distributed = False,
+    coordinator: options.Coordinator = None,
+    num_processes: options.NumProcesses = None,
+    process_id: options.ProcessId = None,
+    kernels: options.Kernels = True,
+    tokenizer: options.Tokenizer = None,
+    checkpoint: options.Weights = None,
+    strict: options.Strict = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Label texts, or pairs of texts, with a sequence classifier: a line for each, the label and its score."""
     texts = _texts(text or [], pair or [], chat_file or [], prompt_ids or [])
     import_transformers_without_torch()  # slow, as what follows: mistakes above are answered before
     from jdsi import init_inference
 
-    first = join_others(distributed, coordinator, num_processes, process_id)
+    first = options.join_others(distributed, coordinator, num_processes, process_id)
     engine = init_inference(
         model,
         dtype=dtype,
@@ -87,7 +71,7 @@ def classify(
         pipeline_parallel=pipeline_parallel,
         data_parallel=data_parallel,
     )
-    with contextlib.closing(engine), progress_line(engine), contextlib.nullcontext() if first else silence():
+    with contextlib.closing(engine), progress_line(engine), contextlib.nullcontext() if first else options.silence():
         found = engine.classify(texts)
         if as_json:
             report = {"classifications": [one.as_dict() for one in found], "stats": engine.stats.as_dict()}

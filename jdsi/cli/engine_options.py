@@ -10,6 +10,8 @@ import typer
 
 PARALLELISM = "Parallelism"
 
+Model = Annotated[str, typer.Argument(help="Folder of a Hugging Face or converted checkpoint, or a hub id.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Offload = Annotated[str | None, typer.Option(help="host, nvme or auto: weights that need not stay on the device.")]
 GpuDirect = Annotated[
     bool,
@@ -38,6 +40,7 @@ Weights = Annotated[
     typer.Option("--checkpoint", help="Where the weights are, if not MODEL: a folder, hub id or JSON list of files."),
 ]
 Tokenizer = Annotated[str | None, typer.Option(help="Folder or hub id, if not the model's own.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 def join_others(distributed: bool, coordinator: str | None, num_processes: int | None, process_id: int | None) -> bool:

@@ -12,24 +12,7 @@ import typer
 from jdsi.errors import ConfigError
 from jdsi.without_torch import import_transformers_without_torch
 
-from .engine_options import (
-    PARALLELISM,
-    Coordinator,
-    DataParallel,
-    Distributed,
-    GpuDirect,
-    Kernels,
-    NumProcesses,
-    Offload,
-    PipelineParallel,
-    ProcessId,
-    Strict,
-    TensorParallel,
-    Tokenizer,
-    Weights,
-    join_others,
-    silence,
-)
+from . import engine_options as options
 from .progress import progress_line
 from .prompts import read_prompts, token_ids
 
@@ -38,7 +21,7 @@ _PROMPTS = "Prompts (each may be repeated)"
 
 
 def generate(
-    model: Annotated[str, typer.Argument(help="Folder of a Hugging Face or converted checkpoint, or a hub id.")],
+    model: options.Model,
     prompt: Annotated[list[str] | None, typer.Option(help="Text to continue.", rich_help_panel=_PROMPTS)] = None,
     prompt_file: Annotated[
         list[str] | None,
@@ -115,13 +98,13 @@ def generate(
         str,
         typer.Option(help="ignore: not what the model's folder asks for by default.", rich_help_panel=_SAMPLING),
     ] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    offload: Offload = None,
+    dtype: options.Dtype = "auto",
+    offload: options.Offload = None,
     memory_limit: Annotated[
         str | None,
         typer.Option(help="With --offload or --parallelism: memory to keep to, as 2GiB; by default what is free."),
     ] = None,
-    gpu_direct: GpuDirect = False,
+    gpu_direct: options.GpuDirect = False,
     kv_offload: Annotated[
         str | None, typer.Option(help="With --offload: host or nvme, where keys and values live as well.")
     ] = None,
@@ -131,23 +114,23 @@ def generate(
     devices_per_link: Annotated[
         int, typer.Option(help="With --kv-offload: devices that share a link to the host.")
     ] = 1,
-    tensor_parallel: TensorParallel = 1,
-    pipeline_parallel: PipelineParallel = 1,
-    data_parallel: DataParallel = 1,
+    tensor_parallel: options.TensorParallel = 1,
+    pipeline_parallel: options.PipelineParallel = 1,
+    data_parallel: options.DataParallel = 1,
     parallelism: Annotated[
         str | None,
-        typer.Option(help="auto, latency or throughput: choose the degrees.", rich_help_panel=PARALLELISM),
+        typer.Option(help="auto, latency or throughput: choose the degrees.", rich_help_panel=options.PARALLELISM),
     ] = None,
-    distributed: Distributed = False,
-    coordinator: Coordinator = None,
-    num_processes: NumProcesses = None,
-    process_id: ProcessId = None,
-    kernels: Kernels = True,
-    tokenizer: Tokenizer = None,
-    checkpoint: Weights = None,
-    strict: Strict = False,
+    distributed: options.Distributed = False,
+    coordinator: options.Coordinator = None,
+    num_processes: options.NumProcesses = None,
+    process_id: options.ProcessId = None,
+    kernels: options.Kernels = True,
+    tokenizer: options.Tokenizer = None,
+    checkpoint: options.Weights = None,
+    strict: options.Strict = False,
     stream: Annotated[bool, typer.Option("--stream", help="Print text as it comes (one prompt).")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Continue prompts with a model."""
     prompts = read_prompts(prompt or [], prompt_file or [], prompt_ids or [], chat_file or [], chat=chat)
@@ -185,14 +168,14 @@ def generate(
         "seed": seed,
     }
     given = {name: value for name, value in own.items() if value is not None}
-    options = {**_sampling(sampling), **given}
+    asked = {**_sampling(sampling), **given}
     import_transformers_without_torch()  # slow, as what follows: mistakes above are answered before
     from jdsi import SamplingParams, init_inference
 
-    params = SamplingParams.from_dict(options)
+    params = SamplingParams.from_dict(asked)
     if stream and params.given.get("n", 1) > 1:
         raise typer.BadParameter("--stream prints one result's text as it comes; leave out --n")
-    first = join_others(distributed, coordinator, num_processes, process_id)
+    first = options.join_others(distributed, coordinator, num_processes, process_id)
     engine = init_inference(
         model,
         dtype=dtype,
@@ -216,7 +199,7 @@ def generate(
         choice = engine.executor.choice
         if choice is not None and first:
             sys.stderr.write(f"{choice.explain()}\n")
-        with contextlib.nullcontext() if first else silence():
+        with contextlib.nullcontext() if first else options.silence():
             _run(engine, prompts, params, stream=stream, as_json=as_json)
 
 
@@ -247,9 +230,9 @@ def _sampling(text: str | None) -> dict[str, Any]:
     if text is None:
         return {}
     try:
-        options = json.loads(Path(text[1:]).read_text() if text.startswith("@") else text)
+        found = json.loads(Path(text[1:]).read_text() if text.startswith("@") else text)
     except (OSError, ValueError) as error:
         raise ConfigError(f"--sampling {text} cannot be read: {error}") from error
-    if not isinstance(options, dict):
-        raise ConfigError(f"--sampling holds a JSON {type(options).__name__}; it must be an object")
-    return options
+    if not isinstance(found, dict):
+        raise ConfigError(f"--sampling holds a JSON {type(found).__name__}; it must be an object")
+    return found
