@@ -1,6 +1,6 @@
 """The few building blocks every family is made of."""
 
-from .linear import Embedding, Linear, VocabularyEmbedding, rows_of, weight
+from .linear import Embedding, Linear, VocabularyEmbedding, array_weight, rows_of
 from .norm import Norm
 from .parameter import WIDTH, Axis, Declaration, declaration_of, parameter, vocabulary_axis
 from .sums import Combined, Product, Sum, row_parallel, whole
@@ -21,12 +21,12 @@ __all__ = [
     "VocabularyEmbedding",
     "Weight",
     "WeightForm",
+    "array_weight",
     "declaration_of",
     "fused_product",
     "parameter",
     "row_parallel",
     "rows_of",
     "vocabulary_axis",
-    "weight",
     "whole",
 ]

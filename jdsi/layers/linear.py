@@ -21,7 +21,9 @@ from .weight import ArrayWeight, Weight
 UNDIVIDED = (None, None)
 
 
-def weight(matrix: Float[Array, "out in"], axes: Sequence[Axis | None], *, quantizable: bool = False) -> ArrayWeight:
+def array_weight(
+    matrix: Float[Array, "out in"], axes: Sequence[Axis | None], *, quantizable: bool = False
+) -> ArrayWeight:
     """A declared matrix in the form of an array, see `parameter`."""
     return parameter(matrix, axes, quantizable=quantizable, kind=ArrayWeight)
 
@@ -49,7 +51,7 @@ class Linear(nnx.Module):
         scale: float = 0.02,
     ) -> None:
         matrix = jax.random.normal(rngs.params(), (out_features, in_features), dtype) * scale
-        self.weight: Weight = weight(matrix, axes, quantizable=quantizable)
+        self.weight: Weight = array_weight(matrix, axes, quantizable=quantizable)
         self.bias = parameter(jnp.zeros(out_features, dtype), axes[:1]) if bias else None
 
     def __call__(
@@ -84,7 +86,7 @@ class Embedding(nnx.Module):
         rngs: nnx.Rngs,
         scale: float = 0.02,
     ) -> None:
-        self.weight = weight(jax.random.normal(rngs.params(), (entries, width), dtype) * scale, axes)
+        self.weight = array_weight(jax.random.normal(rngs.params(), (entries, width), dtype) * scale, axes)
 
     def __call__(self, ids: Int[Array, " T"]) -> Float[Array, "T E"]:
         return jnp.take(self.weight[...], ids, axis=0, mode="clip")

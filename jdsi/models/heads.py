@@ -9,8 +9,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from jdsi.layers import WIDTH, Linear, Weight, parameter, vocabulary_axis
-from jdsi.layers.linear import weight
+from jdsi.layers import WIDTH, Linear, Weight, array_weight, parameter, vocabulary_axis
 from jdsi.pallas_kernels import ACTIVATIONS
 
 from .norms import make_norm
@@ -40,7 +39,7 @@ class Head(nnx.Module):
         self.project = Linear(width, table, bias=False, dtype=dtype, rngs=rngs) if table != width else None
         matrix = jax.random.normal(rngs.params(), (vocab_size, table), dtype) * 0.02
         axes = vocabulary_axis(vocab_size), WIDTH
-        plain = weight(matrix, axes, quantizable=True)
+        plain = array_weight(matrix, axes, quantizable=True)
         own: Any = plain if spec.form is None else spec.form.of(plain)
         self.weight: Weight | None = None if spec.tied else own
         self.bias = parameter(jnp.zeros(vocab_size, dtype), axes[:1]) if spec.bias else None

@@ -18,7 +18,7 @@ from jdsi.models.work import Operation, Work, Workload
 from jdsi.sharding import DATA, PIPE, TENSOR, Parallelism
 
 from .collectives import Collective
-from .shares import Share, even_stages, share_of
+from .shares import even_stages, share_of
 
 _HLO_NAMES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 
@@ -68,18 +68,24 @@ def stage_costs(
         ConfigError: there are more stages than layers.
     """
     dtype = jnp.dtype(dtype)
-    counting = _Counting(share_of(spec, parallelism.tensor), parallelism, work, dtype, sequence_parallel)
+    counting = _Counting(share_of(spec, parallelism.tensor).spec, parallelism, work, dtype, sequence_parallel)
     return tuple(counting.stage(layers) for layers in stages or even_stages(spec, parallelism.pipeline))
 
 
 class _Counting:
     def __init__(
-        self, share: Share, parallelism: Parallelism, work: Workload, dtype: jnp.dtype, sequence_parallel: bool | None
+        self,
+        share: TransformerSpec,
+        parallelism: Parallelism,
+        work: Workload,
+        dtype: jnp.dtype,
+        sequence_parallel: bool | None,
     ) -> None:
         self._share, self._parallelism, self._work, self._item = share, parallelism, work, dtype.itemsize
         self._units = Work(work, dtype.itemsize)
         self._dtype = _HLO_NAMES.get(dtype.name, dtype.name)
-        self._ranks, self._width, self._tokens = parallelism.tensor, share.spec.width, work.tokens
+        self._ranks, self._width, self._tokens = parallelism.tensor, share.width, work.tokens
+        self._table = share.embedding.width or share.width
         wanted = work.tokens >= SEQUENCE_PARALLEL_TOKENS if sequence_parallel is None else sequence_parallel
         self._divided = wanted and self._ranks > 1 and self._tokens % self._ranks == 0
         self._own_tokens = self._tokens // self._ranks if self._divided else self._tokens
@@ -91,7 +97,7 @@ class _Counting:
         if first:
             operations += self._embedding()
             collectives += self._embedding_exchange()
-        specs = [self._share.spec.layers[i] for i in layers]
+        specs = [self._share.layers[i] for i in layers]
         for layer in dict.fromkeys(specs):
             count = specs.count(layer)
             operations += (dataclasses.replace(one, count=count) for one in self._layer(layer))
@@ -100,12 +106,6 @@ class _Counting:
             operations += self._head()
             collectives += self._head_exchange()
         return StageCosts(layers, tuple(operations), tuple(_together(collectives)), self._transfer(last))
-
-    def _product(self, name: str, tokens: int) -> Operation:
-        """Of a linear layer outside of the layers."""
-        rows, columns = self._share.others[f"{name}.weight"]
-        bias = f"{name}.bias" in self._share.others
-        return self._units.product(name.split(".")[-1], rows, columns, bias=bias, tokens=tokens)
 
     def _layer(self, layer: LayerSpec) -> Iterator[Operation]:
         sublayers, stream = len(layer.sublayers), self._own_tokens * self._width
@@ -120,35 +120,35 @@ class _Counting:
             yield units.elementwise("norm", 2 * stream * norms, norms)
 
     def _embedding(self) -> Iterator[Operation]:
-        shapes, width = self._share.others, self._width
-        table = self._share.spec.embedding.width or width
-        tables = sum(f"embedding.{name}.weight" in shapes for name in ("tokens", "positions", "token_types"))
+        spec, width, table = self._share.embedding, self._width, self._table
+        tables = 1 + (spec.positions is not None) + (spec.token_types > 0)
         yield self._units.elementwise("embedding", self._tokens * (tables * table + width))
-        if "embedding.project.weight" in shapes:
-            yield self._product("embedding.project", self._tokens)
+        if table != width:
+            yield self._units.product("project", width, table, bias=False, tokens=self._tokens)
 
     def _head(self) -> Iterator[Operation]:
-        spec, shapes, rows = self._share.spec, self._share.others, self._work.rows
+        spec, rows, width, table = self._share, self._work.rows, self._width, self._table
         if spec.norm is not None:
-            yield self._units.elementwise("norm", 2 * self._tokens * self._width)
+            yield self._units.elementwise("norm", 2 * self._tokens * width)
         if spec.head is None:
             return
-        for name in ("head.transform.dense", "head.project"):
-            if f"{name}.weight" in shapes:
-                yield self._product(name, rows)
-        vocabulary, width = shapes[self._share.table or "head.weight"]
+        if spec.head.transform is not None:
+            yield self._units.product("dense", width, width, bias=True, tokens=rows)
+        if table != width:
+            yield self._units.product("project", table, width, bias=False, tokens=rows)
+        vocabulary = spec.vocab_size
         yield Operation(
             "head",
-            flops=2 * rows * vocabulary * width,
-            weight_bytes=vocabulary * width * self._item,
-            activation_bytes=rows * (width * self._item + vocabulary * 4),
+            flops=2 * rows * vocabulary * table,
+            weight_bytes=vocabulary * table * self._item,
+            activation_bytes=rows * (table * self._item + vocabulary * 4),
         )
         # The largest, the first that equals it, and its probability: three passes over float32.
         yield Operation("sample", activation_bytes=3 * 4 * rows * vocabulary, kernels=3)
 
     def _embedding_exchange(self) -> Iterator[Collective]:
         if self._ranks > 1:
-            yield self._exchange("all-reduce", (self._tokens, self._share.spec.embedding.width or self._width))
+            yield self._exchange("all-reduce", (self._tokens, self._table))
 
     def _layer_exchange(self, layer: LayerSpec) -> Iterator[Collective]:
         if self._ranks == 1:
@@ -161,7 +161,7 @@ class _Counting:
         rows = (self._work.rows,)
         if self._divided:  # each row's last token, from the rank that has it
             yield self._exchange("all-reduce", (self._work.rows, self._width))
-        if self._ranks > 1 and self._share.spec.head is not None:
+        if self._ranks > 1 and self._share.head is not None:
             yield self._exchange("all-reduce", rows, "s32", count=2)
         if self._parallelism.data > 1:  # every device gets all tokens, their log-probabilities, and which were the last
             batch = self._work.rows * self._parallelism.data

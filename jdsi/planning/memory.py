@@ -12,7 +12,7 @@ from jdsi.models.spec import LayerSpec
 from jdsi.models.work import Workload
 from jdsi.sharding import Parallelism
 
-from .shares import elements, even_stages, share_of
+from .shares import even_stages, share_of, weight_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,10 +65,10 @@ def stage_memory(
     found = []
     for layers in stages or even_stages(spec, parallelism.pipeline):
         specs = [share.spec.layers[i] for i in layers]
-        last = layers.stop == len(share.layers) and share.spec.head is not None
+        last = layers.stop == len(share.spec.layers) and share.spec.head is not None
         found.append(
             Memory(
-                weights=elements(share.stage(layers)) * item,
+                weights=weight_bytes(share.stage(layers), dtype),
                 kv=Contiguous().bytes(share.spec.kv_shapes[layers.start : layers.stop], rows, capacity, dtype),
                 activations=work.tokens * max(_live(spec.width, one) for one in specs) * item,
                 # As they come, and once more while they are worked on.

@@ -13,8 +13,9 @@ from jdsi import InferenceConfig, SamplingParams
 from jdsi.engine import InferenceEngine
 from jdsi.layers import WIDTH, Axis, parameter
 from jdsi.models import ParameterInfo, abstract_parameters
+from jdsi.planning import Workload, stage_memory
 from jdsi.runtime.forward import forward
-from jdsi.sharding import EXPERT, Evenly
+from jdsi.sharding import EXPERT, Evenly, Parallelism
 
 PROMPTS = [[3, 14, 15, 9, 2], [6, 5, 35], [8, 9, 7, 9]]
 
@@ -59,7 +60,10 @@ def test_a_parameter_may_be_divided_over_two_axes() -> None:
 
 def test_parts_of_a_form_keep_their_types() -> None:
     toy: seams.Toy = importlib.import_module("toys.int8").TOY
-    types = {name: leaf.dtype.name for name, leaf in abstract_parameters(toy.spec, "bfloat16").items()}
+    abstract = abstract_parameters(toy.spec, "bfloat16")
+    types = {name: leaf.dtype.name for name, leaf in abstract.items()}
     at = "layers.1.attention.qkv.weight"
     assert (types[f"{at}.values"], types[f"{at}.scales"]) == ("int8", "float32")
     assert types["embedding.tokens.weight"] == "bfloat16"
+    (memory,) = stage_memory(toy.spec, Parallelism(), Workload.decode(1, 8), rows=1, capacity=8, dtype="bfloat16")
+    assert memory.weights == sum(leaf.size * leaf.dtype.itemsize for leaf in abstract.values())
