@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 
 from jdsi.errors import ConfigError
 from jdsi.kv_cache import AttentionContext
-from jdsi.layers import Norm, Sum, WeightForm, whole
+from jdsi.layers import ArrayWeight, Norm, Sum, WeightForm, whole
 
 from .norms import NormSpec, make_norm
 from .residual import ResidualSpec
@@ -89,6 +89,9 @@ class Layer(nnx.Module):
         width: E.
         index: of the layer in the contexts that it is given.
         dtype, rngs: of random weights.
+
+    Raises:
+        ConfigError: the spec has a form for something that is no matrix.
     """
 
     def __init__(self, spec: LayerSpec, width: int, index: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
@@ -100,8 +103,11 @@ class Layer(nnx.Module):
             setattr(self, name, make_norm(norm, width, dtype))
         for path, form in spec.forms:
             *to, name = path.split(".")
-            holder = functools.reduce(getattr, to, self)
-            setattr(holder, name, form.of(getattr(holder, name)))
+            holder = functools.reduce(lambda module, part: getattr(module, part, None), to, self)
+            matrix = getattr(holder, name, None)
+            if not isinstance(matrix, ArrayWeight):
+                raise ConfigError(f"forms has {path!r}, which is no matrix of sublayers {', '.join(self.names)}")
+            setattr(holder, name, form.of(matrix))
 
     @property
     def norms(self) -> Mapping[str, Norm]:

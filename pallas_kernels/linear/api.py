@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 from ..normalization import NormForm
 from ..normalization import norm as normalised
 from ..operator import Implementation, Operator
-from ..quantized_linear.api import QUANTIZED_LINEAR
+from ..quantized_linear import api as quantized
 from ..quantized_linear.weight import QuantizedWeight
 from .form import LinearForm, dtype_or_none
 from .reference import linear as reference
@@ -109,7 +109,7 @@ def _product(
         return LINEAR(x, weight, bias, residual, norm_weight, norm_bias, implementation=implementation, form=form)
     if form.norm is not None:
         x, form = normalised(x, norm_weight, norm_bias, form.norm), dataclasses.replace(form, norm=None)
-    return QUANTIZED_LINEAR(x, weight, bias, residual, implementation=implementation, form=form)
+    return quantized.QUANTIZED_LINEAR(x, weight, bias, residual, implementation=implementation, form=form)
 
 
 def _check(

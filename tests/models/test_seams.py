@@ -1,9 +1,11 @@
 """What is added to a model from outside, without a change to the product, runs everywhere and computes what it says."""
 
+import dataclasses
 import importlib
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,8 +13,10 @@ import pytest
 import seams
 from jdsi import InferenceConfig, SamplingParams
 from jdsi.engine import InferenceEngine
+from jdsi.errors import ConfigError
 from jdsi.layers import WIDTH, Axis, parameter
-from jdsi.models import ParameterInfo, abstract_parameters
+from jdsi.models import ParameterInfo, Transformer, abstract_parameters
+from jdsi.models.spec import HeadSpec
 from jdsi.planning import Workload, stage_memory
 from jdsi.runtime.forward import forward
 from jdsi.sharding import EXPERT, Evenly, Parallelism
@@ -67,3 +71,32 @@ def test_parts_of_a_form_keep_their_types() -> None:
     assert types["embedding.tokens.weight"] == "bfloat16"
     (memory,) = stage_memory(toy.spec, Parallelism(), Workload.decode(1, 8), rows=1, capacity=8, dtype="bfloat16")
     assert memory.weights == sum(leaf.size * leaf.dtype.itemsize for leaf in abstract.values())
+
+
+def test_layers_that_cannot_be_are_named() -> None:
+    form = importlib.import_module("toys.int8").Int8()
+    for path in ("attention.key.weight", "attention_norm.weight", "attention.qkv"):
+        wrong = dataclasses.replace(seams.LAYER, forms=((path, form),))
+        with pytest.raises(ConfigError, match=rf"forms has '{path}', which is no matrix of sublayers attention, feed_"):
+            abstract_parameters(seams.small_spec(wrong))
+    attention, mlp = seams.LAYER.sublayers
+    with pytest.raises(ConfigError, match="are called attention, attention; each needs a name of its own"):
+        dataclasses.replace(seams.LAYER, sublayers=(attention, attention))
+    with pytest.raises(ConfigError, match="exactly one must attend"):
+        dataclasses.replace(seams.LAYER, sublayers=(mlp,))
+    with pytest.raises(ConfigError, match="has no form of its own"):
+        HeadSpec(tied=True, form=form)
+    with pytest.raises(LookupError, match="none is of the kind TwoExpertsSpec"):
+        seams.LAYER.of(importlib.import_module("toys.experts").TwoExpertsSpec)
+
+
+def test_programs_name_sublayers_and_their_products() -> None:
+    model = Transformer.skeleton(seams.small_spec())
+
+    def run(leaves: list[jax.Array], tokens: jax.Array) -> jax.Array:
+        return model.build(leaves)(tokens)
+
+    tokens = jax.ShapeDtypeStruct((1, 4), jnp.int32)
+    text = jax.jit(run).lower(list(model.abstract.values()), tokens).as_text(debug_info=True)
+    for scope in ("attention/qkv", "attention/attend", "attention/out", "feed_forward/up", "feed_forward/down"):
+        assert f"layers.1/{scope}/" in text, scope
