@@ -48,6 +48,10 @@ LINEAR = [f"layers.{i}.{part}.weight" for i in (0, 1) for part in ("attention.qk
 LINEAR += [f"layers.{i}.feed_forward.{part}.weight" for i in (0, 1) for part in ("up", "down")]
 
 
+# As one program each, which takes less long to compile than one for every operation of theirs.
+quantized, restored = jax.jit(quantize, static_argnums=1), jax.jit(dequantize, static_argnums=1)
+
+
 def silent(name: str, block: np.ndarray) -> None:
     """A `Watch`."""
 
@@ -107,11 +111,11 @@ def test_arrays_are_those_of_quantize_and_the_rest_is_as_it_was(kind: Any, dtype
             continue
         form = WeightFormat(kind, groups[name.split(".")[-2]])
         assert checkpoint.quantized[name].format == form
-        made, stored = quantize(array, form), stored_arrays(root / f"{kind}-{dtype}", name)
+        made, stored = quantized(array, form), stored_arrays(root / f"{kind}-{dtype}", name)
         assert stored.keys() == {"values", "scales"}
         assert_same_bits(stored["values"], made.values, name)
         assert_same_bits(stored["scales"], made.scales, name)
-        assert_same_bits(plain, dequantize(made), name)
+        assert_same_bits(plain, restored(made), name)
         # Half a step of each group, and what float32 rounds away of the product.
         scales = np.repeat(stored["scales"].astype(np.float32).T, array.shape[1] // stored["scales"].shape[0], axis=1)
         assert (np.abs(plain - array) <= 0.5 * scales * (1 + 2e-5)).all(), name
@@ -169,7 +173,7 @@ def test_the_device_and_read_give_identical_bits(kind: str, dtype: str, root: Pa
     for name in ("layers.0.attention.out.weight", "head.weight"):
         form, stored = checkpoint.quantized[name].format, stored_arrays(checkpoint.path, name)
         read = checkpoint.read(name, jnp.dtype(dtype), silent)
-        assert_same_bits(read, dequantize(quantize(stored_source(root, name), form), jnp.dtype(dtype)), name)
+        assert_same_bits(read, restored(quantized(stored_source(root, name), form), jnp.dtype(dtype)), name)
         made = jax.jit(lambda stored, form=form: dequantized(stored, form, jnp.dtype(dtype)))(stored)
         assert_same_bits(made, read, name)
         # Inside a program that widens the numbers again at once, where XLA would like to skip the rounding.
