@@ -69,7 +69,7 @@ def _report(spec: "TransformerSpec") -> dict[str, Any]:
     }
 
 
-def _described(spec: TransformerSpec) -> dict[str, Any]:
+def _described(spec: "TransformerSpec") -> dict[str, Any]:
     """The spec as nested dictionaries, with a layer's sublayers by their names."""
     layers = [
         {one.name: _fields(one) for one in layer.sublayers} | {"residual": _fields(layer.residual)}
