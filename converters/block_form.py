@@ -113,15 +113,21 @@ class Parameter:
         shape: its own.
         dtype: that the checkpoint had it in.
         recipe: how it is made of what is stored.
+        own_dtype: its type whatever the model runs in, see `ParameterInfo.dtype`.
     """
 
     shape: Shape
     dtype: np.dtype
     recipe: Recipe
+    own_dtype: np.dtype | None = None
+
+    def used_in(self, dtype: Any) -> np.dtype:
+        """Its type where the model runs in `dtype`."""
+        return jnp.dtype(dtype) if self.own_dtype is None else self.own_dtype
 
     def nbytes_as(self, dtype: np.dtype) -> int:
-        """Bytes once it is of `dtype`."""
-        return math.prod(self.shape) * np.dtype(dtype).itemsize
+        """Bytes in a model that runs in `dtype`."""
+        return math.prod(self.shape) * self.used_in(dtype).itemsize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,14 +152,15 @@ class BlockForm:
         return {name: field.view(memory) for name, field in self.fields}
 
     def make(self, stored: Mapping[str, Array], dtype: Any) -> dict[str, Array]:
-        """All parameters, out of the stored arrays."""
-        return {name: parameter.recipe.make(stored, dtype) for name, parameter in self.parameters}
+        """All parameters of a model that runs in `dtype`, out of the stored arrays."""
+        return {name: one.recipe.make(stored, one.used_in(dtype)) for name, one in self.parameters}
 
     def nbytes_as(self, dtype: np.dtype) -> int:
-        """Bytes of the parameters once they are of `dtype`."""
+        """Bytes of the parameters in a model that runs in `dtype`."""
         return sum(parameter.nbytes_as(dtype) for _, parameter in self.parameters)
 
     def made_bytes(self, dtype: np.dtype) -> int:
         """Bytes of those parameters that are not used where they are stored."""
         fields = dict(self.fields)
-        return sum(p.nbytes_as(dtype) for _, p in self.parameters if not p.recipe.is_stored_as(fields, dtype))
+        made = [one for _, one in self.parameters if not one.recipe.is_stored_as(fields, one.used_in(dtype))]
+        return sum(one.nbytes_as(dtype) for one in made)

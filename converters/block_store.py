@@ -8,15 +8,13 @@ from typing import Self
 import numpy as np
 
 from jdsi.errors import CheckpointError, ConfigError
-from jdsi.models.spec import TransformerSpec
-from jdsi.models.tensor_parallel import split_of
+from jdsi.models import ParameterInfo, TransformerSpec, groups_of, layer_group, splits_of
 from jdsi.models.weight_map import Identity
 
 from .block_form import FIELD_ALIGNMENT, BlockForm, Dequantized, Field, Joined, Parameter, Recipe
 from .block_watch import BlockWatch
 from .checkpoint import Checkpoint
 from .direct_io import Segment, identity, round_up
-from .orbax import groups
 from .sharded import ShardedCheckpoint
 from .sources import MappedParameters
 from .stored_model import StoredModel, open_model
@@ -88,12 +86,13 @@ class BlockStore:
                 be streamed.
         """
         stored = path if isinstance(path, StoredModel) else open_model(path)
-        checkpoint, spec, shapes = stored.store, stored.spec, stored.parameters.shapes
+        checkpoint, spec = stored.store, stored.spec
+        groups = groups_of(spec, tuple(stored.parameters.shapes))
         if isinstance(checkpoint, StreamingCheckpoint):
-            blocks = {name: _stored_block(checkpoint, name) for name in groups(shapes)}
+            blocks = {group: _stored_block(checkpoint, group, infos) for group, infos in groups.items()}
         elif isinstance(checkpoint, ShardedCheckpoint):
             _check_degree(checkpoint, spec, tensor_parallel)
-            blocks = {group: _cut_block(checkpoint, group, names) for group, names in groups(shapes).items()}
+            blocks = {group: _cut_block(checkpoint, group, infos) for group, infos in groups.items()}
         else:
             if not isinstance(checkpoint, Checkpoint) or any(info.offset < 0 for info in checkpoint.tensors.values()):
                 first = ""
@@ -104,7 +103,7 @@ class BlockStore:
                     f"`jdsi convert {checkpoint.label} DST --to streaming` makes the latter of this one{first}"
                 )
             assert isinstance(stored.parameters, MappedParameters)
-            blocks = {group: _mapped_block(stored.parameters, group, names) for group, names in groups(shapes).items()}
+            blocks = {group: _mapped_block(stored.parameters, group, infos) for group, infos in groups.items()}
         files = {segment.file for block in blocks.values() for segment in block.segments}
         return cls(checkpoint.path, spec, blocks, {file: identity(file) for file in files})
 
@@ -114,38 +113,41 @@ class BlockStore:
         return sum(field.nbytes * block.ranks for block in self.blocks.values() for _, field in block.form.fields)
 
     @property
+    def layers(self) -> list[str]:
+        """Names of the blocks that are layers, in order."""
+        return [layer_group(index) for index in range(len(self.spec.layers))]
+
+    @property
     def dtype(self) -> np.dtype:
         """That the checkpoint had its layers in."""
-        return self.blocks["layers.0"].form.parameters[0][1].dtype
+        return self.blocks[self.layers[0]].form.parameters[0][1].dtype
 
     def look(self, block: Block, memory: np.ndarray) -> None:
         """To be told of every block that was read, for `watch` to look at the first time."""
         self.watch.look(block.name, block.form, block.ranks, memory[: block.nbytes])
 
     def check_dtypes(self) -> None:
-        """Raises ConfigError if parameters are no floating-point numbers, which nothing here could run."""
+        """Raises ConfigError if parameters are no floating-point numbers, nor of a type of their own."""
         for block in self.blocks.values():
             for name, parameter in block.form.parameters:
-                if parameter.dtype.kind in "iub":
+                if parameter.dtype.kind in "iub" and parameter.own_dtype is None:
                     where = f"{self.path}: {name} of {block.name}"
                     raise ConfigError(f"{where} is stored as {parameter.dtype}; only floats can be streamed")
-
-
-def _local_name(group: str, name: str) -> str:
-    """A parameter's name in its block: layers of a kind must have the same."""
-    return name.removeprefix(f"{group}.") if group.startswith("layers.") else name
 
 
 def _plain(name: str) -> Recipe:
     return Joined(((name, Identity()),))
 
 
-def _stored_block(checkpoint: StreamingCheckpoint, name: str) -> Block:
+Infos = Mapping[str, ParameterInfo]
+
+
+def _stored_block(checkpoint: StreamingCheckpoint, name: str, infos: Infos) -> Block:
     entry = checkpoint.groups[name]
     fields: list[tuple[str, Field]] = []
     parameters: list[tuple[str, Parameter]] = []
-    for full in _parameters_of(checkpoint, name):
-        local, dtype, shape = _local_name(name, full), checkpoint.dtypes[full], checkpoint.shapes[full]
+    for full, info in infos.items():
+        local, dtype, shape = info.inner, checkpoint.dtypes[full], checkpoint.shapes[full]
         if full in entry.offsets:
             fields.append((local, Field(dtype, shape, entry.offsets[full])))
             recipe = _plain(local)
@@ -154,15 +156,11 @@ def _stored_block(checkpoint: StreamingCheckpoint, name: str) -> Block:
             tags = tuple((part, f"{local}:{part}") for part in stored.arrays)
             fields += [(tag, Field(*stored.arrays[part])) for part, tag in tags]
             recipe = Dequantized(stored.format, tags)
-        parameters.append((local, Parameter(shape, dtype, recipe)))
+        parameters.append((local, Parameter(shape, dtype, recipe, info.dtype)))
     nbytes = round_up(entry.nbytes)  # the file is padded to whole pages, which go straight into memory
     segments = (Segment(checkpoint.file, entry.offset, nbytes, 0),)
     fields.sort(key=lambda item: item[1].offset)
     return Block(name, BlockForm(tuple(fields), tuple(parameters)), segments, nbytes)
-
-
-def _parameters_of(checkpoint: StreamingCheckpoint, group: str) -> list[str]:
-    return groups(checkpoint.shapes)[group]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,21 +173,21 @@ class _Stored:
     sources: tuple[Segment, ...]
 
 
-def _mapped_block(parameters: MappedParameters, group: str, names: list[str]) -> Block:
+def _mapped_block(parameters: MappedParameters, group: str, infos: Infos) -> Block:
     stored: list[_Stored] = []
     made = []
-    for full in names:
-        name, shape, pieces = _local_name(group, full), parameters.shapes[full], parameters.pieces(full)
-        files = [Segment(info.file, info.offset, info.nbytes, 0) for _, info, _ in pieces]
-        if all(isinstance(op, Identity) and info.dtype == pieces[0][1].dtype for op, info, _ in pieces):
+    for full, info in infos.items():
+        name, shape, pieces = info.inner, parameters.shapes[full], parameters.pieces(full)
+        files = [Segment(tensor.file, tensor.offset, tensor.nbytes, 0) for _, tensor, _ in pieces]
+        if all(isinstance(op, Identity) and tensor.dtype == pieces[0][1].dtype for op, tensor, _ in pieces):
             stored.append(_Stored(name, pieces[0][1].dtype, shape, tuple(files)))
             recipe = _plain(name)
         else:
             tags = [f"{name}:{i}" for i in range(len(pieces))]
-            for tag, (_, info, _), file in zip(tags, pieces, files, strict=True):
-                stored.append(_Stored(tag, info.dtype, info.shape, (file,)))
+            for tag, (_, tensor, _), file in zip(tags, pieces, files, strict=True):
+                stored.append(_Stored(tag, tensor.dtype, tensor.shape, (file,)))
             recipe = Joined(tuple((tag, op) for tag, (op, _, _) in zip(tags, pieces, strict=True)))
-        made.append((name, Parameter(shape, parameters.dtypes[full], recipe)))
+        made.append((name, Parameter(shape, parameters.dtypes[full], recipe, info.dtype)))
     fields, segments, end = _laid_out(stored)
     return Block(group, BlockForm(fields, tuple(made)), segments, round_up(end))
 
@@ -215,22 +213,26 @@ def _check_degree(checkpoint: ShardedCheckpoint, spec: TransformerSpec, ranks: i
             f"{checkpoint.path} is cut for tensor_parallel={checkpoint.ranks} and can be streamed only with that, not "
             f"with {ranks}; `jdsi convert SRC DST --to streaming` makes a folder for any degree"
         )
+    wanted = splits_of(spec, ranks)
     for name, split in checkpoint.splits.items():
-        if split != split_of(spec, name, ranks):
+        if split != wanted[name]:
             raise CheckpointError(f"{checkpoint.path}: {name} is not cut as this version does; convert it again")
 
 
-def _cut_block(checkpoint: ShardedCheckpoint, group: str, names: list[str]) -> Block:
+def _cut_block(checkpoint: ShardedCheckpoint, group: str, infos: Infos) -> Block:
     made, segments, part = [], [], 0
     fields: tuple[tuple[str, Field], ...] = ()
     for rank in range(checkpoint.ranks):
-        infos = {_local_name(group, full): checkpoint.stored(full, rank) for full in names}
+        tensors = {info.inner: checkpoint.stored(full, rank) for full, info in infos.items()}
+        own = {info.inner: info.dtype for info in infos.values()}
         stored = [
-            _Stored(name, info.dtype, info.shape, (Segment(info.file, info.offset, info.nbytes, 0),))
-            for name, info in infos.items()
+            _Stored(name, tensor.dtype, tensor.shape, (Segment(tensor.file, tensor.offset, tensor.nbytes, 0),))
+            for name, tensor in tensors.items()
         ]
         fields, reads, end = _laid_out(stored)
         part = round_up(end)
         segments += [dataclasses.replace(read, target=read.target + rank * part) for read in reads]
-        made = [(name, Parameter(info.shape, info.dtype, _plain(name))) for name, info in infos.items()]
+        made = [
+            (name, Parameter(tensor.shape, tensor.dtype, _plain(name), own[name])) for name, tensor in tensors.items()
+        ]
     return Block(group, BlockForm(fields, tuple(made)), tuple(segments), checkpoint.ranks * part, checkpoint.ranks)

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jdsi.models import Transformer, abstract_parameters, place
+from jdsi.models import Transformer, abstract_parameters
 from jdsi.sharding import AxisRules
 
 from .config import resolve_dtype
@@ -84,8 +84,6 @@ def load_model(
     """
     dtype = resolve_dtype(dtype)
     stored = model if isinstance(model, StoredModel) else open_model(model, strict=strict)
-    abstract = abstract_parameters(stored.spec, dtype)
-    if sharding is not None:
-        abstract = place(abstract, sharding)
+    abstract = abstract_parameters(stored.spec, dtype, sharding)
     arrays = load_parameters(stored.parameters, abstract, label=stored.label, progress=progress)
     return Transformer.from_parameters(stored.spec, arrays)

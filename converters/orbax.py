@@ -17,8 +17,7 @@ beside its chunks and hands JAX unaligned memory, which is copied again (measure
 
 import itertools
 import math
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdsi.errors import CheckpointError
+from jdsi.models import TransformerSpec, groups_of
 from jdsi.models.weight_map import Box, Shape
 
 from .boxes import Piece, whole
@@ -39,20 +39,6 @@ FORMAT = "jdsi-orbax"
 VERSION = 1
 
 _CHUNK = 32 << 20
-
-
-def group_of(name: str) -> str:
-    """The group that a parameter is stored in: its layer, or else the first part of its path."""
-    layer = re.match(r"layers\.\d+", name)
-    return layer[0] if layer else name.split(".", 1)[0]
-
-
-def groups(names: Iterable[str]) -> dict[str, list[str]]:
-    """Names by group, in order of first appearance."""
-    table: dict[str, list[str]] = {}
-    for name in names:
-        table.setdefault(group_of(name), []).append(name)
-    return table
 
 
 def _context() -> Any:
@@ -100,15 +86,18 @@ def _save_alone(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
         checkpointer.save(path.absolute(), content)
 
 
-def write_orbax(source: ParameterSource, folder: Path, *, dtype: np.dtype | None, watch: Watch) -> None:
+def write_orbax(
+    source: ParameterSource, spec: TransformerSpec, folder: Path, *, dtype: np.dtype | None, watch: Watch
+) -> None:
     """Write every parameter below an existing `folder`, then the manifest. Memory: the largest group.
 
     Args:
+        spec: says what is stored together.
         dtype: cast every parameter; `None` keeps each as stored.
         watch: sees every block read.
     """
     table: dict[str, dict[str, Any]] = {}
-    for group, names in groups(source.shapes).items():
+    for group, names in groups_of(spec, tuple(source.shapes)).items():
         arrays = {name: source.read(name, dtype or source.dtypes[name], watch) for name in names}
         table[group] = {name: {"dtype": a.dtype.name, "shape": list(a.shape)} for name, a in arrays.items()}
         _save(folder / "orbax" / group, arrays)
@@ -132,15 +121,17 @@ class OrbaxCheckpoint(ShareReader):
         self.label = str(path)
         self.shapes: dict[str, Shape] = {}
         self.dtypes: dict[str, np.dtype] = {}
+        self._groups: dict[str, str] = {}
         manifest = read_manifest(path, FORMAT, VERSION)
         try:
-            for parameters in manifest["groups"].values():
+            for group, parameters in manifest["groups"].items():
                 for name, entry in parameters.items():
+                    self._groups[name] = group
                     self.shapes[name] = tuple(int(n) for n in entry["shape"])
                     self.dtypes[name] = jnp.dtype(entry["dtype"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"{path / MANIFEST}: damaged: {error!r}") from error
-        if absent := [group for group in groups(self.shapes) if not (path / "orbax" / group).is_dir()]:
+        if absent := [group for group in dict.fromkeys(self._groups.values()) if not (path / "orbax" / group).is_dir()]:
             raise CheckpointError(f"{path}: groups are missing below orbax/: {', '.join(absent[:20])}")
         read_config(path)
 
@@ -173,12 +164,12 @@ class OrbaxCheckpoint(ShareReader):
                     cast(target[inside], values)
                     watch(name, values if values.dtype == target.dtype else np.ascontiguousarray(target[inside]))
         except ValueError as error:  # tensorstore's report of a damaged or absent file
-            raise CheckpointError(f"{where} cannot be read from orbax/{group_of(name)}: {error}") from error
+            raise CheckpointError(f"{where} cannot be read from orbax/{self._groups[name]}: {error}") from error
 
     def _open(self, name: str) -> Any:
         import tensorstore
 
-        base = (self.path / "orbax" / group_of(name) / "state").absolute().as_uri() + "/"
+        base = (self.path / "orbax" / self._groups[name] / "state").absolute().as_uri() + "/"
         return tensorstore.open(
             {
                 "driver": "zarr3",

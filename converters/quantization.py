@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
@@ -14,6 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jdsi.errors import CheckpointError, ConfigError, nearest
+from jdsi.models import ParameterInfo
 from jdsi.models.weight_map import Shape
 from jdsi.pallas_kernels.quantized_linear import QuantizedWeight, WeightFormat, dequantize, quantize
 
@@ -23,7 +23,6 @@ from .safetensors_file import TensorInfo
 
 KINDS = ("int8", "int4")
 GROUP_SIZES = (128, 64, 32)
-_LINEAR = re.compile(r"(layers\.\d+\.(attention|feed_forward)\..+|head)\.weight")
 _PIECE_BYTES = 4 << 20  # of float32 at a time, so that what is made of it is still in the caches
 
 
@@ -50,22 +49,23 @@ class Quantization:
         if type(self.group_size) is not int or self.group_size not in GROUP_SIZES:
             raise ConfigError(f"group_size={self.group_size!r}: wanted is 32, 64 or 128")
 
-    def format_of(self, name: str, shape: Shape) -> WeightFormat | None:
+    def format_of(self, info: ParameterInfo) -> WeightFormat | None:
         """The format of a parameter; `None` for one that is stored as it is: anything but a linear layer's matrix."""
-        if len(shape) != 2 or not _LINEAR.fullmatch(name):
+        if not info.quantizable:
             return None
-        fitting = [size for size in GROUP_SIZES if size <= self.group_size and shape[1] % size == 0]
+        inputs = info.shape[1]
+        fitting = [size for size in GROUP_SIZES if size <= self.group_size and inputs % size == 0]
         if fitting:
             return WeightFormat(self.kind, fitting[0])
         return WeightFormat("int8") if self.kind == "int8" else None
 
-    def formats(self, shapes: Mapping[str, Shape]) -> dict[str, WeightFormat]:
-        """The formats of those parameters that are quantised.
+    def formats(self, infos: Mapping[str, ParameterInfo]) -> dict[str, WeightFormat]:
+        """The formats of those parameters of a model that are quantised.
 
         Raises:
             ConfigError: none would be.
         """
-        found = {name: form for name, shape in shapes.items() if (form := self.format_of(name, shape)) is not None}
+        found = {name: form for name, info in infos.items() if (form := self.format_of(info)) is not None}
         if not found:
             raise ConfigError(
                 f"quantize={self.kind!r} changes nothing: no weight matrix of this model has inputs in multiples of "

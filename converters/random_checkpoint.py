@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jdsi.models import abstract_parameters
+from jdsi.models import shapes_of
 from jdsi.models.families import family_for
 
 from .config import parse_dtype
@@ -47,7 +47,7 @@ def random_checkpoint(
     kept = parse_dtype(dtype)
     family = family_for(hf_config.model_type)
     spec = family.spec(hf_config)
-    shapes = {name: tuple(leaf.shape) for name, leaf in abstract_parameters(spec).items()}
+    shapes = shapes_of(spec)
     tensors = {
         source.name: (kept, tuple(shape))
         for entry in family.weight_map(spec).entries

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from jdsi.errors import ConfigError
-from jdsi.models import abstract_parameters
+from jdsi.models import TransformerSpec, parameters_of, shapes_of
 from jdsi.models.families.architecture import exported_config
 from jdsi.pallas_kernels.quantized_linear import WeightFormat
 
@@ -154,10 +154,9 @@ def save_parameters(
     check_destination(target, overwrite=overwrite, source=origin)
     family, said = load_family(origin)
     spec = fit_names(said, source.shapes)
-    shapes = {name: tuple(leaf.shape) for name, leaf in abstract_parameters(spec).items()}
-    check_shapes(f"what is to be saved like {origin}", source.shapes, shapes)
+    check_shapes(f"what is to be saved like {origin}", source.shapes, shapes_of(spec))
     written = exported_config(config_as_written(read_config(config), spec), spec)
-    formats = _formats(source, form)
+    formats = _formats(source, spec, form)
     needed = _bytes_read(source, form.dtype, formats)
     progress = progress or Silent()
     watcher = Watcher(progress)
@@ -183,9 +182,9 @@ def save_parameters(
                 if to == "sharded":
                     write_sharded(source, spec, partial, ranks=form.ranks, dtype=form.dtype, watch=watcher)
                 elif to == "streaming":
-                    write_streaming(source, partial, dtype=form.dtype, watch=watcher, formats=formats)
+                    write_streaming(source, spec, partial, dtype=form.dtype, watch=watcher, formats=formats)
                 else:
-                    write_orbax(source, partial, dtype=form.dtype, watch=watcher)
+                    write_orbax(source, spec, partial, dtype=form.dtype, watch=watcher)
                 # Last, so that a folder left by a killed process does not open.
                 if spec == said:
                     shutil.copyfile(config, partial / "config.json")
@@ -198,12 +197,12 @@ def save_parameters(
     return ConversionReport(target, files, needed, time.monotonic() - began)
 
 
-def _formats(source: ParameterSource, form: Form) -> Mapping[str, WeightFormat]:
+def _formats(source: ParameterSource, spec: TransformerSpec, form: Form) -> Mapping[str, WeightFormat]:
     if form.quantization is None:
         return {}
     if isinstance(source, StreamingCheckpoint) and source.quantized:
         raise ConfigError(f"{source.path}: already quantised; quantize what it was made of, or its error would grow")
-    return form.quantization.formats(source.shapes)
+    return form.quantization.formats(parameters_of(spec))
 
 
 def _bytes_read(source: ParameterSource, dtype: np.dtype | None, formats: Mapping[str, WeightFormat]) -> int:

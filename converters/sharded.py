@@ -24,8 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdsi.errors import CheckpointError
-from jdsi.models import TransformerSpec
-from jdsi.models.tensor_parallel import split_of
+from jdsi.models import TransformerSpec, splits_of
 from jdsi.models.weight_map import Shape
 from jdsi.sharding import Run, Split
 
@@ -50,9 +49,9 @@ def rank_file(rank: int, ranks: int) -> str:
 
 def stored_bytes(source: ParameterSource, spec: TransformerSpec, ranks: int, dtype: np.dtype | None) -> int:
     """Bytes of all shares and replicated parameters."""
-    total = 0
+    total, splits = 0, splits_of(spec, ranks)
     for name, shape in source.shapes.items():
-        split = split_of(spec, name, ranks)
+        split = splits[name]
         total += math.prod(split.global_shape(shape) if split else shape) * (dtype or source.dtypes[name]).itemsize
     return total
 
@@ -71,7 +70,8 @@ def write_sharded(
     shapes = source.shapes
     identity = secrets.token_hex(8)
     kept = {name: dtype or source.dtypes[name] for name in shapes}
-    splits = {name: split_of(spec, name, ranks) for name in shapes}
+    divided = splits_of(spec, ranks)
+    splits = {name: divided[name] for name in shapes}
     local = {name: (kept[name], split.local_shape(shapes[name])) for name, split in splits.items() if split is not None}
     same = {name: (kept[name], shapes[name]) for name, split in splits.items() if split is None}
     with contextlib.ExitStack() as stack:

@@ -12,8 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jdsi.models import TransformerSpec, abstract_parameters
-from jdsi.models.tensor_parallel import split_of
+from jdsi.models import TransformerSpec, parameters_of, shapes_of, splits_of
 from jdsi.sharding import TENSOR, Split
 
 from .config import parse_dtype
@@ -52,7 +51,7 @@ def load_sharded(
         NonFiniteWarning: the shares read hold NaN or infinity.
     """
     source = stored.parameters
-    kept = dict.fromkeys(source.shapes, parse_dtype(dtype))
+    kept = _kept(stored.spec, dtype)
     return _load(source, stored.spec, mesh, names, kept, progress or Silent(), stored.label)
 
 
@@ -76,12 +75,12 @@ def from_arrays(
         ConfigError: `dtype` is unknown.
         ValueError: a parameter is absent or of another shape than the model's.
     """
-    shapes = {name: tuple(leaf.shape) for name, leaf in abstract_parameters(spec).items()}
+    shapes = shapes_of(spec)
     names = list(shapes if names is None else names)
     source = MemoryParameters({name: parameters[name] for name in names if name in parameters})
     if wrong := [name for name in names if name not in shapes or source.shapes.get(name) != shapes[name]]:
         raise ValueError(f"absent, or not of the shape this {spec.family} has: {', '.join(wrong[:20])}")
-    kept = source.dtypes if dtype is None else dict.fromkeys(names, parse_dtype(dtype))
+    kept = source.dtypes if dtype is None else _kept(spec, dtype)
     return _load(source, spec, mesh, names, kept, progress or Silent(), "the model")
 
 
@@ -89,13 +88,12 @@ def abstract_shares(
     spec: TransformerSpec, mesh: Mesh, names: Iterable[str] | None = None, *, dtype: Any
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Global shape, type and sharding of what `load_sharded` returns; errors as there."""
-    shapes = {name: tuple(leaf.shape) for name, leaf in abstract_parameters(spec).items()}
-    kept, ranks = parse_dtype(dtype), _ranks(mesh)
+    infos, kept, ranks = parameters_of(spec), parse_dtype(dtype), _ranks(mesh)
     out = {}
-    for name in _known(names, shapes, spec):
-        split = split_of(spec, name, ranks)
-        shape = split.global_shape(shapes[name]) if split else shapes[name]
-        out[name] = jax.ShapeDtypeStruct(shape, kept, sharding=_sharding(mesh, split))
+    for name in _known(names, infos, spec):
+        info, split = infos[name], infos[name].split(ranks)
+        shape = split.global_shape(info.shape) if split else info.shape
+        out[name] = jax.ShapeDtypeStruct(shape, info.dtype_in(kept), sharding=_sharding(mesh, split))
     return out
 
 
@@ -109,7 +107,8 @@ def _load(
     label: str,
 ) -> dict[str, jax.Array]:
     wanted = _known(names, source.shapes, spec)
-    splits = {name: split_of(spec, name, _ranks(mesh)) for name in wanted}
+    divided = splits_of(spec, _ranks(mesh))
+    splits = {name: divided[name] for name in wanted}
     devices = {name: _devices(mesh, split, source.shapes[name]) for name, split in splits.items()}
     watcher = Watcher(progress)
     progress.start(
@@ -143,9 +142,16 @@ def _load(
     return arrays
 
 
-def _known(names: Iterable[str] | None, shapes: Mapping[str, tuple[int, ...]], spec: TransformerSpec) -> list[str]:
-    names = list(shapes if names is None else names)
-    if unknown := [name for name in names if name not in shapes]:
+def _kept(spec: TransformerSpec, dtype: Any) -> dict[str, np.dtype]:
+    """The type of each parameter in a model that runs in `dtype`."""
+    wanted = parse_dtype(dtype)
+    return {name: info.dtype_in(wanted) for name, info in parameters_of(spec).items()}
+
+
+def _known(names: Iterable[str] | None, known: Iterable[str], spec: TransformerSpec) -> list[str]:
+    known = dict.fromkeys(known)
+    names = list(known if names is None else names)
+    if unknown := [name for name in names if name not in known]:
         raise ValueError(f"not parameters of this {spec.family}: {', '.join(unknown[:20])}")
     return names
 

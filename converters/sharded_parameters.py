@@ -7,8 +7,7 @@ import jax
 import numpy as np
 
 from jdsi.errors import CheckpointError
-from jdsi.models import TransformerSpec, abstract_parameters
-from jdsi.models.tensor_parallel import split_of
+from jdsi.models import TransformerSpec, shapes_of, splits_of
 from jdsi.sharding import Split
 
 from .boxes import Piece, whole
@@ -32,12 +31,12 @@ class ShardedParameters(ShareReader):
     """
 
     def __init__(self, parameters: Mapping[str, jax.Array], spec: TransformerSpec, ranks: int) -> None:
-        plain = {name: tuple(leaf.shape) for name, leaf in abstract_parameters(spec).items()}
+        plain, divided = shapes_of(spec), splits_of(spec, ranks)
         if unknown := sorted(parameters.keys() - plain.keys()):
             raise ValueError(f"not parameters of this {spec.family}: {', '.join(unknown[:20])}")
         self._parameters = parameters
         self._whole = MemoryParameters(parameters)
-        self._splits = {name: split_of(spec, name, ranks) for name in parameters}
+        self._splits = {name: divided[name] for name in parameters}
         self.shapes = {name: plain[name] for name in parameters}
         self.dtypes = self._whole.dtypes
         for name, split in self._splits.items():

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from jdsi.errors import CheckpointError, ConfigError, JdsiWarning
-from jdsi.models import TransformerSpec, abstract_parameters
+from jdsi.models import TransformerSpec, shapes_of
 from jdsi.models.families import Family
-from jdsi.models.weight_map import Shape
 
 from .checkpoint import AnyCheckpoint, Checkpoint, open_checkpoint
 from .config import family_of, load_config, load_family, spec_of
@@ -110,11 +109,6 @@ def load_spec(path: str | Path) -> TransformerSpec:
         warnings.warn(f"the weights are not asked, config.json alone says what the model is: {reason}", JdsiWarning, 2)
         return said
     return fit(family, said, store)[0] if isinstance(store, Checkpoint) else fit_names(said, store.shapes)
-
-
-def shapes_of(spec: TransformerSpec) -> dict[str, Shape]:
-    """The shape of every parameter of a model."""
-    return {name: tuple(leaf.shape) for name, leaf in abstract_parameters(spec).items()}
 
 
 def _elsewhere(weights: Any, said: TransformerSpec) -> AnyCheckpoint:

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdsi.errors import CheckpointError
+from jdsi.models import TransformerSpec, groups_of
 from jdsi.models.weight_map import Shape
 from jdsi.pallas_kernels.quantized_linear import WeightFormat
 
@@ -31,7 +32,6 @@ from .buffers import BLOCK_BYTES, aligned_empty, cast, check_cast, is_float
 from .config import read_config, read_json
 from .direct_io import PAGE
 from .manifest import MANIFEST, read_manifest, write_manifest
-from .orbax import groups
 from .progress import Progress, Silent
 from .quantization import StoredArray, StoredMatrix, read_quantized_boxes
 from .safetensors_file import TensorInfo
@@ -60,6 +60,7 @@ class Group:
 
 def write_streaming(
     source: ParameterSource,
+    spec: TransformerSpec,
     folder: Path,
     *,
     dtype: np.dtype | None,
@@ -71,6 +72,7 @@ def write_streaming(
     Memory: the largest parameter; of quantised ones also their arrays, and the scales of a group.
 
     Args:
+        spec: says what is read together.
         dtype: cast every parameter that is not quantised; `None` keeps each as stored. Quantised ones are made of what
             is stored, not of what it would be cast to.
         watch: sees every block read.
@@ -81,10 +83,10 @@ def write_streaming(
     """
     table = {}
     with open(folder / "weights.bin", "xb") as file:
-        for group, names in groups(source.shapes).items():
+        for group, names in groups_of(spec, tuple(source.shapes)).items():
             _pad(file, PAGE)
             start, crc = file.tell(), 0
-            slots = layout(names, source, dtype, formats)
+            slots = layout(list(names), source, dtype, formats)
             for slot, array in filled(slots, source, formats, watch):
                 crc = zlib.crc32(_pad(file, ALIGNMENT), crc)
                 assert file.tell() - start == slot.array.offset, slot

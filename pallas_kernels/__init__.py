@@ -14,8 +14,6 @@ from .quantized_linear import (
     WeightFormat,
     dequantize,
     quantize,
-    quantized_gated_linear,
-    quantized_linear,
 )
 from .ragged_paged_attention import ragged_paged_attention
 from .rotary import Rotary, RotaryScaling, apply_rotary, base_frequencies
@@ -49,8 +47,6 @@ __all__ = [
     "paged_decode_attention",
     "prefill_attention",
     "quantize",
-    "quantized_gated_linear",
-    "quantized_linear",
     "ragged_paged_attention",
     "rms_norm",
     "rotary_kv_write",

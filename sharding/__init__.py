@@ -17,9 +17,10 @@ from .collectives import (
     own_share,
     reduce_scatter,
 )
+from .division import ByHeads, Division, Evenly
 from .mesh import Parallelism, make_mesh, stage_meshes
 from .processes import initialize
-from .rules import TENSOR_PARALLEL, AxisRules, LogicalAxes
+from .rules import MESH_AXES, TENSOR_PARALLEL, AxisRules, LogicalAxes
 from .schedule import PipelineSchedule, split_layers, wavefront
 from .split import HeadSplit, Run, Split, joined, split_evenly, split_heads
 
@@ -27,10 +28,14 @@ __all__ = [
     "AXES",
     "DATA",
     "EXPERT",
+    "MESH_AXES",
     "PIPE",
     "TENSOR",
     "TENSOR_PARALLEL",
     "AxisRules",
+    "ByHeads",
+    "Division",
+    "Evenly",
     "HeadSplit",
     "LogicalAxes",
     "Parallelism",

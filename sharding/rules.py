@@ -16,6 +16,9 @@ TENSOR_PARALLEL: Mapping[str, str] = MappingProxyType(
 )
 """Megatron's split (arXiv:1909.08053): projections to heads and hidden units by rows, those back by columns."""
 
+MESH_AXES: Mapping[str, str] = MappingProxyType({**TENSOR_PARALLEL, "experts": "expert"})
+"""The mesh axis over which layers divide a logical axis themselves, inside `jax.shard_map`."""
+
 
 @dataclasses.dataclass(frozen=True)
 class AxisRules:

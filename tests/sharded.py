@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from jdsi.models import TransformerSpec
+from jdsi.models.spec import AttentionSpec, MlpSpec
 from parity import random_torch_model
 
 _SMALL = {"vocab_size": 61, "num_hidden_layers": 2, "bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}
@@ -72,7 +73,7 @@ def _even(length: int, ranks: int, rank: int) -> list[int]:
 
 def _heads(spec: TransformerSpec, layer: int, ranks: int, rank: int) -> tuple[list[int], list[int]]:
     """Query heads and KV heads of one rank; -1 is padding."""
-    attention = spec.layers[layer].attention
+    attention = spec.layers[layer].of(AttentionSpec)
     kv, group = attention.num_kv_heads, attention.num_heads // attention.num_kv_heads
     if kv >= ranks:
         share = math.ceil(kv / ranks)
@@ -100,20 +101,20 @@ def share_of(spec: TransformerSpec, name: str, plain: np.ndarray, ranks: int, ra
         entries = _even(spec.vocab_size, ranks, rank)
     elif parts[0] == "layers" and parts[3] in ("qkv", "out", "up", "down"):
         layer, kind = spec.layers[int(parts[1])], (parts[3], parts[4])
-        head_dim = layer.attention.head_dim
+        head_dim = layer.of(AttentionSpec).head_dim
         queries, keys = _heads(spec, int(parts[1]), ranks, rank)
         if kind[0] == "qkv":
-            q, k, _ = layer.attention.qkv_rows
+            q, k, _ = layer.of(AttentionSpec).qkv_rows
             entries = _spread(queries, head_dim) + _spread(keys, head_dim, q) + _spread(keys, head_dim, q + k)
         elif kind[0] == "up":
-            units = _even(layer.feed_forward.width, ranks, rank)
+            units = _even(layer.of(MlpSpec).width, ranks, rank)
             entries = units
-            if layer.feed_forward.gated:
-                entries = units + [-1 if i < 0 else i + layer.feed_forward.width for i in units]
+            if layer.of(MlpSpec).gated:
+                entries = units + [-1 if i < 0 else i + layer.of(MlpSpec).width for i in units]
         elif kind == ("out", "weight"):
             dim, entries = 1, _spread(queries, head_dim)
         elif kind == ("down", "weight"):
-            dim, entries = 1, _even(layer.feed_forward.width, ranks, rank)
+            dim, entries = 1, _even(layer.of(MlpSpec).width, ranks, rank)
     if entries is None:
         return plain
     taken = np.take(plain, [max(entry, 0) for entry in entries], axis=dim)

@@ -1,6 +1,5 @@
 """Peak memory of loading and converting, against goals that depend on the checkpoint."""
 
-import collections
 import math
 import os
 import shutil
@@ -11,9 +10,8 @@ from typing import Any
 from jdsi.converters import random_checkpoint
 from jdsi.converters.config import load_family
 from jdsi.converters.huggingface import parse_size
-from jdsi.converters.orbax import group_of
 from jdsi.errors import ConfigError
-from jdsi.models import abstract_parameters
+from jdsi.models import groups_of
 
 from .processes import ask
 from .report import Report, spread, warn
@@ -126,10 +124,7 @@ def _convert_once(source: Path, target: Path, shard: int) -> tuple[dict[str, Any
 def largest_group(folder: Path, itemsize: int) -> int:
     """Bytes, with values of `itemsize`, of the checkpoint's largest group: what a conversion has to hold at once."""
     spec = load_family(folder)[1]
-    sizes: collections.Counter[str] = collections.Counter()
-    for name, leaf in abstract_parameters(spec).items():
-        sizes[group_of(name)] += math.prod(leaf.shape) * itemsize
-    return max(sizes.values())
+    return max(sum(math.prod(info.shape) for info in infos.values()) for infos in groups_of(spec).values()) * itemsize
 
 
 def _result(

@@ -8,6 +8,7 @@ import numpy as np
 import jdsi
 from jdsi.errors import ConfigError
 from jdsi.models import TransformerSpec
+from jdsi.models.spec import AttentionSpec
 
 from .limits import Chain, LargeMatmul, product_weights
 from .peers import Transformers, check_peers
@@ -92,7 +93,7 @@ def attention_flops(spec: TransformerSpec, tokens: int) -> int:
     """Floating-point operations of causal attention to a prompt, in all layers."""
     pairs = tokens * (tokens + 1) // 2
     heads = [
-        (layer.attention.num_heads, key, value)
+        (layer.of(AttentionSpec).num_heads, key, value)
         for layer, (_, key, value) in zip(spec.layers, spec.kv_shapes, strict=True)
     ]
     return sum(2 * pairs * count * (key + value) for count, key, value in heads)

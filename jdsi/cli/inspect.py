@@ -64,9 +64,22 @@ def _report(spec: "TransformerSpec") -> dict[str, Any]:
         "kv_bytes_per_token": {dtype: token_bytes(spec.kv_shapes, size) for dtype, size in _ITEM_BYTES.items()}
         if spec.generates
         else None,
-        "spec": dataclasses.asdict(spec),
+        "spec": _described(spec),
         "shapes": shapes,
     }
+
+
+def _described(spec: "TransformerSpec") -> dict[str, Any]:
+    """The spec as nested dictionaries, with a layer's sublayers by their names."""
+    layers = [
+        {one.name: _fields(one) for one in layer.sublayers} | {"residual": _fields(layer.residual)}
+        for layer in spec.layers
+    ]
+    return _fields(dataclasses.replace(spec, layers=())) | {"layers": layers}
+
+
+def _fields(spec: Any) -> dict[str, Any]:
+    return dataclasses.asdict(spec)
 
 
 def _generation(model: str) -> dict[str, Any]:
@@ -143,7 +156,7 @@ def _format(form: dict[str, Any]) -> str:
     return f"{form['kind']}, " + (f"groups of {form['group']}" if form["group"] else "one scale a row")
 
 
-def _runs(layers: tuple[dict[str, Any], ...]) -> list[tuple[int, int, dict[str, Any]]]:
+def _runs(layers: list[dict[str, Any]]) -> list[tuple[int, int, dict[str, Any]]]:
     """Equal neighbours as `(first, last, layer)`."""
     runs: list[tuple[int, int, dict[str, Any]]] = []
     for i, layer in enumerate(layers):

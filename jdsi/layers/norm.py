@@ -7,6 +7,8 @@ from jaxtyping import Array, Float
 
 from jdsi.pallas_kernels import NormForm, norm
 
+from .parameter import parameter
+
 
 class Norm(nnx.Module):
     """RMSNorm or LayerNorm over the last axis, as `form` says, with or without weight and bias."""
@@ -15,8 +17,8 @@ class Norm(nnx.Module):
         self, width: int, form: NormForm, *, weight: bool = True, bias: bool = False, dtype: DTypeLike
     ) -> None:
         self.form = form
-        self.weight = nnx.Param(jnp.full(width, 1.0 - form.weight_offset, dtype)) if weight else None
-        self.bias = nnx.Param(jnp.zeros(width, dtype)) if bias else None
+        self.weight = parameter(jnp.full(width, 1.0 - form.weight_offset, dtype)) if weight else None
+        self.bias = parameter(jnp.zeros(width, dtype)) if bias else None
 
     @property
     def arrays(self) -> tuple[Float[Array, " E"] | None, Float[Array, " E"] | None]:

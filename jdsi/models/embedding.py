@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from jdsi.layers import Embedding, Linear, VocabularyEmbedding
 
-from .block import make_norm
+from .norms import make_norm
 from .spec import EmbeddingSpec
 
 

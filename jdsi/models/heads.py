@@ -1,5 +1,7 @@
 """What a model makes of its last hidden states: logits over the vocabulary, or scores of whole sequences."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,10 +9,10 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from jdsi.layers import Linear
-from jdsi.pallas_kernels import ACTIVATIONS, linear
+from jdsi.layers import WIDTH, Linear, Weight, array_weight, parameter, vocabulary_axis
+from jdsi.pallas_kernels import ACTIVATIONS
 
-from .block import make_norm
+from .norms import make_norm
 from .spec import ClassifierSpec, HeadSpec, HeadTransform
 
 
@@ -35,19 +37,23 @@ class Head(nnx.Module):
         self.spec = spec
         self.transform = TransformedHidden(spec.transform, width, dtype=dtype, rngs=rngs) if spec.transform else None
         self.project = Linear(width, table, bias=False, dtype=dtype, rngs=rngs) if table != width else None
-        weight = jax.random.normal(rngs.params(), (vocab_size, table), dtype) * 0.02
-        self.weight = None if spec.tied else nnx.Param(weight)
-        self.bias = nnx.Param(jnp.zeros(vocab_size, dtype)) if spec.bias else None
+        matrix = jax.random.normal(rngs.params(), (vocab_size, table), dtype) * 0.02
+        axes = vocabulary_axis(vocab_size), WIDTH
+        plain = array_weight(matrix, axes, quantizable=True)
+        own: Any = plain if spec.form is None else spec.form.of(plain)
+        self.weight: Weight | None = None if spec.tied else own
+        self.bias = parameter(jnp.zeros(vocab_size, dtype), axes[:1]) if spec.bias else None
 
-    def __call__(self, hidden: Float[Array, "T E"], table: Float[Array, "V W"]) -> Float[Array, "T V"]:
+    def __call__(self, hidden: Float[Array, "T E"], table: Weight | None) -> Float[Array, "T V"]:
         """Logits in float32; `table` is the token embedding, the projection of tied heads."""
         if self.transform is not None:
             hidden = self.transform(hidden)
         if self.project is not None:
             hidden = self.project(hidden)
-        weight = table if self.weight is None else self.weight[...]
+        matrix = table if self.weight is None else self.weight
+        assert matrix is not None
         bias = None if self.bias is None else self.bias[...]
-        logits = linear(hidden, weight, bias, out_dtype=jnp.float32)
+        logits = matrix.product(hidden, bias, out_dtype=jnp.float32)
         cap = self.spec.softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 

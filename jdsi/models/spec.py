@@ -1,136 +1,42 @@
 """What a model is, as data: one frozen description per layer, so that heterogeneous stacks need no flags."""
 
 import dataclasses
-import numbers
 from typing import Literal
 
 from jdsi.errors import ConfigError
 from jdsi.kv_cache import KVShape
-from jdsi.pallas_kernels import Alibi, Rotary
+from jdsi.layers import WeightForm
 from jdsi.pallas_kernels.activations import known_activation
 from jdsi.pallas_kernels.rotary.scaling import LongRopeScaling
 
+from .attention import AttentionSpec
+from .checks import check_sizes
+from .layer import LayerSpec
+from .mlp import MlpSpec
+from .norms import LayerNormSpec, NormSpec, RmsNormSpec
+from .residual import ParallelResidual, PostNorm, PreNorm, ResidualSpec, SandwichNorm
+from .sublayer import SublayerSpec
 
-def _check_sizes(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, numbers.Integral) or not 1 <= size < 2**31:
-            raise ConfigError(f"{name} is {size!r}; it must be an integer from 1 to {2**31 - 1}")
-
-
-@dataclasses.dataclass(frozen=True)
-class RmsNormSpec:
-    """RMSNorm; the effective weight is `weight + weight_offset`."""
-
-    eps: float
-    weight_offset: float = 0.0
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerNormSpec:
-    """LayerNorm with or without weight and bias."""
-
-    eps: float
-    bias: bool = True
-    weight: bool = True
-
-
-NormSpec = RmsNormSpec | LayerNormSpec
-
-
-@dataclasses.dataclass(frozen=True)
-class AttentionSpec:
-    """Multi-head attention with grouped key/value heads.
-
-    Attributes:
-        num_heads, num_kv_heads, head_dim: H, K, D.
-        scale: multiplies the scores, usually `head_dim ** -0.5`.
-        causal, window, softcap, alibi, rotary: see `jdsi.pallas_kernels.AttentionForm`.
-        qkv_bias, out_bias: whether the projections have a bias.
-        qk_norm: norm of every query and key head (over D) before the rotary embedding.
-    """
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    scale: float
-    causal: bool = True
-    window: int | None = None
-    softcap: float | None = None
-    alibi: Alibi | None = None
-    rotary: Rotary | None = None
-    qkv_bias: bool = False
-    out_bias: bool = False
-    qk_norm: RmsNormSpec | None = None
-
-    def __post_init__(self) -> None:
-        _check_sizes(num_heads=self.num_heads, num_kv_heads=self.num_kv_heads, head_dim=self.head_dim)
-        if self.window is not None:
-            _check_sizes(sliding_window=self.window)
-
-    @property
-    def qkv_rows(self) -> tuple[int, int, int]:
-        """Rows of q, k and v inside the fused projection."""
-        kv = self.num_kv_heads * self.head_dim
-        return self.num_heads * self.head_dim, kv, kv
-
-
-@dataclasses.dataclass(frozen=True)
-class MlpSpec:
-    """Feed-forward network: `down(act(up(x)))`, or `down(act(gate(x)) * up(x))` when gated.
-
-    When gated, our `up` weight holds the rows of gate, then those of up.
-    """
-
-    width: int
-    activation: str
-    gated: bool = False
-    bias: bool = False
-
-    def __post_init__(self) -> None:
-        known_activation(self.activation)
-        _check_sizes(width=self.width)
-
-
-@dataclasses.dataclass(frozen=True)
-class PreNorm:
-    """`x += attention(norm(x)); x += feed_forward(norm(x))`; with `from_norm`, the norm's output is the residual."""
-
-    norm: NormSpec
-    from_norm: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class PostNorm:
-    """`x = norm(x + attention(x)); x = norm(x + feed_forward(x))`."""
-
-    norm: NormSpec
-
-
-@dataclasses.dataclass(frozen=True)
-class SandwichNorm:
-    """`x += norm(attention(norm(x))); x += norm(feed_forward(norm(x)))`."""
-
-    norm: NormSpec
-
-
-@dataclasses.dataclass(frozen=True)
-class ParallelResidual:
-    """`x += attention(norm(x)) + feed_forward(norm'(x))`; with `shared_norm`, both read the same norm."""
-
-    norm: NormSpec
-    shared_norm: bool = False
-
-
-ResidualSpec = PreNorm | PostNorm | SandwichNorm | ParallelResidual
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerSpec:
-    """One layer of the stack."""
-
-    attention: AttentionSpec
-    feed_forward: MlpSpec
-    residual: ResidualSpec
+__all__ = [
+    "AttentionSpec",
+    "ClassifierSpec",
+    "EmbeddingSpec",
+    "HeadSpec",
+    "HeadTransform",
+    "LayerNormSpec",
+    "LayerSpec",
+    "LearnedPositions",
+    "MlpSpec",
+    "NormSpec",
+    "ParallelResidual",
+    "PostNorm",
+    "PreNorm",
+    "ResidualSpec",
+    "RmsNormSpec",
+    "SandwichNorm",
+    "SublayerSpec",
+    "TransformerSpec",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +54,7 @@ class LearnedPositions:
     padding_id: int | None = None
 
     def __post_init__(self) -> None:
-        _check_sizes(entries=self.entries)
+        check_sizes(entries=self.entries)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,12 +96,18 @@ class HeadSpec:
         bias: the projection has a bias.
         softcap: logits become `softcap * tanh(logits / softcap)`.
         transform: a dense layer in front.
+        form: of the projection, if it is not an array; a tied one is.
     """
 
     tied: bool
     bias: bool = False
     softcap: float | None = None
     transform: HeadTransform | None = None
+    form: WeightForm | None = None
+
+    def __post_init__(self) -> None:
+        if self.tied and self.form is not None:
+            raise ConfigError("a tied head is the table of token embeddings, an array: it has no form of its own")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,12 +162,12 @@ class TransformerSpec:
     classifier: ClassifierSpec | None = None
 
     def __post_init__(self) -> None:
-        _check_sizes(vocab_size=self.vocab_size, width=self.width, max_positions=self.max_positions)
+        check_sizes(vocab_size=self.vocab_size, width=self.width, max_positions=self.max_positions)
 
     @property
     def causal(self) -> bool:
         """Whether every layer looks only backwards."""
-        return all(layer.attention.causal for layer in self.layers)
+        return all(layer.causal for layer in self.layers)
 
     @property
     def generates(self) -> bool:
@@ -284,8 +196,7 @@ class TransformerSpec:
     @property
     def kv_shapes(self) -> list[KVShape]:
         """What each layer remembers of a token, if the model generates."""
-        attention = [layer.attention for layer in self.layers] if self.generates else []
-        return [KVShape(a.num_kv_heads, a.head_dim, a.head_dim) for a in attention]
+        return [KVShape(*layer.kv_heads) for layer in self.layers] if self.generates else []
 
     @property
     def recomputed_beyond(self) -> int | None:
@@ -293,6 +204,7 @@ class TransformerSpec:
 
         Its Phi-3 does so where a sequence passes from LongRoPE's short factors to the long ones.
         """
-        scalings = {layer.attention.rotary.scaling for layer in self.layers if layer.attention.rotary is not None}
+        attention = [one for layer in self.layers for one in layer.sublayers if isinstance(one, AttentionSpec)]
+        scalings = {one.rotary.scaling for one in attention if one.rotary is not None}
         lengths = [one.original_length for one in scalings if isinstance(one, LongRopeScaling)]
         return min(lengths) if self.family == "phi3" and lengths else None

@@ -1,8 +1,7 @@
 """The one Transformer: every family is a `TransformerSpec` run by this module."""
 
-import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +14,11 @@ from jdsi.kv_cache import AttentionContext, PackedContext
 from jdsi.layers import rows_of
 from jdsi.sharding import TENSOR, own_part
 
-from .block import BLOCKS, make_norm
 from .embedding import InputEmbedding, TokenTable
 from .heads import Classifier, Head, classified_tokens
+from .layer import Layer
+from .norms import make_norm
+from .parameters import Skeleton, layer_group
 from .part import Part
 from .spec import TransformerSpec
 
@@ -50,17 +51,19 @@ class Transformer(nnx.Module):
         there = part.first or (part.last and spec.head is not None and spec.head.tied)
         self.embedding = kind(spec.embedding, spec.vocab_size, width, dtype=dtype, rngs=rngs) if there else None
         self.layers = nnx.List(
-            [
-                BLOCKS[type(spec.layers[i].residual)](
-                    spec.layers[i], width, i - part.layers.start, dtype=dtype, rngs=rngs
-                )
-                for i in part.layers
-            ]
+            [Layer(spec.layers[i], width, i - part.layers.start, dtype=dtype, rngs=rngs) for i in part.layers]
         )
         norm, head, classifier = (spec.norm, spec.head, spec.classifier) if part.last else (None, None, None)
         self.norm = make_norm(norm, width, dtype) if norm else None
         self.head = Head(head, spec.vocab_size, width, table, dtype=dtype, rngs=rngs) if head else None
         self.classifier = Classifier(classifier, width, dtype=dtype, rngs=rngs) if classifier else None
+
+    @classmethod
+    def skeleton(
+        cls, spec: TransformerSpec, part: Part | None = None, dtype: DTypeLike = jnp.float32
+    ) -> "Skeleton[Transformer]":
+        """The model, or a part of it, without arrays; nothing is allocated."""
+        return Skeleton.around(nnx.eval_shape(lambda: cls(spec, part=part, dtype=dtype)))
 
     @classmethod
     def from_parameters(cls, spec: TransformerSpec, parameters: Mapping[str, jax.Array]) -> "Transformer":
@@ -69,7 +72,7 @@ class Transformer(nnx.Module):
         Raises:
             ValueError: a parameter is missing, unknown, or of the wrong shape.
         """
-        skeleton = Skeleton.of(spec)
+        skeleton = cls.skeleton(spec)
         if missing := sorted(skeleton.abstract.keys() ^ parameters.keys()):
             raise ValueError(f"parameters missing or unknown for {spec.family}: {', '.join(missing)}")
         for name, leaf in skeleton.abstract.items():
@@ -110,7 +113,7 @@ class Transformer(nnx.Module):
                 hidden = self.embedding(x, context.positions, token_types)
             hidden = own_part(hidden, TENSOR) if divide else hidden
         for index, layer in zip(self.part.layers, self.layers, strict=True):
-            with jax.named_scope(f"layers.{index}"):
+            with jax.named_scope(layer_group(index)):
                 hidden, context = layer(hidden, context)
         context = context.commit()
         if not self.part.last:
@@ -138,9 +141,7 @@ class Transformer(nnx.Module):
         """Vocabulary logits, float32, of hidden states returned by `forward`."""
         if self.head is None:
             raise ValueError(f"this {self.spec.family} checkpoint has no language-model head; use forward()")
-        # A head of its own reads no table, and a part may have none.
-        table = jnp.zeros((0, 0), hidden.dtype) if self.embedding is None else self.embedding.tokens.weight[...]
-        return self.head(hidden, table)
+        return self.head(hidden, None if self.embedding is None else self.embedding.tokens.weight)
 
     def __call__(
         self,
@@ -229,53 +230,3 @@ def _instead(spec: TransformerSpec) -> str:
     """What to do with a model that has not the head which was asked for."""
     call = spec.main_call
     return f"use {call}" if call in ("classify()", "pool()") else "call it for logits or hidden states"
-
-
-@dataclasses.dataclass(frozen=True)
-class Skeleton:
-    """A model, or a part of one, without its arrays.
-
-    Attributes:
-        abstract: shape and dtype of each array in the order in which `build` takes them, by the name that the whole
-            model gives it.
-        build: the model with the given arrays.
-    """
-
-    abstract: Mapping[str, jax.ShapeDtypeStruct]
-    build: Callable[[Sequence[Array]], Transformer]
-
-    @classmethod
-    def of(cls, spec: TransformerSpec, part: Part | None = None, dtype: DTypeLike = jnp.float32) -> "Skeleton":
-        """Of the model that `spec` describes; nothing is allocated."""
-        return cls.around(nnx.eval_shape(lambda: Transformer(spec, part=part, dtype=dtype)))
-
-    @classmethod
-    def around(cls, model: Transformer) -> "Skeleton":
-        """Of a model that is there; `parameters` gives its arrays, in the same order."""
-        graph, state = nnx.split(model)
-        # Without the arrays, or whoever keeps the skeleton would keep them.
-        flat = nnx.to_flat_state(jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state))
-
-        def build(arrays: Sequence[Array]) -> Transformer:
-            filled = [(path, leaf.replace(array)) for (path, leaf), array in zip(flat, arrays, strict=True)]
-            return nnx.merge(graph, nnx.from_flat_state(filled))
-
-        abstract = {_name(model, path): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in flat}
-        return cls(abstract, build)
-
-
-def parameters(model: Transformer) -> dict[str, jax.Array]:
-    """The model's arrays, in a fixed order, by dotted path; those of a part are called as in the whole model."""
-    return {_name(model, path): leaf.get_value() for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
-
-
-def _name(model: Transformer, path: Sequence[Any]) -> str:
-    match path:
-        case ("layers", int(index), *rest):
-            path = ("layers", model.part.layers.start + index, *rest)
-    return ".".join(map(str, path))
-
-
-def abstract_parameters(spec: TransformerSpec, dtype: DTypeLike = jnp.float32) -> dict[str, jax.ShapeDtypeStruct]:
-    """Name, shape and dtype of every parameter of `spec`, without allocating any."""
-    return dict(Skeleton.of(spec, dtype=dtype).abstract)

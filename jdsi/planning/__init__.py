@@ -1,5 +1,7 @@
 """What a model needs and how long it takes on machines one may not have, from its config alone, and how to split it."""
 
+from jdsi.models.work import Workload
+
 from .candidate import Candidate, Goal, Request
 from .collectives import Collective, collectives_of
 from .compile import CompiledStage, compile_step
@@ -10,7 +12,6 @@ from .memory import Memory, stage_memory
 from .plan import Plan, PlannedStage, make_plan
 from .search import Choice, choose
 from .shares import even_stages, parameter_count
-from .workload import Workload
 
 __all__ = [
     "Candidate",

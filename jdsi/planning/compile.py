@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 from jdsi.generation import SamplerFeatures, SamplingParams, init_state
 from jdsi.models import TransformerSpec
 from jdsi.models.spec import LayerSpec
+from jdsi.models.work import Workload
 from jdsi.pallas_kernels.device import target
 from jdsi.runtime.decoding import SampleEpilogue
 from jdsi.runtime.stage_program import StageProgram
@@ -20,7 +21,6 @@ from jdsi.sharding.topology import Topology
 from .collectives import Collective, collectives_of
 from .machine import machine_for
 from .shares import even_stages
-from .workload import Workload
 
 
 @dataclasses.dataclass(frozen=True)

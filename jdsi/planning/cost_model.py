@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from jax.typing import DTypeLike
 
 from jdsi.models import TransformerSpec
+from jdsi.models.work import Workload
 from jdsi.sharding import Parallelism
 from jdsi.sharding.topology import Topology
 
@@ -24,7 +25,6 @@ from .collectives import Collective
 from .costs import Operation, StageCosts, stage_costs
 from .links import collective_seconds, span_of, transfer_spans
 from .machine import Machine, machine_for
-from .workload import Workload
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,41 +12,15 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jdsi.models import TransformerSpec
-from jdsi.models.spec import LayerSpec, ParallelResidual, PreNorm
+from jdsi.models.spec import LayerSpec
 from jdsi.models.tensor_parallel import SEQUENCE_PARALLEL_TOKENS
+from jdsi.models.work import Operation, Work, Workload
 from jdsi.sharding import DATA, PIPE, TENSOR, Parallelism
 
 from .collectives import Collective
-from .shares import Shapes, Share, even_stages, share_of
-from .workload import Workload
+from .shares import even_stages, share_of
 
 _HLO_NAMES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Operation:
-    """A kernel, or a few that belong together, on one device.
-
-    Attributes:
-        name: what it is.
-        flops: of matrix products.
-        weight_bytes, kv_bytes, activation_bytes: read and written.
-        kernels: how many launches.
-        count: how often, of equal ones.
-    """
-
-    name: str
-    flops: int = 0
-    weight_bytes: int = 0
-    kv_bytes: int = 0
-    activation_bytes: int = 0
-    kernels: int = 1
-    count: int = 1
-
-    @property
-    def bytes(self) -> int:
-        """All that are read and written by one."""
-        return self.weight_bytes + self.kv_bytes + self.activation_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,17 +68,24 @@ def stage_costs(
         ConfigError: there are more stages than layers.
     """
     dtype = jnp.dtype(dtype)
-    counting = _Counting(share_of(spec, parallelism.tensor), parallelism, work, dtype, sequence_parallel)
+    counting = _Counting(share_of(spec, parallelism.tensor).spec, parallelism, work, dtype, sequence_parallel)
     return tuple(counting.stage(layers) for layers in stages or even_stages(spec, parallelism.pipeline))
 
 
 class _Counting:
     def __init__(
-        self, share: Share, parallelism: Parallelism, work: Workload, dtype: jnp.dtype, sequence_parallel: bool | None
+        self,
+        share: TransformerSpec,
+        parallelism: Parallelism,
+        work: Workload,
+        dtype: jnp.dtype,
+        sequence_parallel: bool | None,
     ) -> None:
         self._share, self._parallelism, self._work, self._item = share, parallelism, work, dtype.itemsize
+        self._units = Work(work, dtype.itemsize)
         self._dtype = _HLO_NAMES.get(dtype.name, dtype.name)
-        self._ranks, self._width, self._tokens = parallelism.tensor, share.spec.width, work.tokens
+        self._ranks, self._width, self._tokens = parallelism.tensor, share.width, work.tokens
+        self._table = share.embedding.width or share.width
         wanted = work.tokens >= SEQUENCE_PARALLEL_TOKENS if sequence_parallel is None else sequence_parallel
         self._divided = wanted and self._ranks > 1 and self._tokens % self._ranks == 0
         self._own_tokens = self._tokens // self._ranks if self._divided else self._tokens
@@ -116,114 +97,71 @@ class _Counting:
         if first:
             operations += self._embedding()
             collectives += self._embedding_exchange()
-        specs = [self._share.spec.layers[i] for i in layers]
+        specs = [self._share.layers[i] for i in layers]
         for layer in dict.fromkeys(specs):
-            shapes = self._share.layers[layers.start + specs.index(layer)]
             count = specs.count(layer)
-            operations += (dataclasses.replace(one, count=count) for one in self._layer(layer, shapes))
+            operations += (dataclasses.replace(one, count=count) for one in self._layer(layer))
             collectives += (dataclasses.replace(c, count=count * c.count) for c in self._layer_exchange(layer))
         if last:
             operations += self._head()
             collectives += self._head_exchange()
         return StageCosts(layers, tuple(operations), tuple(_together(collectives)), self._transfer(last))
 
-    def _product(self, name: str, shapes: Shapes, tokens: int, *, gated: bool = False, residual: int = 0) -> Operation:
-        rows, columns = shapes[f"{name}.weight"]
-        weights = rows * columns + (rows if f"{name}.bias" in shapes else 0)
-        written = rows // 2 if gated else rows
-        return Operation(
-            name.split(".")[-1],
-            flops=2 * tokens * rows * columns,
-            weight_bytes=weights * self._item,
-            activation_bytes=(tokens * (columns + written) + residual) * self._item,
-        )
-
-    def _elementwise(self, name: str, elements: int, kernels: int = 1) -> Operation:
-        return Operation(name, activation_bytes=elements * self._item, kernels=kernels)
-
-    def _layer(self, layer: LayerSpec, shapes: Shapes) -> Iterator[Operation]:
-        tokens, stream = self._tokens, self._own_tokens * self._width
+    def _layer(self, layer: LayerSpec) -> Iterator[Operation]:
+        sublayers, stream = len(layer.sublayers), self._own_tokens * self._width
         # Only a single rank's product can add the residual itself: others add it to the sum over ranks.
-        residual = stream if self._ranks == 1 else 0
-        yield self._product("attention.qkv", shapes, tokens)
-        yield from self._attention(layer)
-        yield self._product("attention.out", shapes, tokens, residual=residual)
-        yield self._product("feed_forward.up", shapes, tokens, gated=layer.feed_forward.gated)
-        yield self._product("feed_forward.down", shapes, tokens, residual=residual)
+        units = dataclasses.replace(self._units, residual=stream if self._ranks == 1 else 0)
+        for one in layer.sublayers:
+            yield from one.work(self._width, units)
         if self._ranks > 1:
-            sums = _sums(layer)
-            yield self._elementwise("residual", 3 * stream * sums, sums)
-        if norms := self._separate_norms(layer):
-            yield self._elementwise("norm", 2 * stream * norms, norms)
-
-    def _separate_norms(self, layer: LayerSpec) -> int:
-        """How many norms are not part of a product."""
-        if isinstance(layer.residual, PreNorm) and not layer.residual.from_norm:
-            return 2 if self._divided else 0
-        if isinstance(layer.residual, ParallelResidual):
-            return _gathers(layer) if self._divided else 0
-        return 2
-
-    def _attention(self, layer: LayerSpec) -> Iterator[Operation]:
-        attention, work = layer.attention, self._work
-        q, k, v = attention.qkv_rows
-        if attention.qk_norm is not None:
-            yield self._elementwise("qk_norm", 2 * work.tokens * (q + k))
-        written = work.tokens * (k + v) if attention.causal else 0
-        yield Operation(
-            "attention",
-            flops=4 * work.pairs(attention) * q,
-            kv_bytes=(written + work.slots(attention) * (k + v)) * self._item,
-            activation_bytes=work.tokens * (q + k + v + q) * self._item,
-            kernels=2,
-        )
+            sums = layer.residual.exchanges(sublayers)
+            yield units.elementwise("residual", 3 * stream * sums, sums)
+        if norms := layer.residual.separate_norms(sublayers, divided=self._divided):
+            yield units.elementwise("norm", 2 * stream * norms, norms)
 
     def _embedding(self) -> Iterator[Operation]:
-        shapes, width = self._share.others, self._width
-        table = self._share.spec.embedding.width or width
-        tables = sum(f"embedding.{name}.weight" in shapes for name in ("tokens", "positions", "token_types"))
-        yield self._elementwise("embedding", self._tokens * (tables * table + width))
-        if "embedding.project.weight" in shapes:
-            yield self._product("embedding.project", shapes, self._tokens)
+        spec, width, table = self._share.embedding, self._width, self._table
+        tables = 1 + (spec.positions is not None) + (spec.token_types > 0)
+        yield self._units.elementwise("embedding", self._tokens * (tables * table + width))
+        if table != width:
+            yield self._units.product("project", width, table, bias=False, tokens=self._tokens)
 
     def _head(self) -> Iterator[Operation]:
-        spec, shapes, rows = self._share.spec, self._share.others, self._work.rows
+        spec, rows, width, table = self._share, self._work.rows, self._width, self._table
         if spec.norm is not None:
-            yield self._elementwise("norm", 2 * self._tokens * self._width)
+            yield self._units.elementwise("norm", 2 * self._tokens * width)
         if spec.head is None:
             return
-        for name in ("head.transform.dense", "head.project"):
-            if f"{name}.weight" in shapes:
-                yield self._product(name, shapes, rows)
-        vocabulary, width = shapes[self._share.table or "head.weight"]
+        if spec.head.transform is not None:
+            yield self._units.product("dense", width, width, bias=True, tokens=rows)
+        if table != width:
+            yield self._units.product("project", table, width, bias=False, tokens=rows)
+        vocabulary = spec.vocab_size
         yield Operation(
             "head",
-            flops=2 * rows * vocabulary * width,
-            weight_bytes=vocabulary * width * self._item,
-            activation_bytes=rows * (width * self._item + vocabulary * 4),
+            flops=2 * rows * vocabulary * table,
+            weight_bytes=vocabulary * table * self._item,
+            activation_bytes=rows * (table * self._item + vocabulary * 4),
         )
         # The largest, the first that equals it, and its probability: three passes over float32.
         yield Operation("sample", activation_bytes=3 * 4 * rows * vocabulary, kernels=3)
 
     def _embedding_exchange(self) -> Iterator[Collective]:
         if self._ranks > 1:
-            yield self._exchange("all-reduce", (self._tokens, self._share.spec.embedding.width or self._width))
+            yield self._exchange("all-reduce", (self._tokens, self._table))
 
     def _layer_exchange(self, layer: LayerSpec) -> Iterator[Collective]:
         if self._ranks == 1:
             return
-        hidden, sums = (self._tokens, self._width), _sums(layer)
-        if self._divided:
-            yield self._exchange("all-gather", hidden, count=_gathers(layer))
-            yield self._exchange("reduce-scatter", hidden, count=sums)
-        else:
-            yield self._exchange("all-reduce", hidden, count=sums)
+        hidden, count = (self._tokens, self._width), layer.residual.exchanges(len(layer.sublayers))
+        for kind in ("all-gather", "reduce-scatter") if self._divided else ("all-reduce",):
+            yield self._exchange(kind, hidden, count=count)
 
     def _head_exchange(self) -> Iterator[Collective]:
         rows = (self._work.rows,)
         if self._divided:  # each row's last token, from the rank that has it
             yield self._exchange("all-reduce", (self._work.rows, self._width))
-        if self._ranks > 1 and self._share.spec.head is not None:
+        if self._ranks > 1 and self._share.head is not None:
             yield self._exchange("all-reduce", rows, "s32", count=2)
         if self._parallelism.data > 1:  # every device gets all tokens, their log-probabilities, and which were the last
             batch = self._work.rows * self._parallelism.data
@@ -243,16 +181,6 @@ class _Counting:
         for dim in shape:
             size *= dim
         return Collective(kind, dtype or self._dtype, shape, size, self._ranks, TENSOR, count=count)
-
-
-def _sums(layer: LayerSpec) -> int:
-    """How often a layer adds up what its ranks computed."""
-    return 1 if isinstance(layer.residual, ParallelResidual) else 2
-
-
-def _gathers(layer: LayerSpec) -> int:
-    """How often a layer gathers tokens that are divided over its ranks."""
-    return 1 if isinstance(layer.residual, ParallelResidual) else 2
 
 
 def _together(collectives: Sequence[Collective]) -> Iterator[Collective]:

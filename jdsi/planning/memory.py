@@ -8,10 +8,11 @@ from jax.typing import DTypeLike
 
 from jdsi.kv_cache import Contiguous
 from jdsi.models import TransformerSpec
+from jdsi.models.spec import LayerSpec
+from jdsi.models.work import Workload
 from jdsi.sharding import Parallelism
 
-from .shares import Shapes, elements, even_stages, share_of
-from .workload import Workload
+from .shares import even_stages, share_of, weight_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,12 +64,13 @@ def stage_memory(
     share, item = share_of(spec, parallelism.tensor), jnp.dtype(dtype).itemsize
     found = []
     for layers in stages or even_stages(spec, parallelism.pipeline):
-        last = layers.stop == len(share.layers) and share.spec.head is not None
+        specs = [share.spec.layers[i] for i in layers]
+        last = layers.stop == len(share.spec.layers) and share.spec.head is not None
         found.append(
             Memory(
-                weights=elements(share.stage(layers)) * item,
+                weights=weight_bytes(share.stage(layers), dtype),
                 kv=Contiguous().bytes(share.spec.kv_shapes[layers.start : layers.stop], rows, capacity, dtype),
-                activations=work.tokens * max(_live(spec.width, share.layers[i]) for i in layers) * item,
+                activations=work.tokens * max(_live(spec.width, one) for one in specs) * item,
                 # As they come, and once more while they are worked on.
                 logits=2 * 4 * work.rows * share.spec.vocab_size if last else 0,
             )
@@ -76,11 +78,9 @@ def stage_memory(
     return tuple(found)
 
 
-def _live(width: int, layer: Shapes) -> int:
+def _live(width: int, layer: LayerSpec) -> int:
     """Numbers of each token that a layer holds at once: the residual stream, a sum, and the widest product's two sides.
 
     Between 0.9 and 1.2 of what XLA sets aside for prompts of large models on Hopper's kernels (GPT-J: 0.7).
     """
-    (qkv, _), (_, heads) = layer["attention.qkv.weight"], layer["attention.out.weight"]
-    (up, _), (_, hidden) = layer["feed_forward.up.weight"], layer["feed_forward.down.weight"]
-    return 2 * width + max(2 * width, qkv + heads, up + hidden)
+    return 2 * width + max(2 * width, *(one.live(width) for one in layer.sublayers))

@@ -6,6 +6,7 @@ from typing import Any
 
 from jdsi.errors import ConfigError
 from jdsi.models import TransformerSpec
+from jdsi.models.work import Workload
 from jdsi.sharding import Parallelism
 from jdsi.sharding.topology import Topology
 
@@ -18,7 +19,6 @@ from .machine import machine_for
 from .memory import Memory, stage_memory
 from .search import Choice, Goal, check_request, choose
 from .shares import even_stages, parameter_count
-from .workload import Workload
 
 
 @dataclasses.dataclass(frozen=True)

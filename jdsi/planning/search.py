@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 
 from jdsi.errors import CapacityError, ConfigError, nearest
 from jdsi.models import TransformerSpec
+from jdsi.models.work import Workload
 from jdsi.sharding import Parallelism
 from jdsi.sharding.topology import Topology
 
@@ -20,7 +21,6 @@ from .cost_model import predict
 from .explain import explain
 from .machine import machine_for
 from .memory import Memory, stage_memory
-from .workload import Workload
 
 _MOST_ROWS = 1 << 16  # of a data-parallel group
 
@@ -132,7 +132,7 @@ def _divisors(number: int) -> list[int]:
 
 def _candidate(request: Request, parallelism: Parallelism) -> Candidate:
     layers, batch = len(request.spec.layers), request.batch or parallelism.data
-    heads = max(layer.attention.num_heads for layer in request.spec.layers)
+    heads = max(one.most_ranks or 1 for layer in request.spec.layers for one in layer.sublayers)
     if parallelism.pipeline > layers:
         return Candidate(parallelism, batch, rejected=f"{parallelism.pipeline} stages exceed the {layers} layers")
     if parallelism.tensor > heads:

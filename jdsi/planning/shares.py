@@ -5,61 +5,51 @@ import functools
 import math
 from collections.abc import Iterable, Mapping
 
-import jax.numpy as jnp
+from jax.typing import DTypeLike
 
-from jdsi.models import TransformerSpec, abstract_parameters
+from jdsi.models import ParameterInfo, TransformerSpec, parameters_of
 from jdsi.models.tensor_parallel import local_spec
 from jdsi.sharding.schedule import split_layers
 
-Shapes = Mapping[str, tuple[int, ...]]
+_TABLE = "embedding.tokens.weight"
 
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """One rank's part of every layer, the same for all ranks: smaller parts are padded.
+    """One rank's part of a model, the same for all ranks: smaller parts are padded.
 
     Attributes:
         spec: the model as that rank computes it.
-        layers: of each layer the shapes of its parameters, by name within the layer.
-        others: shapes of the parameters outside the layers.
+        parameters: its own, by name.
     """
 
     spec: TransformerSpec
-    layers: tuple[Shapes, ...]
-    others: Shapes
+    parameters: Mapping[str, ParameterInfo]
 
     @property
-    def table(self) -> str | None:
-        """The parameter outside the head that a tied head multiplies with."""
-        return "embedding.tokens.weight" if self.spec.head is not None and self.spec.head.tied else None
+    def table(self) -> list[ParameterInfo]:
+        """The parameter outside the head that a tied head multiplies with, if it is tied."""
+        return [self.parameters[_TABLE]] if self.spec.head is not None and self.spec.head.tied else []
 
-    def stage(self, layers: range) -> list[tuple[int, ...]]:
-        """Shapes of the parameters that a stage with these layers holds."""
-        first, last = layers.start == 0, layers.stop == len(self.layers)
-        shapes = [shape for i in layers for shape in self.layers[i].values()]
-        for name, shape in self.others.items():
-            if first if name.startswith("embedding.") else last:
-                shapes.append(shape)
+    def stage(self, layers: range) -> list[ParameterInfo]:
+        """The parameters that a stage with these layers holds."""
+        first, last = layers.start == 0, layers.stop == len(self.spec.layers)
+
+        def here(info: ParameterInfo) -> bool:
+            if info.layer is not None:
+                return info.layer in layers
+            return first if info.group == "embedding" else last
+
+        held = [info for info in self.parameters.values() if here(info)]
         # The last stage has a copy of its own of a table that both ends use.
-        return [*shapes, self.others[self.table]] if last and not first and self.table else shapes
+        return [*held, *self.table] if last and not first else held
 
 
 @functools.lru_cache(maxsize=128)
 def share_of(spec: TransformerSpec, ranks: int) -> Share:
     """The share of each of `ranks` tensor-parallel ranks."""
     local = local_spec(spec, ranks)
-    # Layers are alike: describing one of each kind takes milliseconds where all would take a second.
-    kinds = list(dict.fromkeys(local.layers))
-    described: list[dict[str, tuple[int, ...]]] = [{} for _ in kinds]
-    others = {}
-    for name, leaf in abstract_parameters(dataclasses.replace(local, layers=tuple(kinds)), jnp.float32).items():
-        if name.startswith("layers."):
-            _, index, inner = name.split(".", 2)
-            described[int(index)][inner] = leaf.shape
-        else:
-            others[name] = leaf.shape
-    by_kind = dict(zip(kinds, described, strict=True))
-    return Share(local, tuple(by_kind[layer] for layer in local.layers), others)
+    return Share(local, parameters_of(local))
 
 
 @functools.lru_cache(maxsize=128)
@@ -69,19 +59,24 @@ def even_stages(spec: TransformerSpec, stages: int) -> tuple[range, ...]:
     Raises:
         ConfigError: there are more stages than layers.
     """
-    share = share_of(spec, 1)
-    head = [shape for name, shape in share.others.items() if name.startswith("head.")]
-    head += [share.others[share.table]] if share.table else []
-    layers = [elements(layer.values()) for layer in share.layers]
-    return tuple(split_layers(layers, stages, last=elements(head)))
+    share, layers = share_of(spec, 1), [0] * len(spec.layers)
+    for info in share.parameters.values():
+        if info.layer is not None:
+            layers[info.layer] += elements([info])
+    head = [info for info in share.parameters.values() if info.group == "head"]
+    return tuple(split_layers(layers, stages, last=elements([*head, *share.table])))
 
 
-def elements(shapes: Iterable[tuple[int, ...]]) -> int:
-    """How many numbers arrays of these shapes hold."""
-    return sum(map(math.prod, shapes))
+def elements(infos: Iterable[ParameterInfo]) -> int:
+    """How many numbers parameters hold."""
+    return sum(math.prod(info.shape) for info in infos)
+
+
+def weight_bytes(infos: Iterable[ParameterInfo], dtype: DTypeLike) -> int:
+    """Bytes of parameters in a model that runs in `dtype`."""
+    return sum(math.prod(info.shape) * info.dtype_in(dtype).itemsize for info in infos)
 
 
 def parameter_count(spec: TransformerSpec) -> int:
     """How many parameters a model has."""
-    share = share_of(spec, 1)
-    return elements(share.stage(range(len(share.layers))))
+    return elements(parameters_of(spec).values())

@@ -7,7 +7,7 @@ from typing import Any
 from jaxtyping import Array
 
 from jdsi.kv_cache import AttentionContext
-from jdsi.models import Part, Skeleton, TransformerSpec
+from jdsi.models import Part, Skeleton, Transformer, TransformerSpec
 from jdsi.models.tensor_parallel import SEQUENCE_PARALLEL_TOKENS, local_spec, without_padding
 from jdsi.pallas_kernels.operator import Implementation, default_implementation
 from jdsi.sharding import DATA, axis_index
@@ -28,7 +28,7 @@ class Body:
         sequence_parallel: divide the tokens of the residual stream over "tensor"; by default where they are many.
     """
 
-    skeleton: Skeleton
+    skeleton: Skeleton[Transformer]
     part: Part
     spec: TransformerSpec
     implementation: Implementation | None = None
@@ -38,7 +38,7 @@ class Body:
     @classmethod
     def of(cls, spec: TransformerSpec, part: Part, dtype: Any, ranks: int = 1, **options: Any) -> "Body":
         """The part's of a model that is divided among so many ranks; `options` are attributes."""
-        return cls(Skeleton.of(local_spec(spec, ranks), part, dtype), part, spec, ranks=ranks, **options)
+        return cls(Transformer.skeleton(local_spec(spec, ranks), part, dtype), part, spec, ranks=ranks, **options)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -22,8 +22,7 @@ from jdsi.converters.buffers import aligned_empty, check_cast, copy_blocks, on_h
 from jdsi.converters.shares import pieces_in_shares
 from jdsi.converters.sources import ShareReader, Watch
 from jdsi.errors import CheckpointError, ConfigError, PeerError
-from jdsi.models import TransformerSpec, abstract_parameters
-from jdsi.models.tensor_parallel import split_of
+from jdsi.models import TransformerSpec, parameters_of, shapes_of, splits_of
 from jdsi.sharding import PIPE, TENSOR
 
 from . import peers
@@ -39,8 +38,8 @@ class Gathering:
         spec: the model's.
         mesh: with our axes; of all processes.
         stages: the names of the parameters of each stage.
-        parameters: those on this process's devices, divided as `split_of` says.
-        dtype: of all of them.
+        parameters: those on this process's devices, divided as `splits_of` says.
+        dtype: that the model runs in.
     """
 
     def __init__(
@@ -52,8 +51,8 @@ class Gathering:
         dtype: np.dtype,
     ) -> None:
         self._spec, self._mesh, self._dtype, self._parameters = spec, mesh, dtype, parameters
+        self._infos = parameters_of(spec)
         self._stage = {name: stage for stage, names in reversed(list(enumerate(stages))) for name in names}
-        self._shapes = {name: tuple(leaf.shape) for name, leaf in abstract_parameters(spec).items()}
         self._led = True
 
     def run(self, use: Callable[[ParameterSource], object]) -> None:
@@ -94,20 +93,21 @@ class Gathering:
 
     def _share(self, name: str, rank: int) -> Array:
         """A rank's share, or all of a parameter that is not split, on a device of this process."""
-        split, stage = split_of(self._spec, name, self._mesh.shape[TENSOR]), self._stage[name]
-        local = self._shapes[name] if split is None else split.local_shape(self._shapes[name])
+        info, stage = self._infos[name], self._stage[name]
+        split, dtype = info.split(self._mesh.shape[TENSOR]), info.dtype_in(self._dtype)
+        local = info.shape if split is None else split.local_shape(info.shape)
         sharding = NamedSharding(self._mesh, PartitionSpec((PIPE, TENSOR)))
         have = {}
         if name in self._parameters:
             have = {shard.device: shard.data for shard in self._parameters[name].addressable_shards}
         with peers.turn():
             shards = [
-                have[device] if device in have else jnp.zeros(local, self._dtype, device=device)
+                have[device] if device in have else jnp.zeros(local, dtype, device=device)
                 for device in self._mesh.local_devices
             ]
             blocks = self._mesh.shape[PIPE] * self._mesh.shape[TENSOR]
             shape = (blocks * local[0], *local[1:])
-            joined = jax.make_array_from_single_device_arrays(shape, sharding, shards, dtype=self._dtype)
+            joined = jax.make_array_from_single_device_arrays(shape, sharding, shards, dtype=dtype)
             found = _everywhere(self._mesh)(joined, np.int32(stage), np.int32(rank)).addressable_data(0)
             return found.block_until_ready()
 
@@ -133,9 +133,8 @@ class _Gathered(ShareReader):
         self, spec: TransformerSpec, ranks: int, dtype: np.dtype, fetch: Callable[[str, int], np.ndarray]
     ) -> None:
         self._fetch = fetch
-        self.shapes = {name: tuple(leaf.shape) for name, leaf in abstract_parameters(spec).items()}
-        self.dtypes = dict.fromkeys(self.shapes, dtype)
-        self._splits = {name: split_of(spec, name, ranks) for name in self.shapes}
+        self.shapes, self._splits = shapes_of(spec), splits_of(spec, ranks)
+        self.dtypes = {name: info.dtype_in(dtype) for name, info in parameters_of(spec).items()}
 
     def read(self, name: str, dtype: np.dtype, watch: Watch) -> np.ndarray:
         """See `ParameterSource.read`."""

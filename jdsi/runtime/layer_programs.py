@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from jdsi.kv_cache import AttentionContext
-from jdsi.models import Part, TransformerSpec
+from jdsi.models import Part, TransformerSpec, layer_group
 from jdsi.models.spec import LayerSpec
 from jdsi.pallas_kernels.operator import Implementation
 from jdsi.sharding import DATA, TENSOR
@@ -83,7 +83,7 @@ class LayerPrograms:
         part = self._body(Part.layer(index))
 
         def body(arrays: Any, hidden: Array, memory: Any, frame: AttentionContext) -> Any:
-            leaves = self._pick(part, [weights], [arrays], f"layers.{index}.")
+            leaves = self._pick(part, [weights], [arrays], f"{layer_group(index)}.")
             hidden, context, _ = part(leaves, hidden, frame.only(memory), None, *_NOTHING)
             return hidden, context.memory(0), hidden[:1, 0]
 

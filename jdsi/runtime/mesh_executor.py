@@ -29,7 +29,7 @@ from .transfer import Link, all_here, is_here, part_on, replicate, spread
 
 _CONTIGUOUS = Contiguous()
 Loader = Callable[[Mesh, Sequence[str]], dict[str, Array]]
-"""Gives the named parameters on a stage's mesh, divided as `jdsi.models.tensor_parallel.split_of` says."""
+"""Gives the named parameters on a stage's mesh, divided as `jdsi.models.splits_of` says."""
 
 
 class MeshExecutor:
@@ -193,7 +193,7 @@ class MeshExecutor:
             return jax.device_get(self._known_to_all(whole, abstract))
 
     def parameters(self) -> dict[str, Array]:
-        """The parameters on this process's devices, divided as `split_of` says, each on the mesh of its stage."""
+        """The parameters on this process's devices, divided as `splits_of` says, each on the mesh of its stage."""
         found: dict[str, Array] = {}
         for program, leaves in zip(self.programs, self._leaves, strict=True):
             for name, leaf in zip(program.names, leaves, strict=False):  # no leaves where the stage is elsewhere

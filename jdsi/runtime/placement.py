@@ -17,8 +17,7 @@ from jaxtyping import Array
 from jdsi.converters.block_form import FIELD_ALIGNMENT, BlockForm, Field
 from jdsi.converters.block_store import Block
 from jdsi.converters.direct_io import round_up
-from jdsi.models import TransformerSpec
-from jdsi.models.tensor_parallel import split_of
+from jdsi.models import TransformerSpec, groups_of
 from jdsi.sharding import DATA, TENSOR, Split, all_gather, own_share
 
 MemoryKind = str
@@ -212,8 +211,7 @@ class Streamed:
 def streamed_weights(spec: TransformerSpec, block: Block, mesh: Mesh) -> Streamed:
     """How a block of a model is streamed to a mesh."""
     ranks = mesh.shape[TENSOR]
-    prefix = f"{block.name}." if block.name.startswith("layers.") else ""
-    splits = tuple((name, split_of(spec, prefix + name, ranks)) for name, _ in block.form.parameters)
+    splits = tuple((info.inner, info.split(ranks)) for info in groups_of(spec)[block.name].values())
     return Streamed(block.form, mesh, splits, block.ranks)
 
 

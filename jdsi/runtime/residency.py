@@ -8,7 +8,7 @@ import numpy as np
 
 from jdsi.converters.block_store import Block, BlockStore
 from jdsi.errors import CapacityError
-from jdsi.models.tensor_parallel import split_of
+from jdsi.models import groups_of
 
 EDGES = ("embedding", "head")
 
@@ -57,11 +57,10 @@ class Footprint:
         if block.ranks > 1 or self.tensor == 1:
             return block.form.nbytes_as(self.dtype)
         total = 0
-        for name, parameter in block.form.parameters:
-            full = f"{block.name}.{name}" if block.name.startswith("layers.") else name
-            split = split_of(self.store.spec, full, self.tensor)
-            shape = parameter.shape if split is None else split.local_shape(parameter.shape)
-            total += math.prod(shape) * np.dtype(self.dtype).itemsize
+        for info in groups_of(self.store.spec)[block.name].values():
+            split = info.split(self.tensor)
+            shape = info.shape if split is None else split.local_shape(info.shape)
+            total += math.prod(shape) * info.dtype_in(self.dtype).itemsize
         return total
 
     def buffer(self, names: Iterable[str]) -> int:
@@ -75,11 +74,11 @@ class Footprint:
         What layers are made into before they run is memory that layers of the same shapes share, and that stays.
         """
         devices = self.tensor * self.data
-        prepared, passing = {}, 0
+        prepared, passing, layers = {}, 0, set(self.store.layers)
         for name in names:
             block = self.store.blocks[name]
             made = block.form.made_bytes(self.dtype)
-            is_layer = name.startswith("layers.")
+            is_layer = name in layers
             if is_layer and (made or devices > 1):
                 prepared[block.form.shapes] = name
             passing = max(passing, block.nbytes * (devices > 1) + made * (devices > 1 or not is_layer))
@@ -100,8 +99,7 @@ def plan_residency(footprint: Footprint, limit: int | None, *, slots: int = 3, s
     Raises:
         CapacityError: not even two blocks fit; the message says what would.
     """
-    names = list(footprint.store.blocks)
-    layers = [name for name in names if name.startswith("layers.")]
+    names, layers = list(footprint.store.blocks), footprint.store.layers
     if limit is None:
         kept, moved = _edge_choices(footprint)[0]
         limit = footprint.kept(kept) + slots * footprint.buffer(moved) + footprint.in_use(moved)
@@ -131,8 +129,7 @@ def least_bytes(footprint: Footprint) -> int:
 
 def _edge_choices(footprint: Footprint) -> list[tuple[list[str], list[str]]]:
     """What stays besides layers, and what may be streamed: as few of the embedding and the head as possible first."""
-    names = list(footprint.store.blocks)
-    layers = [name for name in names if name.startswith("layers.")]
+    names, layers = list(footprint.store.blocks), footprint.store.layers
     edges = [name for name in names if name in EDGES]
     small = [name for name in names if name not in layers and name not in edges]  # the last norm, a classifier
     return [

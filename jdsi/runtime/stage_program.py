@@ -12,8 +12,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from jdsi.kv_cache import AttentionContext, Cache, CacheSpec, Contiguous
-from jdsi.models import Part, TransformerSpec, abstract_parameters
-from jdsi.models.tensor_parallel import kv_shapes, split_of
+from jdsi.models import Part, TransformerSpec, parameters_of
+from jdsi.models.tensor_parallel import kv_shapes
 from jdsi.pallas_kernels.operator import Implementation
 from jdsi.sharding import DATA, TENSOR
 
@@ -79,7 +79,7 @@ class StageProgram:
         self._cache, self._kv_shapes = cache, kv_shapes(spec, ranks)[layers.start : layers.stop]
         self._epilogues = EpilogueProgram(mesh, divided=spec.head is not None)
         self.names = self._body.names
-        splits = [split_of(spec, name, ranks) for name in self.names]
+        splits = [parameters_of(spec)[name].split(ranks) for name in self.names]
         self._leaf_specs = [_WHOLE if s is None else PartitionSpec(*[None] * s.dim, TENSOR) for s in splits]
         passed_on = () if self.first or self.last else ("hidden",)
         self._jitted = jax.jit(
@@ -105,12 +105,12 @@ class StageProgram:
 
     def abstract_parameters(self) -> list[jax.ShapeDtypeStruct]:
         """Shapes and shardings of this stage's parameters, in order."""
-        ranks, plain = self.mesh.shape[TENSOR], abstract_parameters(self.spec, self.dtype)
+        ranks, infos = self.mesh.shape[TENSOR], parameters_of(self.spec)
         found = []
         for name, spec in zip(self.names, self._leaf_specs, strict=True):
-            split = split_of(self.spec, name, ranks)
-            shape = plain[name].shape if split is None else split.global_shape(plain[name].shape)
-            found.append(jax.ShapeDtypeStruct(shape, self.dtype, sharding=self.sharding(spec)))
+            info, split = infos[name], infos[name].split(ranks)
+            shape = info.shape if split is None else split.global_shape(info.shape)
+            found.append(jax.ShapeDtypeStruct(shape, info.dtype_in(self.dtype), sharding=self.sharding(spec)))
         return found
 
     def lower(self, rows: int, new_tokens: int, capacity: int, epilogue: Epilogue, carry: Any = ()) -> Any:

@@ -12,6 +12,7 @@ from jaxtyping import Array
 
 from jdsi.converters.block_store import Block, BlockStore
 from jdsi.converters.direct_io import PageBuffer
+from jdsi.models import layer_group
 from jdsi.models.spec import LayerSpec
 
 from .layer_programs import LayerPrograms
@@ -67,7 +68,7 @@ class WeightSupply:
         self._top_blocks += [name for name in ("head", "classifier") if name in used]
         top = [used[name] for name in self._top_blocks]
         self.embed, self.top = programs.embed(used["embedding"]), programs.top(top)
-        self._layers = [_Layer.of(programs, used[f"layers.{i}"], layer) for i, layer in enumerate(store.spec.layers)]
+        self._layers = [_Layer.of(programs, used[layer_group(i)], layer) for i, layer in enumerate(store.spec.layers)]
         self._prepared: dict[Any, dict[str, Array]] = {}
         self._store, self._dtype = store, programs.dtype
         if self._stream is None:
@@ -89,7 +90,7 @@ class WeightSupply:
     def layer(self, index: int, batches: int) -> Iterator[tuple[Delivery | Resident, Callable[..., Any]]]:
         """A layer's weights for so many batches, until the end of the context, and the program that takes them."""
         layer = self._layers[index]
-        with self.block(f"layers.{index}") as block:
+        with self.block(layer_group(index)) as block:
             if layer.prepare is None or layer.run_prepared is None:
                 yield block, layer.run
                 return

@@ -1,10 +1,15 @@
 """Products of a few rows with everything around them fused: the public functions."""
 
+import dataclasses
+
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from ..normalization import NormForm
+from ..normalization import norm as normalised
 from ..operator import Implementation, Operator
+from ..quantized_linear import api as quantized
+from ..quantized_linear.weight import QuantizedWeight
 from .form import LinearForm, dtype_or_none
 from .reference import linear as reference
 
@@ -30,7 +35,7 @@ LINEAR = Operator("linear", "jdsi.pallas_kernels.linear", reference, _bucket, ("
 
 def linear(
     x: Float[Array, "T in"],
-    weight: Float[Array, "out in"],
+    weight: Float[Array, "out in"] | QuantizedWeight,
     bias: Float[Array, " out"] | None = None,
     *,
     activation: str | None = None,
@@ -45,13 +50,15 @@ def linear(
 
     The skinny product of DeepSpeed Inference (SBI-GeMM, Aminabadi et al. 2022, section III-C), with its neighbours.
     Up to 64 narrow tokens run as one kernel on Hopper GPUs, if need be with a second pass over split sums; more tokens
-    and float32 are XLA's.
+    and float32 are XLA's. Of a quantised weight the kernel reads the numbers as they are stored; elsewhere it is turned
+    back into float32 first.
 
     Args:
-        weight: laid out as checkpoints store it, of the dtype of `x`.
+        weight: laid out as checkpoints store it, of the dtype of `x`; or a matrix that was quantised, see `quantize`.
         activation: one of `ACTIVATIONS`, applied in float32.
         residual: added after the product was rounded; of the dtype of the result.
-        norm: applied to `x` first and rounded to its dtype; `norm_weight` and `norm_bias` are its arrays.
+        norm: applied to `x` first and rounded to its dtype; `norm_weight` and `norm_bias` are its arrays. With a
+            quantised weight it is an operator of its own.
         out_dtype: of the result, by default that of `x`.
         implementation: one by name, or the fastest that takes the arguments.
 
@@ -60,13 +67,12 @@ def linear(
         UnsupportedError: the named implementation cannot take the arguments.
     """
     form = LinearForm(activation, False, norm, dtype_or_none(out_dtype))
-    _check(x, weight, bias, residual, norm_weight, norm_bias, form)
-    return LINEAR(x, weight, bias, residual, norm_weight, norm_bias, implementation=implementation, form=form)
+    return _product(x, weight, bias, residual, norm_weight, norm_bias, form, implementation)
 
 
 def gated_linear(
     x: Float[Array, "T in"],
-    weight: Float[Array, "2F in"],
+    weight: Float[Array, "2F in"] | QuantizedWeight,
     bias: Float[Array, " 2F"] | None = None,
     *,
     activation: str | None,
@@ -85,13 +91,30 @@ def gated_linear(
     The rest as in `linear`.
     """
     form = LinearForm(activation, True, norm, dtype_or_none(out_dtype))
-    _check(x, weight, bias, None, norm_weight, norm_bias, form)
-    return LINEAR(x, weight, bias, None, norm_weight, norm_bias, implementation=implementation, form=form)
+    return _product(x, weight, bias, None, norm_weight, norm_bias, form, implementation)
+
+
+def _product(
+    x: Array,
+    weight: Array | QuantizedWeight,
+    bias: Array | None,
+    residual: Array | None,
+    norm_weight: Array | None,
+    norm_bias: Array | None,
+    form: LinearForm,
+    implementation: Implementation | None,
+) -> Array:
+    _check(x, weight, bias, residual, norm_weight, norm_bias, form)
+    if not isinstance(weight, QuantizedWeight):
+        return LINEAR(x, weight, bias, residual, norm_weight, norm_bias, implementation=implementation, form=form)
+    if form.norm is not None:
+        x, form = normalised(x, norm_weight, norm_bias, form.norm), dataclasses.replace(form, norm=None)
+    return quantized.QUANTIZED_LINEAR(x, weight, bias, residual, implementation=implementation, form=form)
 
 
 def _check(
     x: Array,
-    weight: Array,
+    weight: Array | QuantizedWeight,
     bias: Array | None,
     residual: Array | None,
     norm_weight: Array | None,
@@ -99,7 +122,7 @@ def _check(
     form: LinearForm,
 ) -> None:
     """Raises ValueError for shapes and dtypes that do not go together."""
-    if x.ndim != 2 or weight.ndim != 2:
+    if len(x.shape) != 2 or len(weight.shape) != 2:
         raise ValueError(f"x and weight are matrices, not of shapes {x.shape} and {weight.shape}")
     if x.shape[1] != weight.shape[1]:
         raise ValueError(f"x has {x.shape[1]} columns, weight {weight.shape[1]}")

@@ -1,6 +1,5 @@
 """Matrix products of a few rows with quantised weights."""
 
-from .api import quantized_gated_linear, quantized_linear
 from .weight import QuantizedWeight, WeightFormat, dequantize, quantize
 
 __all__ = [
@@ -8,6 +7,4 @@ __all__ = [
     "WeightFormat",
     "dequantize",
     "quantize",
-    "quantized_gated_linear",
-    "quantized_linear",
 ]

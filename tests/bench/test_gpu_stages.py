@@ -28,6 +28,8 @@ from jdsi.errors import ConfigError, UnsupportedError
 from jdsi.pallas_kernels import linear, registry
 from jdsi.pallas_kernels.device import H200, target
 from jdsi.pallas_kernels.linear import api
+from jdsi.pallas_kernels.quantized_linear import WeightFormat, quantize
+from jdsi.pallas_kernels.quantized_linear import api as quantized_api
 
 # One of each kind of function, and of each kernel's way to be interpreted; all others are slow.
 QUICK = (
@@ -183,6 +185,12 @@ def test_kernels_left_out_are_not_found_any_more(monkeypatch: pytest.MonkeyPatch
     assert "linear_pallas" in kernels()
     leave_out({"linear": {"pallas": "wrong", "triton": "wrong"}})
     assert "linear_pallas" not in kernels()
+    # Products with quantised weights are another operator behind the same function.
+    assert quantized_api.QUANTIZED_LINEAR.kernels
+    monkeypatch.setattr(quantized_api, "QUANTIZED_LINEAR", quantized_api.QUANTIZED_LINEAR)
+    leave_out({"quantized_linear": {"pallas": "wrong"}})
+    with pytest.raises(UnsupportedError, match="no implementation 'pallas'"):
+        linear(x, quantize(weight, WeightFormat("int8")), implementation="pallas")
     assert registry.operators()["linear"].operator.kernels == ()
     assert registry.operators()["add_norm"].operator.kernels == ("pallas",)
     with pytest.raises(UnsupportedError, match="no implementation 'pallas'"):

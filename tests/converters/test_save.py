@@ -198,7 +198,7 @@ def _pass_for_three(cut: Path, other: Path) -> None:
         (lambda cut, _: _shorten(cut / _rank(1), 0), "0 bytes is too short"),
         (lambda cut, _: _shorten(cut / _rank(1), 300), "truncated"),
         (lambda cut, _: _shorten(cut / _rank(0), 9000), "the file is truncated"),
-        (lambda cut, other: shutil.copy(other.parent / "config.json", cut), r"does not fit the model its config\.json"),
+        (lambda cut, other: shutil.copy(other.parent / "config.json", cut), r"does not fit the model its config"),
         (lambda cut, _: (cut / "config.json").unlink(), r"no config\.json"),
         (_take_manifest_of_three, f"files are missing: {_rank(0, 3)}"),
         (_pass_for_three, "written for another folder"),

@@ -62,6 +62,9 @@ def test_types_may_differ_and_lie_together(llama: Path, tmp_path: Path) -> None:
 def test_blocks_hold_the_parameters(layout: str, llama: Path, store: Path) -> None:
     expected = parameters(load_model(llama, dtype="float32"))
     blocks = BlockStore.open(store if layout == "store" else llama)
+    order = list(blocks.blocks)  # of a pass, and of the file
+    assert order == ["embedding", *blocks.layers, "norm", "head"]
+    assert layout == "llama" or order == list(StreamingCheckpoint(store).groups)
     reader, seen = DirectReader(), set()
     for block in blocks.blocks.values():
         memory = PageBuffer(block.nbytes).bytes

@@ -23,7 +23,7 @@ LENGTHS = (5, 11, 1)
 @pytest.fixture(scope="module")
 def model() -> Transformer:
     attention = AttentionSpec(num_heads=4, num_kv_heads=2, head_dim=6, scale=0.5, rotary=Rotary(6))
-    layer = LayerSpec(attention, MlpSpec(20, "silu", gated=True), PreNorm(RmsNormSpec(1e-6)))
+    layer = LayerSpec((attention, MlpSpec(20, "silu", gated=True)), PreNorm(RmsNormSpec(1e-6)))
     spec = TransformerSpec(
         family="test",
         vocab_size=31,

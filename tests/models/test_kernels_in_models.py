@@ -17,6 +17,7 @@ from accumulators import accumulators
 from jdsi.kv_cache import ContiguousContext
 from jdsi.models import Transformer, TransformerSpec
 from jdsi.models.families import family_for
+from jdsi.models.spec import AttentionSpec
 from jdsi.pallas_kernels import default_implementation
 from kernels import compile_for_h200, interpreted, relative_error, with_slow
 
@@ -127,7 +128,7 @@ def test_a_step_compiles_for_the_h200(family: str, settings: dict, batch: int, t
     cache = f"{batch},{spec.kv_shapes[0][0]},2048,{spec.kv_shapes[0][1]}"
     assert not re.findall(rf"= bf16\[{cache}\]\S* (?:copy|fusion)\(", compiled.text)
     # The write reads q, k and v from the fused projection: no fusion takes that to cut it, and nothing copies it.
-    attention = spec.layers[0].attention
+    attention = spec.layers[0].of(AttentionSpec)
     heads, dim = attention.num_heads + 2 * attention.num_kv_heads, attention.head_dim
     projection = rf"bf16\[{batch * tokens},(?:{heads * dim}|{heads},{dim}|{heads},{dim // 2},2)\]"
     writes = re.findall(rf"operand_layout_constraints={{(?:{projection}\S* ){{3}}s32", compiled.text)

@@ -3,6 +3,7 @@ from transformers import Qwen2Config
 
 from jdsi.errors import ConfigError
 from jdsi.models.families import family_for
+from jdsi.models.spec import AttentionSpec
 from parity import check_causal
 
 SMALL = dict(
@@ -34,7 +35,7 @@ def test_parity(change: dict) -> None:
 
 def test_windows_follow_the_config() -> None:
     spec = family_for("qwen2").spec(Qwen2Config(**SMALL, **WINDOWED, max_window_layers=1))
-    assert [layer.attention.window for layer in spec.layers] == [None, 4, 4]
+    assert [layer.of(AttentionSpec).window for layer in spec.layers] == [None, 4, 4]
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from jdsi.converters import load_spec
 from jdsi.errors import ConfigError
 from jdsi.models.families import family_for
 from jdsi.models.families.rope import rotary, rotary_dim
+from jdsi.models.spec import AttentionSpec
 from jdsi.pallas_kernels import base_frequencies
 from kernels import with_slow
 from parity import check_causal
@@ -87,7 +88,7 @@ def test_the_original_length_at_the_top_level_wins(tmp_path: Path) -> None:
             if family == "phi3" and scaling is not LONGROPE:
                 continue  # its config class takes no other scaling
             theirs, spec = AutoConfig.from_pretrained(tmp_path), load_spec(tmp_path)
-            rotary = spec.layers[0].attention.rotary
+            rotary = spec.layers[0].of(AttentionSpec).rotary
             assert rotary is not None
             assert rotary.scaling is not None
             for length in (16, 48, 300):

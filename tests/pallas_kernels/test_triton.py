@@ -18,9 +18,8 @@ from jdsi.pallas_kernels import triton_support
 from jdsi.pallas_kernels.attention import AttentionForm
 from jdsi.pallas_kernels.decode_attention import decode_attention, paged_decode_attention
 from jdsi.pallas_kernels.device import H200, target
-from jdsi.pallas_kernels.linear.api import linear
+from jdsi.pallas_kernels.linear import linear
 from jdsi.pallas_kernels.quantized_linear import WeightFormat, quantize
-from jdsi.pallas_kernels.quantized_linear.api import quantized_linear
 from jdsi.pallas_kernels.ragged_paged_attention import ragged_paged_attention
 from jdsi.sharding import topology
 from kernels import ON_GPU, relative_error
@@ -51,7 +50,7 @@ def operators() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...], list[str
     offsets = jax.ShapeDtypeStruct((3,), jnp.int32)
     return {
         "linear": (linear, (bf16(2, 4096), bf16(4096, 4096)), ["product"]),
-        "quantized_linear": (quantized_linear, (bf16(2, 256), weight), ["product"]),
+        "quantized_linear": (linear, (bf16(2, 256), weight), ["product"]),
         "decode_attention": (decode, (bf16(2, 1, 4, 64), bf16(2, 2, 384, 64), NUMBERS), ["decode", "combine"]),
         "paged_decode_attention": (paged, (bf16(2, 1, 4, 64), pages, tables, NUMBERS), ["decode", "combine"]),
         "ragged_paged_attention": (ragged, (bf16(5, 4, 64), pages, tables, offsets, NUMBERS), ["ragged"]),

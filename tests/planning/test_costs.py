@@ -11,8 +11,8 @@ from jaxtyping import Array
 
 from jdsi.errors import ConfigError
 from jdsi.kv_cache import ContiguousContext
-from jdsi.models import Transformer, TransformerSpec, abstract_parameters
-from jdsi.models.tensor_parallel import split_of
+from jdsi.models import Transformer, TransformerSpec, parameters_of
+from jdsi.models.spec import AttentionSpec
 from jdsi.planning import Workload, even_stages, parameter_count, stage_costs, stage_memory
 from jdsi.planning.shares import elements, share_of
 from jdsi.sharding import Parallelism
@@ -40,7 +40,7 @@ def test_known_models(name: str, parameters: int, kv_per_token: int) -> None:
     # Each weight but those of the embedding and the norms is read, and multiplied with once.
     matrices = parameter_count(spec) - spec.vocab_size * spec.width
     assert costs.total("weight_bytes") == pytest.approx(2 * matrices, rel=1e-3)
-    attention = sum(4 * 1000 * layer.attention.qkv_rows[0] for layer in spec.layers)
+    attention = sum(4 * 1000 * layer.of(AttentionSpec).qkv_rows[0] for layer in spec.layers)
     assert costs.total("flops") == pytest.approx(2 * matrices + attention, rel=1e-3)
     assert costs.total("kv_bytes") == (1000 + 1) * kv_per_token
 
@@ -49,7 +49,7 @@ def test_prompts_take_two_operations_a_weight_and_token() -> None:
     spec = large("llama-3-70b")
     (costs,) = stage_costs(spec, Parallelism(), Workload.prefill(2, 512))
     layers = parameter_count(spec) - 2 * spec.vocab_size * spec.width
-    attention = sum(4 * 512 * 513 // 2 * layer.attention.qkv_rows[0] for layer in spec.layers)
+    attention = sum(4 * 512 * 513 // 2 * layer.of(AttentionSpec).qkv_rows[0] for layer in spec.layers)
     head = 2 * spec.vocab_size * spec.width
     assert costs.total("flops") == pytest.approx(2 * (512 * 2 * layers + attention + head), rel=1e-3)
 
@@ -57,16 +57,13 @@ def test_prompts_take_two_operations_a_weight_and_token() -> None:
 @pytest.mark.parametrize(("window", "new", "context"), [(None, 1, 9), (None, 9, 9), (4, 1, 9), (4, 9, 9), (4, 3, 9)])
 @pytest.mark.parametrize("causal", [True, False])
 def test_pairs_and_slots_are_those_of_the_mask(window: int | None, new: int, context: int, causal: bool) -> None:
-    attention = dataclasses.replace(
-        small("llama").layers[0].attention, causal=causal, window=window if causal else None
-    )
     seen = [
         [not causal or (k <= q and (window is None or q - k < window)) for k in range(context)]
         for q in range(context - new, context)
     ]
     work = Workload(5, new, context)
-    assert work.pairs(attention) == 5 * sum(map(sum, seen))
-    assert work.slots(attention) == 5 * sum(map(any, zip(*seen, strict=True)))
+    assert work.pairs(causal=causal, window=window if causal else None) == 5 * sum(map(sum, seen))
+    assert work.slots(causal=causal, window=window if causal else None) == 5 * sum(map(any, zip(*seen, strict=True)))
 
 
 WIDE = {
@@ -135,8 +132,8 @@ def test_shares_are_those_that_are_loaded(family: str, ranks: int) -> None:
     spec = small(family)
     share = share_of(spec, ranks)
     sizes = []
-    for name, leaf in abstract_parameters(spec).items():
-        split = split_of(spec, name, ranks)
+    for leaf in parameters_of(spec).values():
+        split = leaf.split(ranks)
         sizes.append(math.prod(leaf.shape if split is None else split.local_shape(leaf.shape)))
     assert elements(share.stage(range(3))) == sum(sizes)
 

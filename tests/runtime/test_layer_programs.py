@@ -13,7 +13,7 @@ from jdsi.converters.block_form import BlockForm, Dequantized, Field, Joined, Pa
 from jdsi.converters.block_store import Block
 from jdsi.converters.quantization import Quantization, stored_arrays
 from jdsi.kv_cache import ContiguousContext
-from jdsi.models import TransformerSpec, abstract_parameters
+from jdsi.models import TransformerSpec, groups_of
 from jdsi.models.families import family_for
 from jdsi.models.tensor_parallel import local_spec
 from jdsi.models.weight_map import Identity
@@ -40,10 +40,8 @@ def spec_of(family: str) -> TransformerSpec:
 def first_layer(spec: TransformerSpec, dtype: Any, quantization: Quantization | None = None) -> Block:
     """Layer 0 as a streaming folder would have it, with the arrays of each type side by side."""
     arrays, parameters = [], []
-    for full, leaf in abstract_parameters(spec, dtype).items():
-        if not full.startswith("layers.0."):
-            continue
-        name, form = full.removeprefix("layers.0."), quantization and quantization.format_of(full, leaf.shape)
+    for leaf in groups_of(spec)["layers.0"].values():
+        name, form = leaf.inner, quantization and quantization.format_of(leaf)
         recipe: Any = Joined(((name, Identity()),))
         if form is None:
             arrays.append((name, np.dtype(dtype), leaf.shape))

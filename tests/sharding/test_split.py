@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jdsi.models import abstract_parameters, splits_of
 from jdsi.models.spec import (
     AttentionSpec,
     EmbeddingSpec,
@@ -16,8 +17,7 @@ from jdsi.models.spec import (
     RmsNormSpec,
     TransformerSpec,
 )
-from jdsi.models.tensor_parallel import local_spec, split_of
-from jdsi.models.transformer import abstract_parameters
+from jdsi.models.tensor_parallel import local_spec
 from jdsi.sharding import Run, Split, joined, split_evenly, split_heads
 
 RANKS = st.integers(1, 12)
@@ -113,7 +113,7 @@ def specs(draw: st.DrawFn) -> TransformerSpec:
         width=width,
         max_positions=8,
         embedding=EmbeddingSpec(),
-        layers=(LayerSpec(attention, mlp, PreNorm(NORM)),),
+        layers=(LayerSpec((attention, mlp), PreNorm(NORM)),),
         norm=NORM,
         head=HeadSpec(tied=draw(st.booleans()), bias=draw(st.booleans())),
     )
@@ -123,11 +123,11 @@ def specs(draw: st.DrawFn) -> TransformerSpec:
 @given(specs(), st.integers(1, 6))
 def test_parameters_of_a_model(spec: TransformerSpec, ranks: int) -> None:
     local = {name: leaf.shape for name, leaf in abstract_parameters(local_spec(spec, ranks)).items()}
-    attention, mlp = spec.layers[0].attention, spec.layers[0].feed_forward
-    heads = split_heads(attention.num_heads, attention.num_kv_heads, ranks)
+    attention, mlp = spec.layers[0].of(AttentionSpec), spec.layers[0].of(MlpSpec)
+    splits, heads = splits_of(spec, ranks), split_heads(attention.num_heads, attention.num_kv_heads, ranks)
     q, k, _ = attention.qkv_rows
     for name, leaf in abstract_parameters(spec).items():
-        split = split_of(spec, name, ranks)
+        split = splits[name]
         if split is None:
             assert local[name] == leaf.shape
             continue
@@ -150,8 +150,8 @@ def test_parameters_of_a_model(spec: TransformerSpec, ranks: int) -> None:
             ):
                 first, last = (start + head * attention.head_dim for head in of[rank])
                 assert part == [*range(first, last), *[-1] * (len(part) - (last - first))]
-    gate_up = split_of(spec, "layers.0.feed_forward.up.weight", ranks)
-    down = split_of(spec, "layers.0.feed_forward.down.weight", ranks)
+    gate_up = splits["layers.0.feed_forward.up.weight"]
+    down = splits["layers.0.feed_forward.down.weight"]
     if gate_up is not None and down is not None:  # hidden unit i of a rank goes into column i of its `down`
         for places, columns in zip(held(gate_up), held(down), strict=True):
             assert places[: down.size] == columns
@@ -163,9 +163,9 @@ def test_parameters_of_a_model(spec: TransformerSpec, ranks: int) -> None:
 def test_output_columns_follow_the_query_heads(ranks: int) -> None:
     attention = AttentionSpec(6, 2, 4, 1.0)
     spec = TransformerSpec(
-        "none", 11, 8, 8, EmbeddingSpec(), (LayerSpec(attention, MlpSpec(9, "silu"), PreNorm(NORM)),), NORM, None
+        "none", 11, 8, 8, EmbeddingSpec(), (LayerSpec((attention, MlpSpec(9, "silu")), PreNorm(NORM)),), NORM, None
     )
-    qkv, out = (split_of(spec, f"layers.0.attention.{part}.weight", ranks) for part in ("qkv", "out"))
+    qkv, out = (splits_of(spec, ranks)[f"layers.0.attention.{part}.weight"] for part in ("qkv", "out"))
     if ranks == 1:
         assert qkv is out is None
         return

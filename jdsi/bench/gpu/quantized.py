@@ -9,15 +9,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jdsi.models.spec import LayerSpec, TransformerSpec
+from jdsi.models.spec import AttentionSpec, LayerSpec, MlpSpec, TransformerSpec
 from jdsi.pallas_kernels import NormForm, gated_linear, linear
 from jdsi.pallas_kernels.operator import default_implementation
 from jdsi.pallas_kernels.quantized_linear import (
     QuantizedWeight,
     WeightFormat,
     quantize,
-    quantized_gated_linear,
-    quantized_linear,
 )
 
 from ..calls import tree_bytes
@@ -62,24 +60,24 @@ class Products:
 
     def run(self, x: Float[Array, "T E"], layers: Weights) -> Float[Array, "T E"]:
         """The products of a step for `T` tokens."""
-        product, gated = (linear, gated_linear) if self.stored is None else (quantized_linear, quantized_gated_linear)
         for layer, weights in zip(self.spec.layers, layers, strict=True):
             norm: dict[str, Any] = {"norm": _NORM, "norm_weight": weights["norm"]}
-            heads = product(x, weights["qkv"], **norm)[:, : layer.attention.qkv_rows[0]]
-            x = product(heads, weights["out"], residual=x)
-            up = gated if layer.feed_forward.gated else product
-            hidden = up(x, weights["up"], activation=layer.feed_forward.activation, **norm)
-            x = product(hidden, weights["down"], residual=x)
+            heads = linear(x, weights["qkv"], **norm)[:, : layer.of(AttentionSpec).qkv_rows[0]]
+            x = linear(heads, weights["out"], residual=x)
+            mlp = layer.of(MlpSpec)
+            up = gated_linear if mlp.gated else linear
+            hidden = up(x, weights["up"], activation=mlp.activation, **norm)
+            x = linear(hidden, weights["down"], residual=x)
         return x
 
 
 def _shapes(layer: LayerSpec, width: int) -> dict[str, tuple[int, int]]:
-    hidden, heads = layer.feed_forward.width, layer.attention.qkv_rows
+    mlp, heads = layer.of(MlpSpec), layer.of(AttentionSpec).qkv_rows
     return {
         "qkv": (sum(heads), width),
         "out": (width, heads[0]),
-        "up": (hidden * (2 if layer.feed_forward.gated else 1), width),
-        "down": (width, hidden),
+        "up": (mlp.up_rows, width),
+        "down": (width, mlp.width),
     }
 
 

@@ -50,16 +50,18 @@ def bert_like_spec(
     head = HeadSpec(config.tie_word_embeddings, bias=True, transform=HeadTransform(heads.transform, norm))
     language_model, classifier = encoder_heads(config, heads, head, causal=causal)
     layer = LayerSpec(
-        attention=AttentionSpec(
-            num_heads=config.num_attention_heads,
-            num_kv_heads=config.num_attention_heads,
-            head_dim=head_dim,
-            scale=head_dim**-0.5,
-            causal=causal,
-            qkv_bias=True,
-            out_bias=True,
+        (
+            AttentionSpec(
+                num_heads=config.num_attention_heads,
+                num_kv_heads=config.num_attention_heads,
+                head_dim=head_dim,
+                scale=head_dim**-0.5,
+                causal=causal,
+                qkv_bias=True,
+                out_bias=True,
+            ),
+            feed_forward,
         ),
-        feed_forward=feed_forward,
         residual=PostNorm(norm),
     )
     return TransformerSpec(
@@ -120,7 +122,7 @@ def bert_like_weight_map(spec: TransformerSpec, names: EncoderNames) -> WeightMa
     for i, layer in enumerate(spec.layers):
         ours, theirs = f"layers.{i}", f"{names.model}.{names.layers}.{i}"
         qkv = [f"{theirs}.{name}" for name in names.qkv]
-        entries += fused_linear(f"{ours}.attention.qkv", qkv, layer.attention.qkv_rows, bias=True)
+        entries += fused_linear(f"{ours}.attention.qkv", qkv, layer.of(AttentionSpec).qkv_rows, bias=True)
         entries += linear(f"{ours}.attention.out", f"{theirs}.{names.attention_out}", bias=True)
         entries += linear(f"{ours}.attention_norm", f"{theirs}.{names.attention_norm}", bias=True)
         entries += linear(f"{ours}.feed_forward.up", f"{theirs}.{names.up}", bias=True)

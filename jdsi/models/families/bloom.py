@@ -30,16 +30,18 @@ def spec(config: Any) -> TransformerSpec:
     heads, head_dim = config.num_attention_heads, even_head_dim(config)
     layer_norm = LayerNormSpec(config.layer_norm_epsilon)
     layer = LayerSpec(
-        attention=AttentionSpec(
-            num_heads=heads,
-            num_kv_heads=heads,
-            head_dim=head_dim,
-            scale=head_dim**-0.5,
-            alibi=Alibi(alibi_slopes(heads)),
-            qkv_bias=True,
-            out_bias=True,
+        (
+            AttentionSpec(
+                num_heads=heads,
+                num_kv_heads=heads,
+                head_dim=head_dim,
+                scale=head_dim**-0.5,
+                alibi=Alibi(alibi_slopes(heads)),
+                qkv_bias=True,
+                out_bias=True,
+            ),
+            MlpSpec(4 * config.hidden_size, "gelu_new", bias=True),
         ),
-        feed_forward=MlpSpec(4 * config.hidden_size, "gelu_new", bias=True),
         residual=PreNorm(layer_norm, from_norm=config.apply_residual_connection_post_layernorm),
     )
     return TransformerSpec(
@@ -62,7 +64,7 @@ def weight_map(spec: TransformerSpec) -> WeightMap:
         entries += norm("embedding.norm", "transformer.word_embeddings_layernorm", spec.embedding.norm)
     for i, layer in enumerate(spec.layers):
         ours, theirs = f"layers.{i}", f"transformer.h.{i}"
-        attention, layer_norm = layer.attention, layer.residual.norm
+        attention, layer_norm = layer.of(AttentionSpec), layer.norms["attention_norm"]
         rows = split_heads_last(attention.num_heads, 3, attention.head_dim)
         qkv = f"{theirs}.self_attention.query_key_value"
         entries += norm(f"{ours}.attention_norm", f"{theirs}.input_layernorm", layer_norm)

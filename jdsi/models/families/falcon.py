@@ -29,17 +29,19 @@ def spec(config: Any) -> TransformerSpec:
     heads, head_dim = config.num_attention_heads, even_head_dim(config)
     scale, layer_norm = head_dim**-0.5, LayerNormSpec(config.layer_norm_epsilon)
     layer = LayerSpec(
-        attention=AttentionSpec(
-            num_heads=heads,
-            num_kv_heads=_kv_heads(config),
-            head_dim=head_dim,
-            scale=scale,
-            alibi=RoundedAlibi(alibi_slopes(heads), scale) if config.alibi else None,
-            rotary=None if config.alibi else rotary(config, head_dim),
-            qkv_bias=config.bias,
-            out_bias=config.bias,
+        (
+            AttentionSpec(
+                num_heads=heads,
+                num_kv_heads=_kv_heads(config),
+                head_dim=head_dim,
+                scale=scale,
+                alibi=RoundedAlibi(alibi_slopes(heads), scale) if config.alibi else None,
+                rotary=None if config.alibi else rotary(config, head_dim),
+                qkv_bias=config.bias,
+                out_bias=config.bias,
+            ),
+            MlpSpec(config.ffn_hidden_size, config.activation, bias=config.bias),
         ),
-        feed_forward=MlpSpec(config.ffn_hidden_size, config.activation, bias=config.bias),
         residual=_residual(config, layer_norm),
     )
     return TransformerSpec(
@@ -81,14 +83,14 @@ def weight_map(spec: TransformerSpec) -> WeightMap:
     entries: list[Entry] = [tensor("embedding.tokens.weight", "transformer.word_embeddings.weight")]
     for i, layer in enumerate(spec.layers):
         ours, theirs = f"layers.{i}", f"transformer.h.{i}"
-        attention, mlp, residual = layer.attention, layer.feed_forward, layer.residual
+        attention, mlp = layer.of(AttentionSpec), layer.of(MlpSpec)
         rows = split_query_groups(attention.num_heads, attention.num_kv_heads, attention.head_dim)
         qkv = f"{theirs}.self_attention.query_key_value"
         names = ["input_layernorm", "post_attention_layernorm"]
-        if isinstance(residual, ParallelResidual):
-            names = ["input_layernorm"] if residual.shared_norm else ["ln_attn", "ln_mlp"]
-        for our_norm, name in zip(("attention_norm", "feed_forward_norm"), names, strict=False):
-            entries += norm(f"{ours}.{our_norm}", f"{theirs}.{name}", residual.norm)
+        if isinstance(layer.residual, ParallelResidual):
+            names = ["input_layernorm"] if layer.residual.shared_norm else ["ln_attn", "ln_mlp"]
+        for (our_norm, norm_spec), name in zip(layer.norms.items(), names, strict=True):
+            entries += norm(f"{ours}.{our_norm}", f"{theirs}.{name}", norm_spec)
         entries += linear(f"{ours}.attention.qkv", qkv, bias=attention.qkv_bias, op=rows, bias_op=rows)
         entries += linear(f"{ours}.attention.out", f"{theirs}.self_attention.dense", bias=attention.out_bias)
         entries += linear(f"{ours}.feed_forward.up", f"{theirs}.mlp.dense_h_to_4h", bias=mlp.bias)

@@ -24,7 +24,7 @@ def spec(config: Any) -> TransformerSpec:
     )
     activation = known_activation(config.hidden_activation, "hidden_activation")
     mlp = MlpSpec(config.intermediate_size, activation, gated=True)
-    layers = with_windows(LayerSpec(attention, mlp, SandwichNorm(norm)), windows_by_layer_type(config))
+    layers = with_windows(LayerSpec((attention, mlp), SandwichNorm(norm)), windows_by_layer_type(config))
     # The scale is rounded to the model's dtype where it is applied, as the original does.
     scale, softcap = config.hidden_size**0.5, config.final_logit_softcapping
     return decoder_spec(config, layers, norm, scale=scale, softcap=softcap)

@@ -30,15 +30,17 @@ def spec(config: Any) -> TransformerSpec:
 
     def layer(index: int) -> LayerSpec:
         return LayerSpec(
-            attention=AttentionSpec(
-                num_heads=config.n_head,
-                num_kv_heads=config.n_head,
-                head_dim=head_dim,
-                scale=scale / (index + 1) if config.scale_attn_by_inverse_layer_idx else scale,
-                qkv_bias=True,
-                out_bias=True,
+            (
+                AttentionSpec(
+                    num_heads=config.n_head,
+                    num_kv_heads=config.n_head,
+                    head_dim=head_dim,
+                    scale=scale / (index + 1) if config.scale_attn_by_inverse_layer_idx else scale,
+                    qkv_bias=True,
+                    out_bias=True,
+                ),
+                MlpSpec(config.n_inner or 4 * config.n_embd, config.activation_function, bias=True),
             ),
-            feed_forward=MlpSpec(config.n_inner or 4 * config.n_embd, config.activation_function, bias=True),
             residual=PreNorm(norm),
         )
 

@@ -33,16 +33,16 @@ def spec(config: Any) -> TransformerSpec:
 
     def layer(window: int | None) -> LayerSpec:
         return LayerSpec(
-            attention=AttentionSpec(
-                num_heads=config.num_heads,
-                num_kv_heads=config.num_heads,
-                head_dim=head_dim,
-                scale=1.0,
-                window=window,
-                out_bias=True,
-            ),
-            feed_forward=MlpSpec(
-                config.intermediate_size or 4 * config.hidden_size, config.activation_function, bias=True
+            (
+                AttentionSpec(
+                    num_heads=config.num_heads,
+                    num_kv_heads=config.num_heads,
+                    head_dim=head_dim,
+                    scale=1.0,
+                    window=window,
+                    out_bias=True,
+                ),
+                MlpSpec(config.intermediate_size or 4 * config.hidden_size, config.activation_function, bias=True),
             ),
             residual=PreNorm(norm),
         )
@@ -70,7 +70,7 @@ def weight_map(spec: TransformerSpec) -> WeightMap:
         ours, theirs = f"layers.{i}", f"transformer.h.{i}"
         qkv = [f"{theirs}.attn.attention.{x}_proj" for x in "qkv"]
         entries += linear(f"{ours}.attention_norm", f"{theirs}.ln_1", bias=True)
-        entries += fused_linear(f"{ours}.attention.qkv", qkv, layer.attention.qkv_rows, bias=False)
+        entries += fused_linear(f"{ours}.attention.qkv", qkv, layer.of(AttentionSpec).qkv_rows, bias=False)
         entries += linear(f"{ours}.attention.out", f"{theirs}.attn.attention.out_proj", bias=True)
         entries += linear(f"{ours}.feed_forward_norm", f"{theirs}.ln_2", bias=True)
         entries += linear(f"{ours}.feed_forward.up", f"{theirs}.mlp.c_fc", bias=True)

@@ -25,16 +25,18 @@ def spec(config: Any) -> TransformerSpec:
     """The spec of a `GPTNeoXConfig`."""
     head_dim, norm = even_head_dim(config), LayerNormSpec(config.layer_norm_eps)
     layer = LayerSpec(
-        attention=AttentionSpec(
-            num_heads=config.num_attention_heads,
-            num_kv_heads=config.num_attention_heads,
-            head_dim=head_dim,
-            scale=head_dim**-0.5,
-            rotary=rotary(config, rotary_dim(config, head_dim)),
-            qkv_bias=config.attention_bias,
-            out_bias=config.attention_bias,
+        (
+            AttentionSpec(
+                num_heads=config.num_attention_heads,
+                num_kv_heads=config.num_attention_heads,
+                head_dim=head_dim,
+                scale=head_dim**-0.5,
+                rotary=rotary(config, rotary_dim(config, head_dim)),
+                qkv_bias=config.attention_bias,
+                out_bias=config.attention_bias,
+            ),
+            MlpSpec(config.intermediate_size, config.hidden_act, bias=True),
         ),
-        feed_forward=MlpSpec(config.intermediate_size, config.hidden_act, bias=True),
         residual=ParallelResidual(norm) if config.use_parallel_residual else PreNorm(norm),
     )
     return TransformerSpec(
@@ -55,7 +57,7 @@ def weight_map(spec: TransformerSpec) -> WeightMap:
     entries: list[Entry] = [tensor("embedding.tokens.weight", "gpt_neox.embed_in.weight")]
     for i, layer in enumerate(spec.layers):
         ours, theirs = f"layers.{i}", f"gpt_neox.layers.{i}"
-        attention = layer.attention
+        attention = layer.of(AttentionSpec)
         heads = split_heads_last(attention.num_heads, 3, attention.head_dim)
         entries += linear(f"{ours}.attention_norm", f"{theirs}.input_layernorm", bias=True)
         entries += linear(

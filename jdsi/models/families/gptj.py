@@ -28,14 +28,16 @@ def spec(config: Any) -> TransformerSpec:
     if not rotary_dim or rotary_dim % 2 or rotary_dim > head_dim:
         raise ConfigError(f"rotary_dim must be even and from 2 to the head width {head_dim}, got {rotary_dim}")
     layer = LayerSpec(
-        attention=AttentionSpec(
-            num_heads=config.n_head,
-            num_kv_heads=config.n_head,
-            head_dim=head_dim,
-            scale=head_dim**-0.5,
-            rotary=Rotary(dim=rotary_dim, interleaved=True),
+        (
+            AttentionSpec(
+                num_heads=config.n_head,
+                num_kv_heads=config.n_head,
+                head_dim=head_dim,
+                scale=head_dim**-0.5,
+                rotary=Rotary(dim=rotary_dim, interleaved=True),
+            ),
+            MlpSpec(config.n_inner or 4 * config.n_embd, config.activation_function, bias=True),
         ),
-        feed_forward=MlpSpec(config.n_inner or 4 * config.n_embd, config.activation_function, bias=True),
         residual=ParallelResidual(norm, shared_norm=True),
     )
     return TransformerSpec(
@@ -58,7 +60,7 @@ def weight_map(spec: TransformerSpec) -> WeightMap:
         ours, theirs = f"layers.{i}", f"transformer.h.{i}"
         qkv = [f"{theirs}.attn.{x}_proj" for x in "qkv"]
         entries += linear(f"{ours}.attention_norm", f"{theirs}.ln_1", bias=True)
-        entries += fused_linear(f"{ours}.attention.qkv", qkv, layer.attention.qkv_rows, bias=False)
+        entries += fused_linear(f"{ours}.attention.qkv", qkv, layer.of(AttentionSpec).qkv_rows, bias=False)
         entries += linear(f"{ours}.attention.out", f"{theirs}.attn.out_proj", bias=False)
         entries += linear(f"{ours}.feed_forward.up", f"{theirs}.mlp.fc_in", bias=True)
         entries += linear(f"{ours}.feed_forward.down", f"{theirs}.mlp.fc_out", bias=True)

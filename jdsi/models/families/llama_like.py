@@ -74,9 +74,7 @@ def windows_by_layer_type(config: Any) -> list[int | None]:
 
 def with_windows(layer: LayerSpec, windows: Sequence[int | None]) -> tuple[LayerSpec, ...]:
     """One copy of `layer` for each window."""
-    return tuple(
-        dataclasses.replace(layer, attention=dataclasses.replace(layer.attention, window=window)) for window in windows
-    )
+    return tuple(layer.replaced(dataclasses.replace(layer.of(AttentionSpec), window=window)) for window in windows)
 
 
 def decoder_spec(
@@ -103,7 +101,7 @@ def llama_like_spec(
     norm = RmsNormSpec(config.rms_norm_eps)
     activation = known_activation(config.hidden_act, "hidden_act")
     mlp = MlpSpec(config.intermediate_size, activation, gated=True, bias=mlp_bias)
-    return decoder_spec(config, with_windows(LayerSpec(attention, mlp, PreNorm(norm)), windows), norm)
+    return decoder_spec(config, with_windows(LayerSpec((attention, mlp), PreNorm(norm)), windows), norm)
 
 
 def llama_like_weight_map(
@@ -123,7 +121,7 @@ def llama_like_weight_map(
     entries: list[Entry] = [tensor("embedding.tokens.weight", "model.embed_tokens.weight")]
     for i, layer in enumerate(spec.layers):
         ours, theirs = f"layers.{i}", f"model.layers.{i}"
-        attention, mlp = layer.attention, layer.feed_forward
+        attention, mlp = layer.of(AttentionSpec), layer.of(MlpSpec)
         for norm, name in norms.items():
             entries += linear(f"{ours}.{norm}", f"{theirs}.{name}", bias=False)
         names = [f"{theirs}.self_attn.{name}" for name in qkv]

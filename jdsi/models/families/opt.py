@@ -29,15 +29,17 @@ def spec(config: Any) -> TransformerSpec:
     head_dim, affine = even_head_dim(config), config.layer_norm_elementwise_affine
     layer_norm = LayerNormSpec(eps=1e-5, weight=affine, bias=affine)
     layer = LayerSpec(
-        attention=AttentionSpec(
-            num_heads=config.num_attention_heads,
-            num_kv_heads=config.num_attention_heads,
-            head_dim=head_dim,
-            scale=head_dim**-0.5,
-            qkv_bias=config.enable_bias,
-            out_bias=config.enable_bias,
+        (
+            AttentionSpec(
+                num_heads=config.num_attention_heads,
+                num_kv_heads=config.num_attention_heads,
+                head_dim=head_dim,
+                scale=head_dim**-0.5,
+                qkv_bias=config.enable_bias,
+                out_bias=config.enable_bias,
+            ),
+            MlpSpec(config.ffn_dim, config.activation_function, bias=config.enable_bias),
         ),
-        feed_forward=MlpSpec(config.ffn_dim, config.activation_function, bias=config.enable_bias),
         residual=PreNorm(layer_norm) if config.do_layer_norm_before else PostNorm(layer_norm),
     )
     entries = config.max_position_embeddings + _OFFSET
@@ -76,12 +78,12 @@ def weight_map(spec: TransformerSpec) -> WeightMap:
         entries.append(tensor("head.project.weight", f"{model}.project_out.weight"))
     for i, layer in enumerate(spec.layers):
         ours, theirs = f"layers.{i}", f"{model}.layers.{i}"
-        attention, mlp = layer.attention, layer.feed_forward
+        attention, mlp = layer.of(AttentionSpec), layer.of(MlpSpec)
         qkv = [f"{theirs}.self_attn.{x}_proj" for x in "qkv"]
-        entries += norm(f"{ours}.attention_norm", f"{theirs}.self_attn_layer_norm", layer.residual.norm)
+        entries += norm(f"{ours}.attention_norm", f"{theirs}.self_attn_layer_norm", layer.norms["attention_norm"])
         entries += fused_linear(f"{ours}.attention.qkv", qkv, attention.qkv_rows, bias=attention.qkv_bias)
         entries += linear(f"{ours}.attention.out", f"{theirs}.self_attn.out_proj", bias=attention.out_bias)
-        entries += norm(f"{ours}.feed_forward_norm", f"{theirs}.final_layer_norm", layer.residual.norm)
+        entries += norm(f"{ours}.feed_forward_norm", f"{theirs}.final_layer_norm", layer.norms["feed_forward_norm"])
         entries += linear(f"{ours}.feed_forward.up", f"{theirs}.fc1", bias=mlp.bias)
         entries += linear(f"{ours}.feed_forward.down", f"{theirs}.fc2", bias=mlp.bias)
     if spec.norm is not None:
