@@ -178,10 +178,11 @@ def test_impossible_parameters_are_an_error(parameters: dict[str, Any], message:
 
 @pytest.mark.parametrize(("factor", "dim"), [(None, 12), (0.5, 6), (1.0, 12), (0.4, 4)])
 def test_partial_rotary(factor: float | None, dim: int) -> None:
-    assert rotary_dim(SimpleNamespace(rope_parameters={"partial_rotary_factor": factor}), 12) == dim
+    parameters = {} if factor is None else {"partial_rotary_factor": factor}
+    assert rotary_dim(SimpleNamespace(rope_parameters=parameters), 12) == dim
 
 
-@pytest.mark.parametrize("factor", [0.3, 0.0, 1.5])
-def test_partial_rotary_that_fits_no_pairs_is_an_error(factor: float) -> None:
+@pytest.mark.parametrize("factor", [0.3, 0.0, 1.5, None, "half"])
+def test_partial_rotary_that_fits_no_pairs_is_an_error(factor: object) -> None:
     with pytest.raises(ConfigError, match="partial_rotary_factor"):
         rotary_dim(SimpleNamespace(rope_parameters={"partial_rotary_factor": factor}), 12)
