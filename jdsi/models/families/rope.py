@@ -1,7 +1,6 @@
 """Rotary parameters from a Hugging Face config."""
 
 import math
-import numbers
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -43,7 +42,7 @@ def rope_parameters(config: Any, layer_type: str | None = None) -> Parameters:
 def rotary_dim(config: Any, head_dim: int, layer_type: str | None = None) -> int:
     """How many of a head's dimensions rotate: `partial_rotary_factor` of them."""
     factor = rope_parameters(config, layer_type).get("partial_rotary_factor", 1)
-    if isinstance(factor, bool) or not isinstance(factor, numbers.Real):
+    if isinstance(factor, bool) or not isinstance(factor, int | float):
         raise ConfigError(f"partial_rotary_factor is {factor!r}; it must be a number from 0 to 1, or be left out")
     dim = int(head_dim * factor)
     if dim < 2 or dim % 2 or dim > head_dim:
